@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys in a PEM file, for development and tests: ``file:///path/key.pem``.
+
+The key is in this process's memory, so custody reports it as exportable; production keys belong in
+an HSM or a KMS. PKCS#8 (RFC 5958), SEC 1 (RFC 5915), each plain or encrypted.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from d1_signer.custody import Evidence, Fact
+from d1_signer.errors import (
+    InvalidKeyError,
+    KeyExistsError,
+    KeyUriError,
+    SecretSourceError,
+    SignerClosedError,
+    SignerError,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.key_uri import KeyUri
+from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret
+from d1_signer.signer import GeneratedKey, SignatureEncoding
+
+_ALGORITHM = ec.ECDSA(utils.Prehashed(SHA256()))
+_PASSPHRASE_SOURCE = "passphrase-source"  # noqa: S105 (the name of a setting)
+
+
+class PemBackend:
+    """A private key read from a file; see `open_backend`."""
+
+    name = "pem"
+    encoding = SignatureEncoding.DER
+
+    def __init__(self, path: str, key: ec.EllipticCurvePrivateKey) -> None:
+        """Hold a key that was read from ``path``."""
+        self._path = path
+        self._key: ec.EllipticCurvePrivateKey | None = key
+        self._public_key = PublicKey(key.public_key())
+
+    def public_key(self) -> PublicKey:
+        """The public half of the key in the file."""
+        return self._public_key
+
+    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:  # noqa: ARG002
+        """Sign a digest of 32 bytes; the answer is DER. No deadline: this takes microseconds."""
+        key = self._key
+        if key is None:
+            raise SignerClosedError("The key file is closed.")
+        return key.sign(digest, _ALGORITHM)
+
+    def custody(self) -> Evidence:
+        """Report the file's owner and permissions as they are now."""
+        facts = [Fact(name="storage", value="file, and this process's memory", source="d1_signer")]
+        try:
+            status = os.stat(self._path)
+        except OSError as error:
+            facts.append(Fact(name="file", value=error.strerror, source="operating system"))
+        else:
+            mode = f"{stat.S_IMODE(status.st_mode):04o}"
+            facts.append(Fact(name="mode", value=mode, source="operating system"))
+            facts.append(Fact(name="owner uid", value=status.st_uid, source="operating system"))
+        return Evidence(
+            location=f"file://{self._path}",
+            exportable=True,
+            generated_in_place=None,
+            hardware=False,
+            facts=tuple(facts),
+        )
+
+    def close(self) -> None:
+        """Drop the key."""
+        self._key = None
+
+
+def open_backend(uri: str, *, passphrase_source: SecretSource | None = None) -> PemBackend:
+    """Read a private key from a PEM file.
+
+    Args:
+        uri: ``file:///absolute/path.pem``, optionally ``?passphrase-source=file:PATH`` or
+            ``=env:NAME``.
+        passphrase_source: Where the passphrase of an encrypted key comes from; wins over the URI.
+
+    Raises:
+        KeyUriError: The URI names no absolute path.
+        SecretSourceError: The file or the passphrase cannot be read, the file is open to other
+            users, or the passphrase is missing, wrong or not needed.
+        InvalidKeyError: Not a P-256 private key in PEM.
+    """
+    path, source = _read_uri(uri, passphrase_source)
+    pem = read_private_file(path, what="key file")
+    if b"-----BEGIN" not in pem:
+        raise InvalidKeyError(
+            f"The key file holds no PEM: {path}.",
+            hint="Convert it with: openssl pkcs8 -topk8 -inform DER -outform PEM.",
+        )
+    passphrase = None if source is None else read_secret(source, what="passphrase")
+    return PemBackend(path, _load(pem, passphrase, path))
+
+
+def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> GeneratedKey:
+    """Make a P-256 key and write it to a new file of mode 0600, in PKCS#8.
+
+    Args:
+        uri: As for `open_backend`; the file must not exist.
+        passphrase_source: Where the passphrase that encrypts the file comes from; None: plain.
+
+    Raises:
+        KeyExistsError: The file exists.
+        KeyUriError: The URI names no absolute path.
+        SecretSourceError: The file cannot be written, or the passphrase cannot be read.
+    """
+    path, source = _read_uri(uri, passphrase_source)
+    encryption: KeySerializationEncryption = NoEncryption()
+    if source is not None:
+        passphrase = read_secret(source, what="passphrase")
+        encryption = BestAvailableEncryption(passphrase.reveal().encode())
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(file, "wb") as stream:
+            stream.write(pem)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except FileExistsError:
+        raise KeyExistsError(
+            f"The key file exists: {path}.", hint="It is not overwritten; choose another path."
+        ) from None
+    except OSError as error:
+        raise SecretSourceError(
+            f"The key file cannot be written: {path}: {error.strerror}."
+        ) from None
+    return GeneratedKey(uri=uri, public_key=PublicKey(key.public_key()))
+
+
+def _read_uri(uri: str, source: SecretSource | None) -> tuple[str, SecretSource | None]:
+    parsed = KeyUri.parse(uri, query_names=frozenset({_PASSPHRASE_SOURCE}))
+    if parsed.authority not in {"", "localhost"} or not parsed.path.startswith("/"):
+        raise KeyUriError(
+            "The file: URI does not name an absolute path on this machine.",
+            hint="Write file:///absolute/path/key.pem.",
+        )
+    return parsed.path, source if source is not None else parsed.query.get(_PASSPHRASE_SOURCE)
+
+
+def _load(pem: bytes, passphrase: Secret | None, path: str) -> ec.EllipticCurvePrivateKey:
+    password = None if passphrase is None else passphrase.reveal().encode()
+    encrypted = b"ENCRYPTED" in pem
+    if encrypted and password is None:
+        raise SecretSourceError(
+            f"The key file is encrypted: {path}.",
+            hint="Name its passphrase's source: passphrase-source=file:PATH or env:NAME.",
+        )
+    if not encrypted and password is not None:
+        raise SecretSourceError(
+            f"The key file is not encrypted, and a passphrase was given: {path}.",
+            hint="Encrypt the file, or leave the passphrase source out.",
+        )
+    try:
+        key = load_pem_private_key(pem, password)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise _unreadable(pem, path, encrypted=encrypted) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        kind = type(key).__name__.removesuffix("PrivateKey").lstrip("_")
+        raise InvalidKeyError(
+            f"The key file holds a key of another kind ({kind}): {path}.",
+            hint="D1 takes ES256 only: use an EC key on P-256.",
+        )
+    if not isinstance(key.curve, ec.SECP256R1):
+        raise InvalidKeyError(
+            f"The key file's curve is {key.curve.name}: {path}.",
+            hint="D1 takes ES256 only: use a key on P-256.",
+        )
+    return key
+
+
+def _unreadable(pem: bytes, path: str, *, encrypted: bool) -> SignerError | SecretSourceError:
+    if b"PUBLIC KEY-----" in pem or b"CERTIFICATE-----" in pem:
+        return InvalidKeyError(
+            f"The key file holds a public key or a certificate: {path}.",
+            hint="Name the file of the private key.",
+        )
+    if encrypted:
+        return SecretSourceError(
+            f"The key file cannot be decrypted: {path}.",
+            hint="Check the passphrase; if it is right, the file is damaged.",
+        )
+    return InvalidKeyError(f"The key file's private key cannot be read: {path}.")

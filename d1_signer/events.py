@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What observers are told: one frozen record for each thing that happened, never a secret."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+_log = logging.getLogger("d1_signer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Use:
+    """Why a signature is asked for; opaque to this package, kept for the audit trail.
+
+    Attributes:
+        purpose: What it is for, such as ``"d1-assertion"``.
+        references: Pairs of name and value that let an auditor find the use again, such as
+            ``("jti", "…")``. Never secret.
+    """
+
+    purpose: str
+    references: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SignEvent:
+    """One call of `Signer.sign` or `Signer.sign_digest` has ended.
+
+    Attributes:
+        backend: Name of the backend, such as ``"pkcs11"``.
+        kid: Key identifier.
+        duration: Seconds from call to end, verification included.
+        error: Code of the error, or None for a signature.
+        use: What the caller said the signature is for.
+    """
+
+    backend: str
+    kid: str
+    duration: float
+    error: str | None = None
+    use: Use | None = None
+
+
+Event = SignEvent
+Observer = Callable[[Event], None]
+"""Called in the thread where the event happened, so it must be quick."""
+
+
+def notify(observers: Iterable[Observer], event: Event) -> None:
+    """Tell each observer; one that fails is logged and never breaks the work it watches."""
+    for observer in observers:
+        try:
+            observer(event)
+        except Exception as error:  # noqa: BLE001 (any failure of foreign code)
+            _log.warning("observer.failed %s", type(error).__name__)

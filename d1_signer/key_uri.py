@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading key URIs: what every scheme has in common (RFC 3986).
+
+PKCS#11 URIs (RFC 7512) have a grammar of their own, which their backend reads.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
+
+from d1_signer.errors import KeyUriError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_PIN_VALUE = re.compile(r"(pin-value=)[^;&?#]*", re.IGNORECASE)
+_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme in lower case, or ``""`` where there is none."""
+    match = _SCHEME.match(uri)
+    return match.group(1).lower() if match else ""
+
+
+def without_secrets(uri: str) -> str:
+    """The URI as it may be shown: without query and fragment, a PIN masked."""
+    return _PIN_VALUE.sub(r"\1****", re.split(r"[?#]", uri, maxsplit=1)[0])
+
+
+def split_fragment(uri: str) -> tuple[str, str | None]:
+    """Split the fragment off: it names the kid.
+
+    Returns:
+        The URI without its fragment, and the fragment percent-decoded (None where there is none).
+
+    Raises:
+        KeyUriError: The fragment is not percent-encoded UTF-8.
+    """
+    rest, mark, fragment = uri.partition("#")
+    return rest, percent_decode(fragment) if mark else None
+
+
+def percent_decode(text: str) -> str:
+    """Decode percent-encoding strictly to UTF-8 text.
+
+    Raises:
+        KeyUriError: A stray ``%``, or bytes that are not UTF-8.
+    """
+    if _PERCENT.search(text):
+        raise KeyUriError("The key URI has a % that is not followed by two hexadecimal digits.")
+    try:
+        return unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise KeyUriError("The key URI has percent-encoded bytes that are not UTF-8.") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyUri:
+    """A key URI of the form ``scheme://authority/path?name=value&name=value``.
+
+    Attributes:
+        scheme: In lower case.
+        authority: What stands between ``//`` and the next ``/``; ``""`` where empty or absent.
+        path: Percent-decoded, with its leading slash where it has one.
+        query: Percent-decoded names and values.
+    """
+
+    scheme: str
+    authority: str
+    path: str
+    query: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, uri: str, *, query_names: frozenset[str] = frozenset()) -> KeyUri:
+        """Read a key URI strictly.
+
+        Args:
+            uri: The URI without its fragment.
+            query_names: The query names that the scheme knows.
+
+        Raises:
+            KeyUriError: No scheme, an unknown or repeated query name, broken percent-encoding.
+        """
+        shown = without_secrets(uri)
+        scheme = scheme_of(uri)
+        if not scheme:
+            raise KeyUriError(
+                f"The key URI has no scheme: {shown}.",
+                hint="It begins with pkcs11:, awskms:, gcpkms:, hashivault: or file:.",
+            )
+        hierarchical, _, query_text = uri[len(scheme) + 1 :].partition("?")
+        authority = ""
+        if hierarchical.startswith("//"):
+            authority, slash, path = hierarchical[2:].partition("/")
+            hierarchical = slash + path
+        query: dict[str, str] = {}
+        for item in filter(None, query_text.split("&")):
+            name, _, value = item.partition("=")
+            name = percent_decode(name)
+            if name not in query_names:
+                known = ", ".join(sorted(query_names)) or "none"
+                raise KeyUriError(
+                    f"The key URI {shown} has a query name that its scheme does not know.",
+                    hint=f"Known here: {known}.",
+                )
+            if name in query:
+                raise KeyUriError(f"The key URI {shown} has {name} twice.")
+            query[name] = percent_decode(value)
+        return cls(
+            scheme=scheme,
+            authority=percent_decode(authority),
+            path=percent_decode(hierarchical),
+            query=query,
+        )

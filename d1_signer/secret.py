@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where secrets come from, and the type that carries them without showing them.
+
+A secret source is ``file:PATH``, ``env:NAME``, ``prompt``, or a callable that is passed in code.
+A secret itself is never a setting: it would show in process lists, shell histories and logs.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import stat
+import sys
+from collections.abc import Callable
+from typing import NoReturn, final
+from urllib.parse import unquote
+
+from d1_signer.errors import SecretSourceError
+
+SecretSource = str | Callable[[], str | bytes]
+"""``file:PATH``, ``env:NAME``, ``prompt``, or a callable that returns the secret."""
+
+_MAX_FILE_SIZE = 1 << 20
+_SOURCES = "A secret source is file:PATH, env:NAME, prompt, or a callable passed in code."
+
+
+@final
+class Secret:
+    """A secret text that no ``repr``, ``str``, format or pickle shows."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        """Wrap ``value``; only `reveal` gives it back."""
+        self._value = value
+
+    def reveal(self) -> str:
+        """The secret itself, for the one call that needs it."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "<Secret ****>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a Secret cannot be pickled"
+        raise TypeError(msg)
+
+
+def read_secret(source: SecretSource, *, what: str) -> Secret:
+    """Read a secret from its source.
+
+    Args:
+        source: ``file:PATH`` (one trailing line end is dropped), ``env:NAME``, ``prompt`` (asks on
+            the terminal without echo), or a callable without arguments.
+        what: What the secret is, for error texts and the prompt: ``"PIN"``, ``"passphrase"``.
+
+    Returns:
+        The secret, never empty.
+
+    Raises:
+        SecretSourceError: Unknown form, unreadable, world-readable, empty, or not UTF-8. The text
+            never repeats the source's value, which may be a secret put there by mistake.
+    """
+    if callable(source):
+        value = _call(source, what)
+    elif source == "prompt":
+        value = _prompt(what)
+    elif source.startswith("env:"):
+        value = _from_environment(source.removeprefix("env:"), what)
+    elif source.startswith("file:"):
+        path = unquote(source.removeprefix("file:"))
+        value = read_private_file(path.removeprefix("//"), what=f"{what} file")
+        value = value.removesuffix(b"\n").removesuffix(b"\r")
+    else:
+        raise SecretSourceError(f"The source of the {what} is not understood.", hint=_SOURCES)
+    return Secret(_text(value, what))
+
+
+def read_private_file(path: str, *, what: str) -> bytes:
+    """Read a file that only its owner may read.
+
+    A file that belongs to root may be readable by its group as well: that is how Kubernetes mounts
+    a secret for a process that is not root (``fsGroup``).
+
+    Args:
+        path: The file; symbolic links are followed, the permissions are those of the target.
+        what: What the file is, for error texts.
+
+    Returns:
+        The content, at most 1 MiB.
+
+    Raises:
+        SecretSourceError: Unreadable, not a regular file, too large, or open to others.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_blocking) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SecretSourceError(f"The {what} is not a regular file: {path}.")
+            _check_mode(status, path, what)
+            content = file.read(_MAX_FILE_SIZE + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise SecretSourceError(
+            f"The {what} cannot be read: {path}: {reason}.",
+            hint="Check the path, and that this process's user may read it.",
+        ) from None
+    if len(content) > _MAX_FILE_SIZE:
+        raise SecretSourceError(f"The {what} is larger than 1 MiB: {path}.")
+    return content
+
+
+def _open_without_blocking(path: str, flags: int) -> int:
+    # A FIFO without a writer would hold the caller for ever; it is refused after the open.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _check_mode(status: os.stat_result, path: str, what: str) -> None:
+    forbidden = stat.S_IRWXG | stat.S_IRWXO
+    if status.st_uid == 0:
+        forbidden &= ~stat.S_IRGRP
+    if status.st_mode & forbidden:
+        mode = stat.S_IMODE(status.st_mode)
+        raise SecretSourceError(
+            f"The {what} is open to other users (mode {mode:04o}): {path}.",
+            hint="Run chmod 600 on it; a file owned by root may be 640.",
+        )
+
+
+def _call(source: Callable[[], str | bytes], what: str) -> str | bytes:
+    try:
+        return source()
+    except Exception as error:
+        # The callable's own error may quote the secret, so only its type is told.
+        raise SecretSourceError(
+            f"The callable that gives the {what} failed with {type(error).__name__}."
+        ) from None
+
+
+def _prompt(what: str) -> str:
+    if not sys.stdin.isatty():
+        raise SecretSourceError(
+            f"The {what} cannot be asked for: standard input is not a terminal.", hint=_SOURCES
+        )
+    try:
+        return getpass.getpass(f"{what}: ", stream=sys.stderr)
+    except EOFError:
+        raise SecretSourceError(f"No {what} was given at the prompt.") from None
+
+
+def _from_environment(name: str, what: str) -> str:
+    try:
+        return os.environ[name]
+    except KeyError:
+        raise SecretSourceError(
+            f"The {what} is to come from an environment variable that is not set.",
+            hint="Set the variable that env:NAME names.",
+        ) from None
+
+
+def _text(value: str | bytes, what: str) -> str:
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise SecretSourceError(f"The {what} is not UTF-8 text.") from None
+    if not isinstance(text, str) or not text:
+        raise SecretSourceError(f"The {what} is empty or not a text.")
+    return text

@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key side's interface: `Signer`, the `Backend` protocol under it, and `open_signer`.
+
+Plain use::
+
+    from d1_signer import open_signer
+
+    with open_signer("pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin") as signer:
+        signature = signer.sign(b"message")           # 64 bytes, r||s
+        signer.public_key.verify(signature, b"message")
+
+A secret never stands in the URI: it comes from ``file:PATH``, ``env:NAME``, or a callable::
+
+    open_signer("pkcs11:token=bank;object=d1", pin_source=lambda: vault.read("d1-pin"))
+
+A backend of your own is a module with ``open_backend(uri, **options)`` that returns a `Backend`,
+announced under the entry-point group ``d1_signer.backends`` with the URI scheme as its name. It
+signs a 32-byte digest and says whether it answers DER or raw; hashing, conversion, range check and
+verification happen here, so no backend can leave them out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import entry_points
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, Self, final
+
+from d1_signer import es256
+from d1_signer.custody import CustodyPolicy, CustodyReport, Evidence
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    InvalidInputError,
+    InvalidSignatureError,
+    KeyMismatchError,
+    KeyUriError,
+    SignerClosedError,
+    SignerError,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.events import Observer, SignEvent, Use, notify
+from d1_signer.key_uri import scheme_of, split_fragment, without_secrets
+
+ENTRY_POINT_GROUP = "d1_signer.backends"
+
+_BUILT_IN = {
+    "awskms": "d1_signer.backends.aws_kms",
+    "file": "d1_signer.backends.pem",
+    "gcpkms": "d1_signer.backends.gcp_kms",
+    "hashivault": "d1_signer.backends.vault",
+    "pkcs11": "d1_signer.backends.pkcs11",
+}
+
+
+class SignatureEncoding(StrEnum):
+    """How a backend answers a signature; declared by the backend, never guessed."""
+
+    RAW = "raw"
+    DER = "der"
+
+
+class Backend(Protocol):
+    """What a place that holds a key must be able to do. All methods may be called by any thread.
+
+    Every failure is raised as an error of `d1_signer.errors` that repeats no secret. A backend
+    works in a forked child as in its parent.
+
+    Attributes:
+        name: Short name for logs and reports, such as ``"pkcs11"``.
+        encoding: Whether `sign_digest` answers DER or raw r||s.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def encoding(self) -> SignatureEncoding: ...
+
+    def public_key(self) -> PublicKey:
+        """The public key, pinned when the backend was opened: always the same one."""
+        ...
+
+    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
+        """Sign a digest.
+
+        Args:
+            digest: SHA-256 digest, 32 bytes (checked by the caller).
+            deadline: Moment on ``time.monotonic()`` by which to answer or raise; None: the
+                backend's own time limit.
+
+        Returns:
+            The signature in the declared encoding.
+        """
+        ...
+
+    def custody(self) -> Evidence:
+        """Collect what is known about where the private key lives."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held; calling it again does nothing."""
+        ...
+
+
+class BackendModule(Protocol):
+    """What an entry point of the group ``d1_signer.backends`` refers to."""
+
+    def open_backend(self, uri: str, **options: Any) -> Backend:  # noqa: ANN401 (its own options)
+        """Open the key that ``uri``, without its fragment, names."""
+        ...
+
+
+@final
+class Signer:
+    """Signs with ES256 under one key. Safe in threads and after fork; not picklable.
+
+    Attributes:
+        algorithm: ``"ES256"``.
+    """
+
+    algorithm = es256.ALGORITHM
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        kid: str | None = None,
+        verify: bool = True,
+        expected_thumbprint: str | None = None,
+        custody_policy: CustodyPolicy | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Take over a backend; `close` closes it. Most callers want `open_signer`.
+
+        Args:
+            backend: An open backend.
+            kid: Key identifier that D1 knows; None: the RFC 7638 thumbprint.
+            verify: Verify each signature under the pinned public key before it is returned.
+            expected_thumbprint: RFC 7638 thumbprint that the key must have.
+            custody_policy: What the key's custody must be shown to be.
+            observers: Told of each signature, see `SignEvent`.
+
+        Raises:
+            KeyMismatchError: The key has another thumbprint than expected.
+            CustodyError: The evidence does not meet the policy.
+            InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
+        """
+        self._backend = backend
+        self._encoding = backend.encoding
+        self._public_key = backend.public_key()
+        self._verify = verify
+        self._observers = tuple(observers)
+        self._closed = False
+        self._kid = self._public_key.thumbprint() if kid is None else _checked_kid(kid)
+        if expected_thumbprint not in {None, self._public_key.thumbprint()}:
+            raise KeyMismatchError(
+                f"The key's thumbprint is {self._public_key.thumbprint()}, which is not the "
+                "expected one.",
+                hint="Check which key the URI names, and the thumbprint that was registered.",
+            )
+        if custody_policy is not None:
+            custody_policy.check(backend.custody())
+
+    @property
+    def public_key(self) -> PublicKey:
+        """The public key, pinned at opening."""
+        return self._public_key
+
+    @property
+    def kid(self) -> str:
+        """Key identifier: the caller's, else the RFC 7638 thumbprint."""
+        return self._kid
+
+    def sign(
+        self, message: bytes, *, timeout: float | None = None, use: Use | None = None
+    ) -> bytes:
+        """Sign a message with ES256 (RFC 7518 section 3.4).
+
+        Args:
+            message: Bytes of any length; hashed here, never sent to the backend.
+            timeout: Seconds to wait at most; None: the backend's own time limit.
+            use: What the signature is for, passed on to the observers.
+
+        Returns:
+            64 bytes, r||s.
+
+        Raises:
+            SignerUnavailable: The device or service does not answer; retryable.
+            SignerError: Anything else that keeps the key from signing.
+            InvalidInputError: ``message`` is not bytes.
+        """
+        try:
+            digest = hashlib.sha256(message).digest()
+        except TypeError:
+            raise InvalidInputError("The message to sign is not bytes.") from None
+        return self.sign_digest(digest, timeout=timeout, use=use)
+
+    def sign_digest(
+        self, digest: bytes, *, timeout: float | None = None, use: Use | None = None
+    ) -> bytes:
+        """Sign a SHA-256 digest that the caller made.
+
+        Args:
+            digest: Exactly 32 bytes.
+            timeout: Seconds to wait at most; None: the backend's own time limit.
+            use: What the signature is for, passed on to the observers.
+
+        Returns:
+            64 bytes, r||s.
+
+        Raises:
+            InvalidInputError: ``digest`` is not 32 bytes.
+            SignerUnavailable: The device or service does not answer; retryable.
+            SignerError: Anything else that keeps the key from signing.
+        """
+        if not isinstance(digest, bytes) or len(digest) != es256.DIGEST_LENGTH:
+            raise InvalidInputError("The digest to sign is not 32 bytes.")
+        if self._closed:
+            raise SignerClosedError(
+                "The signer is closed.", hint="Open it anew with open_signer()."
+            )
+        if not self._observers:
+            return self._sign(digest, timeout)
+        error: str | None = "interrupted"
+        started = time.perf_counter()
+        try:
+            signature = self._sign(digest, timeout)
+            error = None
+        except D1SignerError as failure:
+            error = failure.code
+            raise
+        finally:
+            duration = time.perf_counter() - started
+            event = SignEvent(
+                backend=self._backend.name,
+                kid=self._kid,
+                duration=duration,
+                error=error,
+                use=use,
+            )
+            notify(self._observers, event)
+        return signature
+
+    def _sign(self, digest: bytes, timeout: float | None) -> bytes:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            answer = self._backend.sign_digest(digest, deadline)
+        except D1SignerError:
+            raise
+        except Exception as failure:
+            raise _foreign(self._backend.name, failure) from None
+        if self._encoding is SignatureEncoding.DER:
+            answer = es256.raw_from_der(answer)
+        if self._verify:
+            try:
+                self._public_key.verify_digest(answer, digest)
+            except InvalidSignatureError as failure:
+                raise InvalidSignatureError(
+                    f"The {self._backend.name} backend answered a signature that the key "
+                    f"{self._public_key.thumbprint()} did not make; it was not used.",
+                    hint="Check whether the key was replaced; if not, the answer was corrupted.",
+                ) from failure
+        else:
+            es256.check_raw(answer)
+        return answer
+
+    def custody(self) -> CustodyReport:
+        """Collect the evidence about where the private key lives.
+
+        Raises:
+            SignerUnavailable: The device or service does not answer; retryable.
+            SignerError: Anything else that keeps the backend from asking.
+        """
+        try:
+            evidence = self._backend.custody()
+        except D1SignerError:
+            raise
+        except Exception as failure:
+            raise _foreign(self._backend.name, failure) from None
+        return CustodyReport(
+            backend=self._backend.name,
+            kid=self._kid,
+            thumbprint=self._public_key.thumbprint(),
+            collected_at=int(time.time()),
+            evidence=evidence,
+        )
+
+    def close(self) -> None:
+        """Release the backend; calling it again does nothing."""
+        self._closed = True
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Signer {self._backend.name} kid={self._kid!r}>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a Signer cannot be pickled: open it where it is used"
+        raise TypeError(msg)
+
+
+def open_signer(
+    uri: str,
+    *,
+    kid: str | None = None,
+    verify: bool = True,
+    expected_thumbprint: str | None = None,
+    custody_policy: CustodyPolicy | None = None,
+    observers: Sequence[Observer] = (),
+    **options: Any,  # noqa: ANN401 (each backend has its own options and checks them)
+) -> Signer:
+    """Open the key that a URI names.
+
+    Args:
+        uri: ``pkcs11:`` (RFC 7512), ``awskms:``, ``gcpkms:``, ``hashivault:``, ``file:``, or the
+            scheme of an installed plug-in. A fragment names the kid.
+        kid: Key identifier; wins over the fragment. Without either: the RFC 7638 thumbprint.
+        verify: Verify each signature before it is returned.
+        expected_thumbprint: RFC 7638 thumbprint that the key must have.
+        custody_policy: What the key's custody must be shown to be.
+        observers: Told of each signature.
+        **options: The backend's own options; see its ``open_backend``.
+
+    Returns:
+        A signer, ready to sign. The caller closes it.
+
+    Raises:
+        KeyUriError: The URI cannot be read, or nothing serves its scheme.
+        MissingExtraError: The backend's optional dependency is not installed.
+        ConfigurationError: An option that the backend does not know.
+        SignerError: The key cannot be opened.
+    """
+    rest, fragment = split_fragment(uri)
+    backend = _call(load_backend_module(rest), "open_backend", rest, options)
+    try:
+        return Signer(
+            backend,
+            kid=fragment if kid is None else kid,
+            verify=verify,
+            expected_thumbprint=expected_thumbprint,
+            custody_policy=custody_policy,
+            observers=observers,
+        )
+    except BaseException:
+        backend.close()
+        raise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedKey:
+    """A key that was just made.
+
+    Attributes:
+        uri: The URI that `open_signer` takes for it, without secrets.
+        public_key: The public half.
+    """
+
+    uri: str
+    public_key: PublicKey
+
+
+def generate_key(uri: str, **options: Any) -> GeneratedKey:  # noqa: ANN401 (the backend's own)
+    """Make a new P-256 signing key where the URI says; an existing key is never overwritten.
+
+    Args:
+        uri: As for `open_signer`, naming a key that does not exist yet.
+        **options: The backend's own options; see its ``generate_key``.
+
+    Raises:
+        KeyExistsError: A key of that name exists.
+        KeyUriError: The URI cannot be read, or its backend makes no keys.
+        SignerError: The key cannot be made.
+    """
+    rest, _ = split_fragment(uri)
+    module = load_backend_module(rest)
+    if not hasattr(module, "generate_key"):
+        raise KeyUriError(f"The scheme {scheme_of(uri)}: does not make keys.")
+    generated: GeneratedKey = _call(module, "generate_key", rest, options)
+    return generated
+
+
+def load_backend_module(uri: str) -> BackendModule:
+    """Find the module that serves a URI's scheme: a built-in one, else a plug-in's.
+
+    Raises:
+        KeyUriError: Nothing serves the scheme.
+        MissingExtraError: The backend's optional dependency is not installed.
+        ConfigurationError: Two plug-ins serve the scheme, or the plug-in cannot be loaded.
+    """
+    scheme = scheme_of(uri)
+    if scheme in _BUILT_IN:
+        return importlib.import_module(_BUILT_IN[scheme])
+    found = list(entry_points(group=ENTRY_POINT_GROUP, name=scheme)) if scheme else []
+    if len(found) == 1:
+        try:
+            module: BackendModule = found[0].load()
+        except Exception as error:
+            raise ConfigurationError(
+                f"The plug-in {found[0].value} for {scheme}: cannot be loaded "
+                f"({type(error).__name__}).",
+                hint="Check its installation.",
+            ) from error
+        return module
+    if found:
+        values = ", ".join(sorted(point.value for point in found))
+        raise ConfigurationError(
+            f"More than one plug-in serves {scheme}: {values}.", hint="Uninstall all but one."
+        )
+    plugged = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
+    known = ", ".join(f"{name}:" for name in sorted({*_BUILT_IN, *plugged}))
+    raise KeyUriError(
+        f"Nothing serves the key URI {without_secrets(uri)!r}.", hint=f"Known schemes: {known}."
+    )
+
+
+def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:  # noqa: ANN401
+    function = getattr(module, name)
+    try:
+        inspect.signature(function).bind(uri, **options)
+    except TypeError:
+        known = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        unknown = ", ".join(sorted(set(options) - set(known))) or "a required one is missing"
+        raise ConfigurationError(
+            f"Options that do not fit {scheme_of(uri)}: {unknown}.",
+            hint=f"Known here: {', '.join(known) or 'none'}.",
+        ) from None
+    try:
+        return function(uri, **options)
+    except D1SignerError:
+        raise
+    except Exception as failure:
+        raise _foreign(f"{scheme_of(uri)}:", failure) from None
+
+
+def _foreign(backend: str, failure: Exception) -> SignerError:
+    # Its text and its attributes may carry a secret, so only the type is told.
+    return SignerError(
+        f"The {backend} backend failed with {type(failure).__name__}.",
+        hint="This is a defect of the backend; report it to its maintainers.",
+    )
+
+
+def _checked_kid(kid: str) -> str:
+    if not isinstance(kid, str) or not 0 < len(kid) <= 256 or not kid.isprintable():  # noqa: PLR2004
+        raise InvalidInputError(
+            "The kid is empty, longer than 256 characters, or not printable text.",
+            hint="Give the key identifier under which D1 registered the public key.",
+        )
+    return kid
