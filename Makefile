@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs from a fresh clone: a target installs what it needs and is missing.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK_VENV := build/lock
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo check test bench soak lock clean system-demo system-test
+
+help:
+	@echo 'make demo   a key in SoftHSM, an assertion, a D1 access token from the sandbox'
+	@echo 'make test   everything: make check, then all tests'
+	@echo 'make check  ruff, mypy --strict, the import contracts'
+	@echo 'make bench  the measured figures, beside those of the peers'
+	@echo 'make soak   the long stress runs'
+	@echo 'make lock   write requirements/ anew (UPGRADE=1: with the newest releases)'
+	@echo 'make clean  remove what the other targets made'
+	@echo 'PYTHON=python3.12 chooses the interpreter; it must be 3.11 or newer.'
+
+demo: $(VENV)/.demo system-demo
+	softhsm/with-token $(BIN)/python docs/examples/demo.py
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# Stress tests measure time: they run by themselves, after the others.
+test: check system-test
+	$(PYTEST) -p no:benchmark -n $(JOBS) -m 'not stress and not soak'
+	$(PYTEST) -p no:benchmark -m 'stress and not soak' || test $$? -eq 5
+
+bench: $(VENV)/.bench system-test
+	$(BIN)/python -m tests.bench
+
+soak: $(VENV)/.dev system-test
+	$(PYTEST) -p no:benchmark -m soak
+
+system-demo:
+	@scripts/system-packages demo
+
+system-test:
+	@scripts/system-packages test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'Python 3.11 or newer is needed. Name one: make PYTHON=python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Each of these holds the one before; all come from locks with hashes.
+$(VENV)/.demo: $(VENV)/bin/python requirements/demo.txt pyproject.toml
+	$(PIP_INSTALL) --require-hashes -r requirements/demo.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
+	$(PIP_INSTALL) --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev requirements/bench.txt requirements/bench-no-deps.txt
+	$(PIP_INSTALL) --require-hashes -r requirements/bench.txt
+	$(PIP_INSTALL) --no-deps --ignore-requires-python --require-hashes -r requirements/bench-no-deps.txt
+	@touch $@
+
+lock: $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	UV=$(LOCK_VENV)/bin/uv scripts/lock $(if $(UPGRADE),--upgrade)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

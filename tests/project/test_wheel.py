@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel that users get: built, looked into, and imported from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, timeout=50)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        information = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(information).decode())
+    package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert {name.split("/")[0] for name in package} == {"d1_signer"}
+    assert "d1_signer/py.typed" in names
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    tracked = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "d1_signer").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert package == tracked
+
+
+def test_core_needs_three_libraries(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        information = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = Parser().parsestr(archive.read(information).decode())
+    required = metadata.get_all("Requires-Dist") or []
+    core = sorted(line.partition(">")[0] for line in required if "extra ==" not in line)
+    assert core == ["asn1crypto", "cryptography", "requests"]
+
+
+def test_package_imports_from_the_wheel(wheel: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
+        "import d1_signer, d1_signer.es256\n"
+        "print(d1_signer.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=wheel.parent,
+    )
+    assert done.stdout.startswith(str(wheel))
