@@ -4,13 +4,13 @@
 The tree (``code`` in brackets; *retryable* where trying again later can help)::
 
     D1SignerError
-    ├── InvalidInputError [invalid_input]           an argument of a wrong type, length or range
+    ├── InvalidInputError [invalid_input]           an argument of a wrong type or range
     ├── ConfigurationError [configuration]          a setting is missing, contradictory or malformed
     │   ├── KeyUriError [key_uri]                   a key URI that cannot be read
     │   ├── MissingExtraError [missing_extra]       an optional dependency is not installed
     │   └── SecretSourceError [secret_source]       a PIN, passphrase or key file cannot be read
     ├── SignerError [signer]
-    │   ├── InvalidSignatureError [invalid_signature]     malformed, out of range, or not by this key
+    │   ├── InvalidSignatureError [invalid_signature]   malformed, or not by this key
     │   ├── InvalidKeyError [invalid_key]                 not a P-256 signing key
     │   ├── KeyNotFoundError [key_not_found]              no key, or no token, fits the selection
     │   ├── AmbiguousKeyError [ambiguous_key]             more than one key, or token, fits
@@ -20,15 +20,16 @@ The tree (``code`` in brackets; *retryable* where trying again later can help)::
     │   ├── LoginError [login]                            the PIN or the credentials were refused
     │   ├── AccessDeniedError [access_denied]             known to the service, not allowed to sign
     │   ├── IntegrityError [integrity]                    an answer was altered on its way
-    │   ├── SignerUnavailable [signer_unavailable]        device or service does not answer; retryable
-    │   │   ├── SignerTimeout [signer_timeout]            no answer within the deadline; retryable
-    │   │   └── SignerThrottled [signer_throttled]        the service asks to slow down; retryable
+    │   ├── SignerUnavailable [signer_unavailable]        does not answer; retryable
+    │   │   ├── SignerTimeout [signer_timeout]          no answer in time; retryable
+    │   │   └── SignerThrottled [signer_throttled]        asked to slow down; retryable
     │   ├── SignerClosedError [signer_closed]             used after ``close()``
     │   └── CustodyError [custody]                        the key does not meet the custody policy
     └── TokenError [token]
         ├── TokenRefusedError [token_refused]             D1 refused the assertion
+        ├── TlsError [tls]                                TLS trust between D1 and us is missing
         ├── TokenResponseError [token_response]           D1's answer cannot be used
-        ├── TokenUnavailable [token_unavailable]          D1 cannot be reached or is failing; retryable
+        ├── TokenUnavailable [token_unavailable]          D1 is out of reach or failing; retryable
         │   └── TokenTimeout [token_timeout]              no token within the deadline; retryable
         └── FetcherClosedError [fetcher_closed]           used after ``close()``
 
@@ -38,7 +39,7 @@ are translated, and a cause is chained only where it cannot carry a secret.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class D1SignerError(Exception):
@@ -76,7 +77,7 @@ class D1SignerError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
 
-    def fresh(self) -> D1SignerError:
+    def fresh(self) -> Self:
         """Return an equal error with no traceback of its own.
 
         One failure is given to many waiting threads; raising one object in several threads would
@@ -205,7 +206,7 @@ class IntegrityError(SignerError):
     default_retryable = True
 
 
-class SignerUnavailable(SignerError):  # noqa: N818 (a condition, and a fixed public name)
+class SignerUnavailable(SignerError):
     """The device or the service does not answer, or answers that it cannot work now."""
 
     code = "signer_unavailable"
@@ -266,13 +267,19 @@ class TokenRefusedError(TokenError):
         self.error = error
 
 
+class TlsError(TokenError):
+    """The server's certificate is not trusted, or the server refuses ours."""
+
+    code = "tls"
+
+
 class TokenResponseError(TokenError):
     """D1's answer is not a usable token response."""
 
     code = "token_response"
 
 
-class TokenUnavailable(TokenError):  # noqa: N818 (a condition, as SignerUnavailable)
+class TokenUnavailable(TokenError):
     """D1's token endpoint cannot be reached, or answers 429 or 5xx."""
 
     code = "token_unavailable"

@@ -59,7 +59,7 @@ def raw_from_der(der: bytes) -> bytes:
     try:
         parsed = DSASignature.load(der, strict=True)
         r, s = parsed["r"].native, parsed["s"].native
-        raw = r.to_bytes(COORDINATE_LENGTH, "big") + s.to_bytes(COORDINATE_LENGTH, "big")
+        raw: bytes = r.to_bytes(COORDINATE_LENGTH, "big") + s.to_bytes(COORDINATE_LENGTH, "big")
     except (ValueError, TypeError, OverflowError, KeyError, AttributeError):
         raise _malformed("it is not the DER form of two positive integers") from None
     # asn1crypto reads BER that DER forbids even with strict=True; one value has one DER form.

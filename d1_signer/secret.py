@@ -130,7 +130,7 @@ def _check_mode(status: os.stat_result, path: str, what: str) -> None:
 def _call(source: Callable[[], str | bytes], what: str) -> str | bytes:
     try:
         return source()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (the caller's code may raise anything)
         # The callable's own error may quote the secret, so only its type is told.
         raise SecretSourceError(
             f"The callable that gives the {what} failed with {type(error).__name__}."

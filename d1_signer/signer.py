@@ -72,16 +72,17 @@ class Backend(Protocol):
     Every failure is raised as an error of `d1_signer.errors` that repeats no secret. A backend
     works in a forked child as in its parent.
 
-    Attributes:
-        name: Short name for logs and reports, such as ``"pkcs11"``.
-        encoding: Whether `sign_digest` answers DER or raw r||s.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Short name for logs and reports, such as ``"pkcs11"``."""
+        ...
 
     @property
-    def encoding(self) -> SignatureEncoding: ...
+    def encoding(self) -> SignatureEncoding:
+        """Declared form of the answers of `sign_digest`."""
+        ...
 
     def public_key(self) -> PublicKey:
         """The public key, pinned when the backend was opened: always the same one."""
@@ -112,7 +113,7 @@ class Backend(Protocol):
 class BackendModule(Protocol):
     """What an entry point of the group ``d1_signer.backends`` refers to."""
 
-    def open_backend(self, uri: str, **options: Any) -> Backend:  # noqa: ANN401 (its own options)
+    def open_backend(self, uri: str, **options: Any) -> Backend:
         """Open the key that ``uri``, without its fragment, names."""
         ...
 
@@ -254,7 +255,7 @@ class Signer:
             answer = self._backend.sign_digest(digest, deadline)
         except D1SignerError:
             raise
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
             raise _foreign(self._backend.name, failure) from None
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
@@ -282,7 +283,7 @@ class Signer:
             evidence = self._backend.custody()
         except D1SignerError:
             raise
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
             raise _foreign(self._backend.name, failure) from None
         return CustodyReport(
             backend=self._backend.name,
@@ -324,7 +325,7 @@ def open_signer(
     expected_thumbprint: str | None = None,
     custody_policy: CustodyPolicy | None = None,
     observers: Sequence[Observer] = (),
-    **options: Any,  # noqa: ANN401 (each backend has its own options and checks them)
+    **options: Any,
 ) -> Signer:
     """Open the key that a URI names.
 
@@ -376,7 +377,7 @@ class GeneratedKey:
     public_key: PublicKey
 
 
-def generate_key(uri: str, **options: Any) -> GeneratedKey:  # noqa: ANN401 (the backend's own)
+def generate_key(uri: str, **options: Any) -> GeneratedKey:
     """Make a new P-256 signing key where the URI says; an existing key is never overwritten.
 
     Args:
@@ -430,7 +431,7 @@ def load_backend_module(uri: str) -> BackendModule:
     )
 
 
-def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:  # noqa: ANN401
+def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:
     function = getattr(module, name)
     try:
         inspect.signature(function).bind(uri, **options)
@@ -449,7 +450,7 @@ def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -
         return function(uri, **options)
     except D1SignerError:
         raise
-    except Exception as failure:
+    except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
         raise _foreign(f"{scheme_of(uri)}:", failure) from None
 
 

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One POST to the token endpoint: bounded in time and size, and nothing secret in its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import requests
+import urllib3
+
+from d1_signer.d1 import GRANT_TYPE, Environment
+from d1_signer.errors import (
+    D1SignerError,
+    TlsError,
+    TokenError,
+    TokenResponseError,
+    TokenUnavailable,
+)
+from d1_signer.secret import Secret
+from d1_signer.tls import TlsAdapter, new_session
+from d1_signer.token_response import MAX_BODY, Grant, error_from, read_grant, seconds_until
+
+_OK = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What came back for one POST: a grant, or the error that the answer means.
+
+    Attributes:
+        outcome: The grant, or the error.
+        status: HTTP status code.
+        clock_offset: Seconds by which the server's ``Date`` is ahead of this machine's clock; None
+            where it sent none.
+        retry_after: Seconds that the server asks to wait; None where it does not.
+    """
+
+    outcome: Grant | TokenError
+    status: int
+    clock_offset: float | None
+    retry_after: float | None
+
+
+class TokenEndpoint:
+    """The token endpoint of one environment, over one pool of connections."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        context: ssl.SSLContext,
+        *,
+        proxy: str | None,
+        connect_timeout: float,
+        read_timeout: float,
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Args:
+            environment: Which D1.
+            context: TLS context with the client certificate.
+            proxy: URL of a proxy, or None.
+            connect_timeout: Seconds to wait for a connection at most.
+            read_timeout: Seconds to wait for the next bytes at most.
+        """
+        self._url = environment.token_endpoint
+        self._timeouts = (connect_timeout, read_timeout)
+        self._adapter = TlsAdapter(context, pool_size=1)
+        self._session = new_session(self._adapter, proxy=proxy)
+
+    def post(self, assertion: Secret, *, correlation_id: str, deadline: float) -> Reply:
+        """Send one assertion.
+
+        Args:
+            assertion: The JWT in compact form.
+            correlation_id: For ``x-correlation-id``.
+            deadline: Moment on ``time.monotonic()`` by which the answer must be complete.
+
+        Raises:
+            TlsError: The server's certificate is not trusted, or it refuses ours.
+            TokenUnavailable: No connection, no answer in time, or a broken one.
+            TokenResponseError: The answer is too large or encoded.
+        """
+        # The errors of requests hold the request, and with it the assertion, so ours are raised
+        # where those are out of reach: not even as the context of ours.
+        failure: D1SignerError
+        try:
+            return self._exchange(assertion, correlation_id, deadline)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            failure = _translated(error, self._timeouts)
+        except D1SignerError as error:
+            failure = error.fresh()
+        except (ValueError, UnicodeError) as error:
+            failure = TokenResponseError(f"D1's answer is not HTTP ({type(error).__name__}).")
+        failure.details["correlation_id"] = correlation_id
+        raise failure
+
+    def _exchange(self, assertion: Secret, correlation_id: str, deadline: float) -> Reply:
+        sent_at = time.time()
+        connect, read = (min(limit, _remaining(deadline)) for limit in self._timeouts)
+        response = self._session.post(
+            self._url,
+            data={"grant_type": GRANT_TYPE, "assertion": assertion.reveal()},
+            headers={
+                "accept": "application/json",
+                "accept-encoding": "identity",
+                "x-correlation-id": correlation_id,
+            },
+            allow_redirects=False,
+            stream=True,
+            timeout=(connect, read),
+        )
+        with contextlib.closing(response):
+            body = b"".join(_chunks(response, deadline))
+        now = time.time()
+        # The Date was written between sending and receiving; the middle is the best guess.
+        clock_offset = seconds_until(response.headers.get("date"), now=(sent_at + now) / 2)
+        retry_after = seconds_until(response.headers.get("retry-after"), now=now)
+        outcome: Grant | TokenError
+        if response.status_code == _OK:
+            outcome = read_grant(body)
+        else:
+            outcome = error_from(
+                response.status_code, body, assertion=assertion, retry_after=retry_after
+            )
+        if isinstance(outcome, TokenError):
+            outcome.details["correlation_id"] = correlation_id
+        return Reply(
+            outcome=outcome,
+            status=response.status_code,
+            clock_offset=clock_offset,
+            retry_after=retry_after,
+        )
+
+    def abort(self) -> None:
+        """Cut the connections, so that a thread inside `post` comes back with an error."""
+        self._adapter.abort()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+
+def _remaining(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TokenUnavailable(
+            "D1's answer did not come in time.", hint="Try again; look at the network to D1."
+        )
+    return remaining
+
+
+def _chunks(response: requests.Response, deadline: float) -> Iterator[bytes]:
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise TokenResponseError("D1's answer is compressed, which was not asked for.")
+    total = 0
+    # read1: a server that drips bytes is noticed at each of them, not at the end of a block.
+    while chunk := response.raw.read1(8192, decode_content=False):
+        total += len(chunk)
+        if total > MAX_BODY:
+            raise TokenResponseError(
+                "D1's answer is larger than 64 KiB.",
+                hint="Check that the environment's URL is D1's token endpoint.",
+            )
+        _remaining(deadline)
+        yield chunk
+
+
+def _translated(error: Exception, timeouts: tuple[float, float]) -> D1SignerError:
+    for link in _chain(error):
+        if isinstance(link, ssl.SSLCertVerificationError):
+            return TlsError(
+                f"D1's server certificate is not trusted: {link.verify_message}.",
+                hint="Check the environment's URL and the CA file; a TLS-inspecting proxy "
+                "must let this host pass.",
+            )
+        if isinstance(link, ssl.SSLError) and "ALERT" in (link.reason or ""):
+            return TlsError(
+                f"D1 refused the TLS handshake ({_words(link.reason)}).",
+                hint="Check the client certificate: right environment, not expired, signed by "
+                "Thales' CA.",
+            )
+    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+        return TokenError("The token endpoint's URL cannot be used.", hint="Check the environment.")
+    return TokenUnavailable(
+        f"D1's token endpoint cannot be reached: {_reason(error, timeouts)}.",
+        hint="Check network, proxy and firewall; a missing client certificate looks like this too.",
+    )
+
+
+def _reason(error: Exception, timeouts: tuple[float, float]) -> str:
+    connect, read = timeouts
+    known = (
+        (urllib3.exceptions.NameResolutionError, "its host name is not known here"),
+        (urllib3.exceptions.ConnectTimeoutError, f"no connection within {connect:g} seconds"),
+        (urllib3.exceptions.ProxyError, "the proxy does not connect"),
+        (urllib3.exceptions.ReadTimeoutError, f"no answer within {read:g} seconds"),
+    )
+    for link in _chain(error):
+        for kind, reason in known:
+            if isinstance(link, kind):
+                return reason
+        if isinstance(link, ssl.SSLError):
+            return f"TLS failed ({_words(link.reason)})"
+        if isinstance(link, OSError) and link.errno and link.strerror:
+            return link.strerror.lower()
+    return "the connection was closed before a whole answer came"
+
+
+def _words(reason: str | None) -> str:
+    return re.sub(r"[^a-z0-9.]+", " ", (reason or "no reason").lower())
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from or holds, innermost last; each once."""
+    seen: set[int] = set()
+    todo: list[object] = [error]
+    while todo:
+        link = todo.pop(0)
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One renewal: as many attempts as it takes within one deadline, each with an assertion of its own.
+
+This is the only retry layer between a caller and D1's token endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from d1_signer.access_token import HeldToken, hold
+from d1_signer.assertion import sign_assertion
+from d1_signer.clock import Clock
+from d1_signer.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
+from d1_signer.endpoint import Reply, TokenEndpoint
+from d1_signer.errors import (
+    FetcherClosedError,
+    TokenError,
+    TokenRefusedError,
+    TokenResponseError,
+    TokenTimeout,
+    TokenUnavailable,
+)
+from d1_signer.secret import Secret
+from d1_signer.signer import Signer
+from d1_signer.signer_set import SignerSet
+from d1_signer.token_response import Grant
+
+_log = logging.getLogger("d1_signer.token")
+
+MAX_ATTEMPTS = 4
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 4.0
+_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+# Below the first a clock is right enough and D1 had another reason; beyond the second the machine
+# is so wrong that an operator must look at it.
+_LEAST_SKEW = float(ISSUED_AT_MARGIN)
+_MOST_SKEW = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Time limits of a renewal, all in seconds.
+
+    Attributes:
+        total: From its start to its end, all attempts included.
+        sign: For one signature.
+        connect: For one connection.
+        read: For the next bytes of an answer.
+    """
+
+    total: float = 30.0
+    sign: float = 10.0
+    connect: float = 5.0
+    read: float = 10.0
+
+
+def pause_before(attempt: int, *, retry_after: float | None, chance: float) -> float:
+    """Seconds to wait before an attempt: exponential, capped, with full jitter.
+
+    Args:
+        attempt: 1 for the first repetition.
+        retry_after: What the server asked for, which is the least.
+        chance: Random number from 0 to 1.
+    """
+    jittered = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (attempt - 1)) * chance
+    return max(jittered, retry_after or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Attempt:
+    """What became of one assertion; ``reply`` is None where nothing usable came back."""
+
+    kid: str
+    outcome: Grant | TokenError
+    reply: Reply | None = None
+
+
+class Renewal:
+    """Obtains tokens; keeps nothing but what it learned of D1's clock."""
+
+    def __init__(
+        self,
+        signers: SignerSet,
+        profile: AssertionProfile,
+        endpoint: TokenEndpoint,
+        *,
+        limits: Limits,
+        clock: Clock,
+        correlation_id: Callable[[], str] | None,
+    ) -> None:
+        """Put together what an attempt needs; see `d1_signer.TokenFetcher` for the arguments."""
+        self._signers = signers
+        self._profile = profile
+        self._endpoint = endpoint
+        self._limits = limits
+        self._clock = clock
+        self._correlation_id = correlation_id
+        self._clock_offset = 0.0
+
+    def obtain(self, *, deadline: float, stopped: threading.Event) -> HeldToken:
+        """Obtain a token.
+
+        Args:
+            deadline: Moment on ``time.monotonic()`` by which to return or raise.
+            stopped: Set by whoever wants no result any more.
+
+        Raises:
+            SignerError: No signer could sign.
+            TokenError: D1 gave no usable token.
+            FetcherClosedError: ``stopped`` was set.
+        """
+        refused_kids: frozenset[str] = frozenset()
+        skew_corrected = False
+        attempt = 0
+        while True:
+            attempt += 1
+            started = (self._clock(), time.time())
+            tried = self._try_once(deadline, refused_kids)
+            if isinstance(tried.outcome, Grant):
+                return self._held(tried.outcome, *started)
+            # The two attempts below do not repeat what was refused: each sends another assertion
+            # that removes the reason which the refusal points to, and each happens once.
+            if not skew_corrected and self._corrects_skew(tried):
+                skew_corrected = True
+                continue
+            if not refused_kids and self._has_another_kid(tried):
+                refused_kids = frozenset({tried.kid})
+                continue
+            self._pause(attempt, tried, tried.outcome, deadline, stopped)
+
+    def _try_once(self, deadline: float, without: frozenset[str]) -> _Attempt:
+        def sign(signer: Signer) -> tuple[str, Secret]:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TokenTimeout(
+                    "No token within the deadline: signing took too long.",
+                    hint="Look at the device or service that holds the key.",
+                )
+            timeout = min(self._limits.sign, remaining)
+            assertion = sign_assertion(
+                signer, self._profile, clock_offset=self._clock_offset, timeout=timeout
+            )
+            return signer.kid, assertion
+
+        kid, assertion = self._signers.attempt(sign, without=without)
+        correlation_id = (
+            secrets.token_hex(16)
+            if self._correlation_id is None
+            else checked_correlation_id(self._correlation_id())
+        )
+        try:
+            reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
+        except TokenUnavailable as error:
+            return _Attempt(kid=kid, outcome=error)
+        return _Attempt(kid=kid, outcome=reply.outcome, reply=reply)
+
+    def _pause(
+        self,
+        attempt: int,
+        tried: _Attempt,
+        failure: TokenError,
+        deadline: float,
+        stopped: threading.Event,
+    ) -> None:
+        """Wait before the next attempt, or raise the failure where there is to be none."""
+        retried = tried.reply is None or tried.reply.status in _RETRIED_STATUS
+        pause = pause_before(
+            attempt,
+            retry_after=None if tried.reply is None else tried.reply.retry_after,
+            chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+        )
+        if attempt >= MAX_ATTEMPTS or not retried or time.monotonic() + pause >= deadline:
+            raise failure
+        _log.info("token.retry attempt=%d pause=%.3f error=%s", attempt, pause, failure.code)
+        if stopped.wait(pause):
+            raise FetcherClosedError("The token fetcher was closed during a renewal.")
+
+    def _held(self, grant: Grant, requested_at: float, requested_at_wall: float) -> HeldToken:
+        if grant.expires_in <= self._clock() - requested_at:
+            raise TokenResponseError(
+                "D1's token expired before it arrived.", hint="Look at the network to D1."
+            )
+        return hold(
+            value=grant.value,
+            scope=grant.scope,
+            expires_in=grant.expires_in,
+            requested_at=requested_at,
+            requested_at_wall=requested_at_wall,
+            chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+        )
+
+    def _corrects_skew(self, tried: _Attempt) -> bool:
+        offset = None if tried.reply is None else tried.reply.clock_offset
+        if offset is None or not _is_invalid_grant(tried):
+            return False
+        if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > _MOST_SKEW:
+            return False
+        _log.warning("token.clock_skew offset=%.0f: set this machine's clock right", offset)
+        self._clock_offset = offset
+        return True
+
+    def _has_another_kid(self, tried: _Attempt) -> bool:
+        if not _is_invalid_grant(tried) or set(self._signers.kids) == {tried.kid}:
+            return False
+        _log.warning("token.kid_refused kid=%s: another kid of the set is tried", tried.kid)
+        return True
+
+
+def _is_invalid_grant(tried: _Attempt) -> bool:
+    # The body of D1's 400 is not documented, so one without an error code counts as well.
+    return (
+        isinstance(tried.outcome, TokenRefusedError)
+        and tried.outcome.status == 400  # noqa: PLR2004 (RFC 6749 section 5.2)
+        and tried.outcome.error in {"", "invalid_grant"}
+    )

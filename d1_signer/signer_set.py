@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ordered signers, each with its kid: rotation and failover are one mechanism.
+
+The first member that can sign does. To rotate: add the new key's signer behind the old one and
+publish both keys (`SignerSet.jwks`), `promote` the new kid once D1 knows it, `remove` the old one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NoReturn, TypeVar, final
+
+from d1_signer.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    KeyMismatchError,
+    SignerError,
+    SignerUnavailable,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.signer import Signer
+
+_log = logging.getLogger("d1_signer.signer_set")
+_T = TypeVar("_T")
+
+_FIRST_REST = 1.0
+_LONGEST_REST = 30.0
+
+
+class Health(StrEnum):
+    """Whether a member is asked for signatures (the states of a circuit breaker)."""
+
+    WORKING = "working"  # circuit closed
+    RESTING = "resting"  # circuit open: not asked until the rest is over
+    PROBING = "probing"  # half-open: one caller tries whether it works again
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberHealth:
+    """The state of one member at one moment.
+
+    Attributes:
+        kid: Key identifier.
+        health: Whether it is asked.
+        failures: Failures since the last signature.
+        last_error: Code of the last error since then; None where there was none.
+        rests_for: Seconds until it is probed; 0 where it does not rest.
+    """
+
+    kid: str
+    health: Health
+    failures: int
+    last_error: str | None
+    rests_for: float
+
+
+@final
+class LazySigner:
+    """A member whose device may be down while the process starts; opened when it is needed.
+
+    Its kid and public key are told instead of asked, and the key that is found must be that one.
+    """
+
+    def __init__(self, opener: Callable[[], Signer], *, kid: str, public_key: PublicKey) -> None:
+        """Remember how to open the signer.
+
+        Args:
+            opener: Opens it: ``lambda: open_signer(uri, kid=kid)``.
+            kid: Its key identifier.
+            public_key: Its public key.
+        """
+        self._opener = opener
+        self._lock = threading.Lock()
+        self._signer: Signer | None = None
+        self.kid = kid
+        self.public_key = public_key
+
+    def signer(self) -> Signer:
+        """The open signer; opens it where it is not.
+
+        Raises:
+            KeyMismatchError: The key or the kid is not the one that was told.
+            SignerError: It cannot be opened.
+        """
+        with self._lock:
+            if self._signer is None:
+                signer = self._opener()
+                if signer.public_key != self.public_key or signer.kid != self.kid:
+                    found = signer.public_key.thumbprint()
+                    signer.close()
+                    raise KeyMismatchError(
+                        f"The key of kid {self.kid!r} has the thumbprint {found}, which is not "
+                        "the expected one.",
+                        hint="Check the key URI against the key that was registered.",
+                    )
+                self._signer = signer
+            return self._signer
+
+    def close(self) -> None:
+        """Close the signer where it was opened."""
+        with self._lock:
+            if self._signer is not None:
+                self._signer.close()
+                self._signer = None
+
+
+class _Member:
+    """One signer and its circuit breaker."""
+
+    def __init__(self, source: Signer | LazySigner) -> None:
+        self.source = source
+        self.kid = source.kid
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._last_error: str | None = None
+        self._rests_until = 0.0
+        self._probing = False
+
+    def signer(self) -> Signer:
+        return self.source if isinstance(self.source, Signer) else self.source.signer()
+
+    def admit(self, now: float) -> bool:
+        """Whether a caller may try now; after a rest, one caller at a time."""
+        with self._lock:
+            if self._failures == 0:
+                return True
+            if self._probing or now < self._rests_until:
+                return False
+            self._probing = True
+            return True
+
+    def succeeded(self) -> None:
+        with self._lock:
+            if self._failures:
+                _log.info("signer_set.recovered kid=%s", self.kid)
+            self._failures, self._last_error, self._probing = 0, None, False
+
+    def failed(self, error: SignerError, now: float) -> None:
+        with self._lock:
+            self._failures += 1
+            self._last_error = error.code
+            self._probing = False
+            # A refused PIN or a missing key does not mend itself soon: no eager probes for those.
+            exponent = min(self._failures - 1, 10) if error.retryable else 10
+            self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
+        _log.warning("signer_set.failed kid=%s error=%s", self.kid, error.code)
+
+    def released(self) -> None:
+        """The caller stopped for a reason that says nothing about this member."""
+        with self._lock:
+            self._probing = False
+
+    def health(self, now: float) -> MemberHealth:
+        with self._lock:
+            resting = max(0.0, self._rests_until - now) if self._failures else 0.0
+            health = Health.WORKING if not self._failures else Health.RESTING
+            if self._probing:
+                health = Health.PROBING
+            return MemberHealth(
+                kid=self.kid,
+                health=health,
+                failures=self._failures,
+                last_error=self._last_error,
+                rests_for=resting,
+            )
+
+
+@final
+class SignerSet:
+    """Ordered signers behind one face. Safe in threads and after fork; not picklable.
+
+    Two members may have one kid if they have the same key: an HSM and its clone.
+    """
+
+    def __init__(
+        self,
+        members: Iterable[Signer | LazySigner],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take over the members, first the active one; `close` closes them.
+
+        Args:
+            members: At least one.
+            clock: Seconds, never running backwards; times the rests of failing members.
+
+        Raises:
+            ConfigurationError: No member, or two different keys under one kid.
+        """
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._members = tuple(_Member(source) for source in members)
+        if not self._members:
+            raise ConfigurationError("A SignerSet needs at least one signer.")
+        _require_one_key_a_kid(self._members)
+
+    @property
+    def kids(self) -> tuple[str, ...]:
+        """Key identifiers in order, each once."""
+        return tuple(dict.fromkeys(member.kid for member in self._members))
+
+    def jwks(self) -> dict[str, list[dict[str, str]]]:
+        """The JWK Set of all members (RFC 7517 section 5), to register at D1."""
+        keys = {member.kid: member.source.public_key for member in self._members}
+        return {
+            "keys": [
+                {**key.jwk(), "kid": kid, "use": "sig", "alg": Signer.algorithm}
+                for kid, key in keys.items()
+            ]
+        }
+
+    def health(self) -> tuple[MemberHealth, ...]:
+        """The state of each member, in order."""
+        now = self._clock()
+        return tuple(member.health(now) for member in self._members)
+
+    def attempt(self, work: Callable[[Signer], _T], *, without: frozenset[str] = frozenset()) -> _T:
+        """Do work with the first member that can.
+
+        Args:
+            work: Called with one signer after the other until it does not raise `SignerError`.
+            without: Kids that are not asked this time.
+
+        Returns:
+            What ``work`` returned.
+
+        Raises:
+            SignerError: Of the first member that was asked, when none could do it.
+            SignerUnavailable: All members rest after failures.
+        """
+        first: SignerError | None = None
+        for member in self._members:
+            if member.kid in without or not member.admit(self._clock()):
+                continue
+            try:
+                result = work(member.signer())
+            except SignerError as error:
+                member.failed(error, self._clock())
+                first = first or error
+            except BaseException:
+                member.released()
+                raise
+            else:
+                member.succeeded()
+                return result
+        raise first.fresh() if first else self._all_resting()
+
+    def _all_resting(self) -> SignerUnavailable:
+        states = self.health()
+        rest = min(state.rests_for for state in states)
+        codes = ", ".join(f"{state.kid}: {state.last_error or 'busy'}" for state in states)
+        return SignerUnavailable(
+            f"No signer is ready ({codes}).",
+            hint="They are tried again by themselves; look at the device or service.",
+            details={"rests_for": round(rest, 3)},
+        )
+
+    def add(self, member: Signer | LazySigner) -> None:
+        """Add a signer behind all others.
+
+        Raises:
+            ConfigurationError: Another key stands under its kid.
+        """
+        with self._lock:
+            members = (*self._members, _Member(member))
+            _require_one_key_a_kid(members)
+            self._members = members
+
+    def promote(self, kid: str) -> None:
+        """Make the members of a kid the first to sign.
+
+        Raises:
+            InvalidInputError: No member has that kid.
+        """
+        with self._lock:
+            chosen = self._of(kid)
+            self._members = (*chosen, *(m for m in self._members if m not in chosen))
+
+    def remove(self, kid: str) -> None:
+        """Take the members of a kid out and close them.
+
+        Raises:
+            InvalidInputError: No member has that kid, or no other is left.
+        """
+        with self._lock:
+            chosen = self._of(kid)
+            rest = tuple(member for member in self._members if member not in chosen)
+            if not rest:
+                raise InvalidInputError("The last kid of a SignerSet cannot be removed.")
+            self._members = rest
+        for member in chosen:
+            member.source.close()
+
+    def _of(self, kid: str) -> tuple[_Member, ...]:
+        chosen = tuple(member for member in self._members if member.kid == kid)
+        if not chosen:
+            raise InvalidInputError(
+                f"No signer of the set has the kid {kid!r}.", hint=f"Known: {', '.join(self.kids)}."
+            )
+        return chosen
+
+    def close(self) -> None:
+        """Close all members; calling it again does nothing."""
+        for member in self._members:
+            member.source.close()
+
+    def __enter__(self) -> SignerSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SignerSet {', '.join(self.kids)}>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a SignerSet cannot be pickled: open it where it is used"
+        raise TypeError(msg)
+
+
+def _require_one_key_a_kid(members: tuple[_Member, ...]) -> None:
+    keys: dict[str, PublicKey] = {}
+    for member in members:
+        key = member.source.public_key
+        if keys.setdefault(member.kid, key) != key:
+            raise ConfigurationError(
+                f"Two different keys stand under the kid {member.kid!r}.",
+                hint="Give each key a kid of its own; only clones of one key share it.",
+            )

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutual TLS towards D1, and the adapter that carries it into requests.
+
+Verification of the server cannot be switched off, here or by what a caller does to a session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import certifi
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from d1_signer.errors import ConfigurationError, SecretSourceError
+from d1_signer.secret import SecretSource, read_private_file, read_secret
+
+_ENCRYPTED_HINT = "Name the source of its passphrase: file:PATH or env:NAME."
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClientCertificate:
+    """The client certificate that D1's mutual TLS asks for.
+
+    Attributes:
+        certificate: Path of the certificate in PEM, its chain behind it.
+        key: Path of its private key in PEM; readable by its owner only.
+        passphrase: Source of the key's passphrase; None for a key that is not encrypted.
+    """
+
+    certificate: str | os.PathLike[str]
+    key: str | os.PathLike[str]
+    passphrase: SecretSource | None = None
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Load certificate and key into a context.
+
+        Raises:
+            SecretSourceError: A file or the passphrase cannot be read or used.
+            ConfigurationError: The key does not belong to the certificate.
+        """
+        certificate, key = os.fspath(self.certificate), os.fspath(self.key)
+        read_private_file(key, what="client key file")
+        asked = False
+
+        def passphrase() -> str:
+            nonlocal asked
+            asked = True
+            if self.passphrase is None:
+                return ""  # an empty answer keeps OpenSSL from asking on the terminal
+            return read_secret(self.passphrase, what="client key's passphrase").reveal()
+
+        try:
+            context.load_cert_chain(certificate, key, password=passphrase)
+        except FileNotFoundError:
+            raise SecretSourceError(f"The client certificate is missing: {certificate}.") from None
+        except ssl.SSLError as error:
+            if "MISMATCH" in (error.reason or ""):
+                raise ConfigurationError(
+                    f"The client key {key} does not belong to the certificate {certificate}.",
+                    hint="Give the key from whose CSR Thales signed the certificate.",
+                ) from None
+            raise SecretSourceError(
+                f"The client certificate or its key cannot be read: {certificate}, {key}.",
+                hint=_ENCRYPTED_HINT if asked else "Both must be PEM files.",
+            ) from None
+        except (OSError, ValueError):
+            raise SecretSourceError(
+                f"The client certificate or its key cannot be read: {certificate}, {key}.",
+                hint="Check the paths, their permissions, and the passphrase.",
+            ) from None
+
+
+def client_context(
+    certificate: ClientCertificate | ssl.SSLContext | None,
+    ca_file: str | os.PathLike[str] | None,
+) -> ssl.SSLContext:
+    """Build the TLS context for D1, or check the caller's.
+
+    Args:
+        certificate: The client certificate; or a ready context, which is used as it is.
+        ca_file: PEM file of the authorities that may sign the server's certificate, instead of
+            the public ones that ``certifi`` lists.
+
+    Raises:
+        ConfigurationError: A ready context that does not verify the server, or both a ready
+            context and a CA file.
+        SecretSourceError: A file cannot be read.
+    """
+    if isinstance(certificate, ssl.SSLContext):
+        if ca_file is not None:
+            raise ConfigurationError(
+                "A CA file and a ready ssl.SSLContext were both given.",
+                hint="Load the CA file into the context.",
+            )
+        require_verifying(certificate)
+        return certificate
+    # Not create_default_context(): it would log session keys where SSLKEYLOGFILE says so.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    authorities = certifi.where() if ca_file is None else os.fspath(ca_file)
+    try:
+        context.load_verify_locations(cafile=authorities)
+    except (OSError, ValueError):
+        raise ConfigurationError(
+            f"The CA file cannot be read: {authorities}.", hint="It must hold certificates in PEM."
+        ) from None
+    if certificate is not None:
+        certificate.load_into(context)
+    return context
+
+
+def require_verifying(context: ssl.SSLContext) -> None:
+    """Refuse a context that does not verify the server or that writes its keys to a file.
+
+    Raises:
+        ConfigurationError: Verification, the host name check or TLS 1.2 is not enforced, or a
+            key log file is set.
+    """
+    if context.verify_mode is not ssl.CERT_REQUIRED or not context.check_hostname:
+        raise ConfigurationError(
+            "The ssl.SSLContext does not verify the server's certificate and host name.",
+            hint="Set verify_mode to CERT_REQUIRED and check_hostname to True.",
+        )
+    # MINIMUM_SUPPORTED is a negative number: whatever the OpenSSL build allows.
+    if context.minimum_version < ssl.TLSVersion.TLSv1_2:
+        raise ConfigurationError(
+            "The ssl.SSLContext allows TLS below 1.2.",
+            hint="Set minimum_version to ssl.TLSVersion.TLSv1_2.",
+        )
+    if context.keylog_filename:
+        raise ConfigurationError(
+            "The ssl.SSLContext logs TLS keys to a file.",
+            hint="Unset SSLKEYLOGFILE, or leave keylog_filename unset.",
+        )
+
+
+class _Connections:
+    """The connections that an adapter has opened, so that they can be cut."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()
+
+    def add(self, connection: HTTPConnection) -> None:
+        with self._lock:
+            self._open.add(connection)
+
+    def cut(self) -> None:
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            sock = connection.sock
+            if sock is not None:
+                # Not close(): another thread is inside a call on this descriptor.
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def pools(self) -> dict[str, type[HTTPConnectionPool]]:
+        """Pool classes of urllib3 whose connections report here."""
+        connections = self
+
+        class Connection(HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                connections.add(self)
+
+        class TlsConnection(HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                connections.add(self)
+
+        class Pool(HTTPConnectionPool):
+            ConnectionCls = Connection  # type: ignore[mutable-override]
+
+        class TlsPool(HTTPSConnectionPool):
+            ConnectionCls = TlsConnection  # type: ignore[mutable-override]
+
+        return {"http": Pool, "https": TlsPool}
+
+
+class TlsAdapter(HTTPAdapter):
+    """An adapter for requests that uses exactly the context it was given.
+
+    The usual recipe (``init_poolmanager(ssl_context=…)``) lets requests add certifi's authorities
+    to the context at the first call; here nothing is added.
+    """
+
+    def __init__(self, context: ssl.SSLContext, *, pool_size: int = 10) -> None:
+        """Use ``context`` for every https connection; ``pool_size`` connections are kept."""
+        self._context: Final = context
+        self._connections = _Connections()
+        self._owner = os.getpid()
+        super().__init__(pool_maxsize=pool_size, max_retries=0)
+
+    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        """Send one request; see `HTTPAdapter`. A forked child begins with no connection."""
+        if os.getpid() != self._owner:
+            # Both sides writing into one inherited TLS stream would break it for both.
+            self._connections = _Connections()
+            self.proxy_manager.clear()
+            self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
+            self._owner = os.getpid()
+        return super().send(*args, **kwargs)
+
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
+    ) -> Any:
+        """Select the pool by our context alone; see `HTTPAdapter`."""
+        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
+        if host["scheme"] != "https":
+            return host, pool
+        require_verifying(self._context)
+        return host, {"ssl_context": self._context}
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:  # noqa: ARG002
+        """Refuse what would weaken or replace the context; see `HTTPAdapter`.
+
+        Raises:
+            ConfigurationError: ``verify`` is not True, or ``cert`` is set.
+        """
+        if verify is not True or cert is not None:
+            raise ConfigurationError(
+                "TLS verification cannot be switched off or replaced on this session.",
+                hint="Give ca_file or an ssl.SSLContext to TokenFetcher instead.",
+            )
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Create the pools; see `HTTPAdapter`."""
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._connections.pools()
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """Create the pools behind a proxy; see `HTTPAdapter`."""
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        manager.pool_classes_by_scheme = self._connections.pools()
+        return manager
+
+    def abort(self) -> None:
+        """Cut every open connection, so that a thread that waits on one comes back."""
+        self._connections.cut()
+
+
+def new_session(adapter: TlsAdapter, *, proxy: str | None) -> requests.Session:
+    """A requests session that takes nothing from the process environment.
+
+    Args:
+        adapter: Used for https and, where the environment is a loopback address, for http.
+        proxy: URL of a proxy, or None.
+    """
+    session = requests.Session()
+    # No proxy variables, no netrc, no REQUESTS_CA_BUNDLE: what is used is what was configured.
+    session.trust_env = False
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    if proxy is not None:
+        session.proxies = {"https": proxy}
+    return session

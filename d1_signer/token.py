@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TokenFetcher`: the access token for everyone in the process, renewed before anyone waits for it.
+
+Use::
+
+    fetcher = TokenFetcher(
+        signer,
+        issuer_id="my-issuer",
+        environment=Environment.STAGING,
+        client_certificate=ClientCertificate("/etc/d1/client.pem", "/etc/d1/client.key"),
+    )
+    with fetcher.session() as session:
+        session.get(fetcher.environment.banking_url + "/…")
+
+One fetcher for each issuer and environment, shared by all threads, made once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import random
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from enum import Enum
+from types import TracebackType
+from typing import Final, NoReturn, Self, final
+
+import requests
+
+from d1_signer.access_token import AccessToken, HeldToken, State
+from d1_signer.auth import D1Auth
+from d1_signer.clock import token_clock
+from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
+from d1_signer.endpoint import TokenEndpoint
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    FetcherClosedError,
+    TokenError,
+    TokenTimeout,
+)
+from d1_signer.renewal import Limits, Renewal
+from d1_signer.signer import Signer
+from d1_signer.signer_set import SignerSet
+from d1_signer.tls import ClientCertificate, TlsAdapter, client_context, new_session
+
+_log = logging.getLogger("d1_signer.token")
+
+_LONGEST_BACK_OFF = 15.0
+_ABORT_GRACE = 0.5
+_EXIT_GRACE = 1.0
+_NEVER = float("-inf")
+_NO_TOKEN: Final = AccessToken(value="", expires_at=_NEVER)
+
+_fetchers: weakref.WeakSet[TokenFetcher] = weakref.WeakSet()
+
+
+class Audience(Enum):
+    """What ``aud`` says when the caller says nothing."""
+
+    TOKEN_ENDPOINT = "the token endpoint's URL"  # RFC 7523 section 3  # noqa: S105
+
+
+class _Flight:
+    """One renewal under way, and those who wait for it."""
+
+    def __init__(self, *, starts_in: float, total: float) -> None:
+        self.starts_in = starts_in
+        self.deadline = time.monotonic() + starts_in + total
+        self.stopped = threading.Event()
+        self._ended = threading.Event()
+        self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
+
+    def end(self, result: HeldToken | D1SignerError) -> None:
+        if not self._ended.is_set():
+            self._result = result
+            self._ended.set()
+
+    def wait(self, timeout: float) -> bool:
+        return self._ended.wait(timeout)
+
+    def token(self) -> AccessToken:
+        if isinstance(self._result, D1SignerError):
+            # One object raised in many threads would collect all their tracebacks.
+            raise self._result.fresh()
+        return self._result.token
+
+
+@final
+class TokenFetcher:
+    """Gives access tokens; caches, renews, shares. Safe in threads and after fork; not picklable.
+
+    A fresh token is returned without a lock. A stale one is returned too, while one renewal runs in
+    the background. Only when no valid token is left do callers wait, all for the same renewal; its
+    failure is theirs as well, and nobody asks D1 again before a minimum interval is over.
+    """
+
+    def __init__(
+        self,
+        signer: Signer | SignerSet,
+        *,
+        issuer_id: str,
+        environment: Environment | str,
+        client_certificate: ClientCertificate | ssl.SSLContext | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+        proxy: str | None = None,
+        proxy_adds_certificate: bool = False,
+        audience: str | Audience | None = Audience.TOKEN_ENDPOINT,
+        assertion_lifetime: int = DEFAULT_ASSERTION_LIFETIME,
+        issued_at: bool = True,
+        jwt_id: bool = True,
+        correlation_id: Callable[[], str] | None = None,
+        limits: Limits | None = None,
+        retry_interval: float = 1.0,
+    ) -> None:
+        """Configure; nothing is signed or sent yet.
+
+        Args:
+            signer: Signs the assertions. It stays the caller's to close.
+            issuer_id: The issuerId (or aggregatorId) that D1 assigned.
+            environment: Which D1: an `Environment`, its name, or a URL.
+            client_certificate: For mutual TLS, or a ready ``ssl.SSLContext`` that verifies.
+            ca_file: Authorities for the server's certificate instead of the public ones.
+            proxy: URL of an HTTP proxy; proxy variables of the environment are not read.
+            proxy_adds_certificate: State that an outgoing proxy adds the client certificate, so
+                that none is demanded here.
+            audience: ``aud`` of the assertions; None leaves it out.
+            assertion_lifetime: Seconds from now to ``exp``, 1 to 900.
+            issued_at: Whether assertions carry ``iat``.
+            jwt_id: Whether assertions carry ``jti``.
+            correlation_id: Gives the ``x-correlation-id`` of each request; D1 logs it in clear.
+                None: a random one.
+            limits: Time limits of a renewal.
+            retry_interval: Seconds between two requests at least, after a failure doubling to 15.
+
+        Raises:
+            ConfigurationError: A setting is missing, contradictory or malformed; for Thales' own
+                environments that includes a missing client certificate.
+            InvalidInputError: A value is out of range.
+        """
+        self._environment = Environment.of(environment)
+        if (
+            self._environment.is_thales
+            and client_certificate is None
+            and not proxy_adds_certificate
+        ):
+            raise ConfigurationError(
+                "D1 needs a client certificate (mutual TLS) and none is given.",
+                hint="Give client_certificate, or proxy_adds_certificate=True where an outgoing "
+                "proxy adds it.",
+            )
+        self._context = client_context(client_certificate, ca_file)
+        self._proxy = proxy
+        self._limits = limits or Limits()
+        self._retry_interval = retry_interval
+        self._clock = token_clock
+        self._wall = time.time
+        self._endpoint = TokenEndpoint(
+            self._environment,
+            self._context,
+            proxy=proxy,
+            connect_timeout=self._limits.connect,
+            read_timeout=self._limits.read,
+        )
+        if audience is Audience.TOKEN_ENDPOINT:
+            audience = self._environment.token_endpoint
+        self._renewal = Renewal(
+            signer if isinstance(signer, SignerSet) else SignerSet([signer]),
+            AssertionProfile(
+                issuer_id=issuer_id,
+                audience=audience,
+                lifetime=assertion_lifetime,
+                issued_at=issued_at,
+                jwt_id=jwt_id,
+            ),
+            self._endpoint,
+            limits=self._limits,
+            clock=self._clock,
+            correlation_id=correlation_id,
+        )
+        self._closed = False
+        self._held: HeldToken | None = None
+        # What the fast path reads, in one attribute so that it is read as one.
+        self._fresh: tuple[float, float, AccessToken] = (_NEVER, _NEVER, _NO_TOKEN)
+        self._failures = 0
+        self._last_failure: D1SignerError | None = None
+        self._not_before = _NEVER
+        self._begin_without_flight()
+        _fetchers.add(self)
+
+    def _begin_without_flight(self) -> None:
+        self._lock = threading.Lock()
+        self._flight: _Flight | None = None
+        self._worker: threading.Thread | None = None
+
+    @property
+    def environment(self) -> Environment:
+        """The D1 environment that the tokens are for."""
+        return self._environment
+
+    def token(self, *, timeout: float | None = None) -> AccessToken:
+        """Return a valid access token.
+
+        Args:
+            timeout: Seconds to wait at most where there is none yet; None: the renewal's limit.
+
+        Raises:
+            TokenError: D1 gave none, and no earlier one is valid.
+            SignerError: No signer could sign, and no earlier token is valid.
+            TokenTimeout: It did not come in time.
+        """
+        renew_at, expires_at, token = self._fresh
+        # The wall clock as well: a virtual machine that was suspended may not know it.
+        if self._clock() < renew_at and self._wall() < expires_at:
+            return token
+        return self._token_not_fresh(timeout)
+
+    def session(self) -> requests.Session:
+        """A new session for the banking API: the same mutual TLS, authenticated by `D1Auth`.
+
+        The caller closes it. It takes nothing from the process environment (proxies, netrc, CA
+        bundles), and its TLS verification cannot be switched off.
+        """
+        session = new_session(TlsAdapter(self._context), proxy=self._proxy)
+        session.auth = D1Auth(self)
+        return session
+
+    def invalidate(self, token: AccessToken) -> None:
+        """Forget a token that D1 has refused; another one that came meanwhile is kept."""
+        with self._lock:
+            if self._held is not None and self._held.token.value == token.value:
+                self._held = None
+                self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
+
+    def prefetch(self) -> None:
+        """Begin to obtain a token in the background where none is fresh; returns at once.
+
+        Raises:
+            FetcherClosedError: The fetcher is closed.
+        """
+        with self._lock:
+            self._require_open()
+            if self._state() is not State.FRESH and self._clock() >= self._not_before:
+                self._join_or_start()
+
+    def close(self) -> None:
+        """Forget the token, end a renewal under way, close the connections.
+
+        Those who wait for the renewal get a `FetcherClosedError`. The signer stays open.
+        """
+        with self._lock:
+            self._closed = True
+            self._held = None
+            self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
+            flight, self._flight = self._flight, None
+            worker, self._worker = self._worker, None
+        if flight is not None:
+            flight.stopped.set()
+            flight.end(FetcherClosedError("The token fetcher was closed during a renewal."))
+            self._endpoint.abort()
+        if worker is not None and worker is not threading.current_thread():
+            # Bounded: a signer that hangs in a vendor's library cannot be called back.
+            worker.join(_EXIT_GRACE)
+        self._endpoint.close()
+
+    def _token_not_fresh(self, timeout: float | None) -> AccessToken:
+        held = self._held
+        if held is not None and self._state() is not State.EXPIRED:
+            self._renew_in_background()
+            return held.token
+        with self._lock:
+            self._require_open()
+            held = self._held
+            if held is not None and self._state() is not State.EXPIRED:
+                return held.token
+            if self._flight is None and self._last_failure and self._clock() < self._not_before:
+                raise self._last_failure.fresh()
+            flight = self._join_or_start()
+        self._wait(flight, timeout)
+        return flight.token()
+
+    def _state(self) -> State:
+        held = self._held
+        if held is None or self._wall() >= held.token.expires_at:
+            return State.EXPIRED
+        return held.state(self._clock())
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise FetcherClosedError("The token fetcher is closed.", hint="Make a new one.")
+
+    def _renew_in_background(self) -> None:
+        if self._clock() < self._not_before or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._closed and self._state() is not State.FRESH:
+                self._join_or_start()
+        finally:
+            self._lock.release()
+
+    def _join_or_start(self) -> _Flight:
+        """The flight under way, else a new one. The lock is held."""
+        if self._flight is not None and time.monotonic() < self._flight.deadline:
+            return self._flight
+        if self._flight is not None:
+            self._abandon(self._flight)
+        starts_in = max(0.0, self._not_before - self._clock())
+        flight = _Flight(starts_in=starts_in, total=self._limits.total)
+        worker = threading.Thread(
+            target=self._fly, args=(flight,), name="d1-signer-renewal", daemon=True
+        )
+        self._flight, self._worker = flight, worker
+        try:
+            worker.start()
+        except RuntimeError:
+            self._flight = self._worker = None
+            raise TokenError("No thread can be started for the renewal.", retryable=True) from None
+        return flight
+
+    def _wait(self, flight: _Flight, timeout: float | None) -> None:
+        patience = flight.deadline - time.monotonic() + _ABORT_GRACE
+        if timeout is not None and timeout < patience:
+            if not flight.wait(max(timeout, 0.0)):
+                raise TokenTimeout(
+                    f"No token within {timeout:g} seconds.",
+                    hint="The renewal goes on; call again.",
+                )
+        elif not flight.wait(max(patience, 0.0)):
+            with self._lock:
+                if self._flight is flight:
+                    self._abandon(flight)
+            flight.wait(_ABORT_GRACE)
+
+    def _abandon(self, flight: _Flight) -> None:
+        """Give up on a flight past its deadline: its thread hangs somewhere. The lock is held."""
+        self._flight = self._worker = None
+        flight.stopped.set()
+        error = TokenTimeout(
+            f"No token within {self._limits.total:g} seconds.",
+            hint="The signer or D1 does not answer; look at the device and the network.",
+        )
+        self._note_failure(error)
+        flight.end(error)
+        self._endpoint.abort()
+
+    def _fly(self, flight: _Flight) -> None:
+        result: HeldToken | D1SignerError
+        try:
+            if flight.starts_in:
+                flight.stopped.wait(flight.starts_in)
+            result = self._renewal.obtain(deadline=flight.deadline, stopped=flight.stopped)
+        except D1SignerError as error:
+            result = error.fresh()
+        except BaseException as error:  # noqa: BLE001 (whoever waits must be told in any case)
+            result = TokenError(f"The renewal failed with {type(error).__name__}.")
+        with self._lock:
+            if self._flight is flight:
+                self._flight = self._worker = None
+                if isinstance(result, HeldToken):
+                    self._note_success(result)
+                else:
+                    self._note_failure(result)
+        flight.end(result)
+
+    def _note_success(self, held: HeldToken) -> None:
+        self._held = held
+        self._fresh = (held.renew_at, held.token.expires_at, held.token)
+        self._failures, self._last_failure = 0, None
+        # Tokens that live for a moment only must not become a loop of requests.
+        self._not_before = self._clock() + self._retry_interval
+        _log.info("token.renewed scope=%r expires_at=%.0f", held.token.scope, held.token.expires_at)
+
+    def _note_failure(self, error: D1SignerError) -> None:
+        self._failures += 1
+        self._last_failure = error
+        back_off = min(self._retry_interval * 2.0 ** min(self._failures - 1, 10), _LONGEST_BACK_OFF)
+        jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
+        self._not_before = self._clock() + back_off * jitter
+        _log.warning("token.failed code=%s failures=%d: %s", error.code, self._failures, error)
+
+    def _after_fork(self) -> None:
+        """In a forked child: the parent's flight, lock and connections are not ours."""
+        self._begin_without_flight()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<TokenFetcher {self._environment.base_url}>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a TokenFetcher cannot be pickled: make one in each process"
+        raise TypeError(msg)
+
+
+def _after_fork_in_child() -> None:
+    for fetcher in list(_fetchers):
+        fetcher._after_fork()  # noqa: SLF001 (this module's own class)
+
+
+def _at_exit() -> None:
+    # A worker inside a PKCS#11 module while the interpreter goes away can crash the process.
+    for fetcher in list(_fetchers):
+        fetcher.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)

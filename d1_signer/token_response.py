@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict reading of what the token endpoint answers. Pure.
+
+D1 asks its clients to accept unknown members and status codes and not to parse error texts; what we
+use must be there and be right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import NoReturn
+
+from d1_signer.errors import TokenError, TokenRefusedError, TokenResponseError, TokenUnavailable
+from d1_signer.secret import Secret
+
+MAX_BODY = 64 * 1024
+"""Bytes of an answer that are read at most."""
+
+_OK = 200
+_TOO_MANY = 429
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,16384}", re.ASCII)
+_SCOPE = re.compile(r"[\x20-\x7e]{0,4096}", re.ASCII)
+_ERROR_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_WORD = re.compile(r"[A-Za-z0-9_=+/.-]{8,}", re.ASCII)
+_LONG_WORD = 64
+_MAX_DESCRIPTION = 200
+_HINTS = {
+    "invalid_grant": "Check the issuer id, the kid, and that D1 knows this public key; "
+    "d1-signer check goes through them.",
+    "invalid_client": "Check the issuer id and the client certificate.",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """A token response that can be used (RFC 6749 section 5.1).
+
+    Attributes:
+        value: The access token. Secret.
+        expires_in: Seconds that remain, more than 0.
+        scope: Scopes with blanks between them; may be empty.
+    """
+
+    value: str = field(repr=False)
+    expires_in: float
+    scope: str
+
+
+def read_grant(body: bytes) -> Grant:
+    """Read the body of a 200 answer.
+
+    Raises:
+        TokenResponseError: Not a JSON object, or a member that we rely on is missing or wrong.
+            Without ``expires_in`` nobody knows how long the token lives, so it is not used.
+    """
+    answer = _json_object(body)
+    if answer is None:
+        raise _unusable("it is not a JSON object")
+    value, kind = answer.get("access_token"), answer.get("token_type")
+    expires_in, scope = answer.get("expires_in"), answer.get("scope", "")
+    if not isinstance(value, str) or not _VISIBLE.fullmatch(value):
+        raise _unusable("access_token is missing or not printable text")
+    if not isinstance(kind, str) or kind.lower() != "bearer":
+        raise _unusable("token_type is missing or not Bearer")
+    if isinstance(expires_in, bool) or not isinstance(expires_in, int | float):
+        raise _unusable("expires_in is missing or not a number")
+    if not expires_in > 0:
+        raise _unusable("expires_in is not more than 0")
+    if not isinstance(scope, str) or not _SCOPE.fullmatch(scope):
+        raise _unusable("scope is not printable text")
+    try:
+        seconds = float(expires_in)
+    except OverflowError:
+        seconds = math.inf
+    return Grant(value=value, expires_in=seconds, scope=scope)
+
+
+def error_from(
+    status: int, body: bytes, *, assertion: Secret, retry_after: float | None
+) -> TokenError:
+    """Turn an answer other than 200 into our error.
+
+    Args:
+        status: HTTP status code.
+        body: The body, of any kind.
+        assertion: What was sent; a server that repeats it must not get it into a log.
+        retry_after: Seconds that the server asks to wait, where it does.
+    """
+    answer = _json_object(body) or {}
+    error = _shown(answer.get("error"), assertion)
+    error = error if _ERROR_CODE.fullmatch(error) else ""
+    said = "".join(
+        f" {text!r}" for text in (error, _shown(answer.get("error_description"), assertion)) if text
+    )
+    details: dict[str, str | int | float] = {"status": status}
+    if error:
+        details["error"] = error
+    if retry_after is not None:
+        details["retry_after"] = retry_after
+    if status == _TOO_MANY or status >= 500:  # noqa: PLR2004 (RFC 9110 section 15.6)
+        return TokenUnavailable(
+            f"D1 cannot give a token now (HTTP {status}):{said or ' no reason was given'}.",
+            hint="It is tried again by itself; if it stays, ask Thales with the correlation id.",
+            details=details,
+        )
+    if 400 <= status < 500:  # noqa: PLR2004 (RFC 9110 section 15.5)
+        return TokenRefusedError(
+            f"D1 refused the assertion (HTTP {status}):{said or ' no reason was given'}.",
+            status=status,
+            error=error,
+            hint=_HINTS.get(error, "d1-signer check goes through the likely causes."),
+            details=details,
+        )
+    return TokenResponseError(
+        f"D1 answered HTTP {status}, which is neither a token nor a refusal.",
+        hint="Redirects are not followed; check the environment's URL.",
+        details=details,
+    )
+
+
+def seconds_until(header: str | None, *, now: float) -> float | None:
+    """Read a ``Retry-After`` or a ``Date`` header: seconds from ``now`` to what it says.
+
+    Args:
+        header: Seconds, or an HTTP date (RFC 9110 section 5.6.7); None where it is absent.
+        now: Seconds since the epoch.
+
+    Returns:
+        Seconds, negative for a date that is past; None where the header says nothing usable.
+    """
+    if header is None:
+        return None
+    text = header.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    try:
+        # A date without a zone is UTC: HTTP knows no other (RFC 9110 section 5.6.7).
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
+    except (ValueError, OverflowError):
+        return None
+
+
+def _json_object(body: bytes) -> dict[str, object] | None:
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _no_constant(name: str) -> NoReturn:
+    # NaN and Infinity are not JSON (RFC 8259 section 6), and NaN compares with nothing.
+    raise ValueError(name)
+
+
+def _shown(text: object, assertion: Secret) -> str:
+    if not isinstance(text, str):
+        return ""
+    sent = assertion.reveal()
+
+    def masked(match: re.Match[str]) -> str:
+        word = match[0]
+        return "[masked]" if len(word) > _LONG_WORD or word in sent else word
+
+    printable = "".join(c if c.isascii() and c.isprintable() else " " for c in text)
+    return _WORD.sub(masked, printable[: 10 * _MAX_DESCRIPTION])[:_MAX_DESCRIPTION].strip()
+
+
+def _unusable(reason: str) -> TokenResponseError:
+    return TokenResponseError(
+        f"D1's answer cannot be used: {reason}.",
+        hint="Check that the environment's URL is D1's token endpoint.",
+    )
