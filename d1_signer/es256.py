@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from d1_signer import jose
-from d1_signer.errors import InvalidKeyError, InvalidSignatureError
+from d1_signer.errors import InvalidInputError, InvalidKeyError, InvalidSignatureError
 
 ALGORITHM = "ES256"
 """The JWS algorithm name (RFC 7518 section 3.1)."""
@@ -127,8 +127,10 @@ class PublicKey:
         """Wrap a key of the ``cryptography`` package.
 
         Raises:
-            InvalidKeyError: The key is on another curve.
+            InvalidKeyError: Not such a key, or on another curve.
         """
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise _not_p256(f"it is a {type(key).__name__.removesuffix('PublicKey')} key")
         if not isinstance(key.curve, ec.SECP256R1):
             raise _not_p256(f"its curve is {key.curve.name}")
         point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
@@ -150,7 +152,7 @@ class PublicKey:
             key = load_pem_public_key(pem.encode() if isinstance(pem, str) else pem)
         except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm):
             raise _not_p256("it is not a public key in PEM") from None
-        return cls._from_loaded(key)
+        return cls(key)  # type: ignore[arg-type]
 
     @classmethod
     def from_der(cls, der: bytes) -> PublicKey:
@@ -163,7 +165,7 @@ class PublicKey:
             key = load_der_public_key(der)
         except (ValueError, TypeError, UnsupportedAlgorithm):
             raise _not_p256("it is not a SubjectPublicKeyInfo in DER") from None
-        return cls._from_loaded(key)
+        return cls(key)  # type: ignore[arg-type]
 
     @classmethod
     def from_jwk(cls, jwk: Mapping[str, object]) -> PublicKey:
@@ -196,18 +198,14 @@ class PublicKey:
         Raises:
             InvalidKeyError: None of these forms, or not a point on P-256.
         """
+        if not isinstance(point, bytes | bytearray | memoryview):
+            raise _not_p256("the point is not bytes")
         try:
             if len(point) in {35, 67} and point[:2] == bytes((0x04, len(point) - 2)):
                 point = point[2:]
             key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), bytes(point))
         except (ValueError, TypeError):
             raise _not_p256("the point is not on P-256") from None
-        return cls(key)
-
-    @classmethod
-    def _from_loaded(cls, key: object) -> PublicKey:
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise _not_p256(f"it is a {type(key).__name__.removesuffix('PublicKey')} key")
         return cls(key)
 
     def pem(self) -> str:
@@ -241,6 +239,7 @@ class PublicKey:
 
         Raises:
             InvalidSignatureError: Malformed, or not made by this key over this message.
+            InvalidInputError: ``message`` is not bytes.
         """
         self._verify(signature, message, _ECDSA_SHA256)
 
@@ -253,14 +252,18 @@ class PublicKey:
 
         Raises:
             InvalidSignatureError: Malformed, or not made by this key over this digest.
+            InvalidInputError: ``digest`` is not 32 bytes.
         """
-        if len(digest) != DIGEST_LENGTH:
-            raise _malformed("the digest is not 32 bytes")
+        if not isinstance(digest, bytes) or len(digest) != DIGEST_LENGTH:
+            raise InvalidInputError("The digest to verify is not 32 bytes.")
         self._verify(signature, digest, _ECDSA_PREHASHED)
 
     def _verify(self, signature: bytes, data: bytes, algorithm: ec.ECDSA) -> None:
+        der = der_from_raw(signature)
         try:
-            self._key.verify(der_from_raw(signature), data, algorithm)
+            self._key.verify(der, data, algorithm)
+        except TypeError:
+            raise InvalidInputError("The message to verify is not bytes.") from None
         except InvalidSignature:
             raise InvalidSignatureError(
                 "The signature was not made by this key over this message.",
@@ -278,7 +281,8 @@ class PublicKey:
         return hash(self._der)
 
     def __repr__(self) -> str:
-        return f"<PublicKey P-256 {self._thumbprint}>"
+        # A crash reporter that shows local variables meets one whose key was refused in __init__.
+        return f"<PublicKey P-256 {getattr(self, '_thumbprint', 'refused')}>"
 
 
 def _not_p256(reason: str) -> InvalidKeyError:

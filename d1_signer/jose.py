@@ -57,7 +57,9 @@ def compact_json(value: Mapping[str, object]) -> bytes:
         ValueError: A number is NaN or infinite, which JSON cannot say (RFC 8259 section 6).
         TypeError: A value has no JSON form.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(
+        dict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    ).encode()
 
 
 def signing_input(protected: bytes, payload: bytes) -> bytes:
