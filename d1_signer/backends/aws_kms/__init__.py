@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys in AWS KMS: ``awskms:///alias/NAME``, ``awskms:///KEY-ID``, ``awskms:///ARN``.
+
+Credentials come from where boto3 takes them: the environment, a profile, the instance's or the
+container's role. The role needs, on this one key:
+
+- ``kms:DescribeKey`` and ``kms:GetPublicKey``, once when the key is opened;
+- ``kms:Sign``, for each signature; it can be narrowed with the conditions
+  ``kms:SigningAlgorithm = ECDSA_SHA_256`` and ``kms:MessageType = DIGEST``;
+- ``kms:CreateKey`` and ``kms:CreateAlias``, for `generate_key` only.
+
+A key that is named by an alias is asked for by that alias each time. Where the alias is pointed at
+another key, signing stops with `KeyMismatchError`: D1 knows only the key that was registered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from d1_signer.custody import Evidence, Fact
+from d1_signer.errors import (
+    D1SignerError,
+    IntegrityError,
+    InvalidKeyError,
+    KeyDisabledError,
+    KeyExistsError,
+    KeyMismatchError,
+    KeyNotFoundError,
+    KeyUriError,
+    MissingExtraError,
+    SignerClosedError,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.remote import PerProcess, within
+from d1_signer.signer import GeneratedKey, SignatureEncoding
+
+try:
+    from d1_signer.backends.aws_kms.client import clients, read_settings, set_deadline
+    from d1_signer.backends.aws_kms.failures import ALTERED, ask, details
+except ModuleNotFoundError:
+    raise MissingExtraError.of("boto3", "aws") from None
+
+if TYPE_CHECKING:
+    from mypy_boto3_kms import KMSClient
+
+_log = logging.getLogger(__name__)
+
+_ALGORITHM: Final = "ECDSA_SHA_256"
+_KEY_SPEC: Final = "ECC_NIST_P256"
+_KEY_USAGE: Final = "SIGN_VERIFY"
+# The states in which KMS signs (AWS KMS Developer Guide, "Key states of AWS KMS keys").
+_USABLE_STATES = frozenset({"Enabled", "Updating"})
+
+
+class AwsKmsBackend:
+    """A key in AWS KMS; see `open_backend`."""
+
+    name = "awskms"
+    encoding = SignatureEncoding.DER
+
+    def __init__(self, key_id: str, clients: PerProcess[KMSClient], *, owned: bool) -> None:
+        """Read the key's description and public key, and pin both.
+
+        Args:
+            key_id: Key id, ARN, alias name or alias ARN, as the API takes it.
+            clients: Gives the client of this process.
+            owned: Whether `close` closes the client.
+        """
+        self._key_id = key_id
+        self._clients = clients
+        self._owned = owned
+        self._closed = False
+        try:
+            client = clients.get()
+            self._metadata = _describe(client, key_id)
+            self._arn = str(self._metadata["Arn"])
+            self._public_key = _public_key(client, key_id, self._arn)
+        except BaseException:
+            self.close()
+            raise
+        _log.info("awskms.opened key=%s thumbprint=%s", self._arn, self._public_key.thumbprint())
+
+    def public_key(self) -> PublicKey:
+        """The public key as it was when the backend was opened."""
+        return self._public_key
+
+    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
+        """Sign a digest of 32 bytes with one call of ``Sign``; the answer is DER.
+
+        Without a deadline the client's own limits hold: its time-outs, for each of its attempts.
+        """
+        if self._closed:
+            raise SignerClosedError("The key is closed.")
+        if deadline is None:
+            return self._sign(digest)
+
+        def sign() -> bytes:
+            set_deadline(deadline)
+            return self._sign(digest)
+
+        return within(deadline, sign)
+
+    def _sign(self, digest: bytes) -> bytes:
+        answer = ask(
+            "to sign",
+            self._clients.get().sign,
+            KeyId=self._key_id,
+            Message=digest,
+            MessageType="DIGEST",
+            SigningAlgorithm=_ALGORITHM,
+        )
+        arn, signature = answer.get("KeyId"), answer.get("Signature")
+        if arn != self._arn and isinstance(arn, str):
+            raise self._other_key(arn, answer)
+        if (
+            arn is None
+            or answer.get("SigningAlgorithm") != _ALGORITHM
+            or not isinstance(signature, bytes)
+        ):
+            raise IntegrityError(
+                "AWS KMS answered without the signature that was asked for.",
+                hint=ALTERED,
+                details=details(answer),
+            )
+        return signature
+
+    def _other_key(self, arn: str, answer: Mapping[str, Any]) -> D1SignerError:
+        if "alias/" in self._key_id:
+            text = f"{self._key_id} now points to {arn}; it pointed to {self._arn} at opening."
+            hint = "Point it back; or register the new key with D1 and open the signer anew."
+        else:
+            text = f"AWS KMS signed with {arn} and not with {self._arn}."
+            hint = ALTERED
+        return KeyMismatchError(
+            f"{text} The signature was not used.", hint=hint, details=details(answer)
+        )
+
+    def custody(self) -> Evidence:
+        """Report what ``DescribeKey`` said at opening: what cannot change in a key's life."""
+        metadata = self._metadata
+        names = ("Arn", "Origin", "KeySpec", "KeyUsage", "KeyManager", "MultiRegion")
+        facts = [_fact(name, metadata.get(name)) for name in (*names, "CustomKeyStoreId")]
+        facts.append(_fact("CloudHsmClusterId", metadata.get("CloudHsmClusterId")))
+        facts.append(_fact("CreationDate", str(metadata.get("CreationDate"))))
+        # Imported key material has a copy elsewhere, and for what is in an external key store AWS
+        # does not speak.
+        inside = metadata.get("Origin") in {"AWS_KMS", "AWS_CLOUDHSM"}
+        if inside:
+            facts.append(
+                Fact(
+                    name="key material",
+                    value="made in validated HSMs, never outside them unencrypted",
+                    source="AWS KMS documentation",
+                )
+            )
+        return Evidence(
+            location=f"awskms:///{self._arn}",
+            exportable=False if inside else None,
+            generated_in_place=inside,
+            hardware=True if inside else None,
+            facts=tuple(facts),
+        )
+
+    def close(self) -> None:
+        """Close the client's connections, unless the client was given."""
+        self._closed = True
+        client = self._clients.made_here()
+        if self._owned and client is not None:
+            client.close()
+
+    def __repr__(self) -> str:
+        return f"<AwsKmsBackend {self._key_id}>"
+
+
+def open_backend(
+    uri: str,
+    *,
+    region: str | None = None,
+    profile: str | None = None,
+    endpoint: str | None = None,
+    fips: bool | None = None,
+    connect_timeout: float = 2.0,
+    read_timeout: float = 5.0,
+    max_attempts: int = 3,
+    client: KMSClient | Callable[[], KMSClient] | None = None,
+) -> AwsKmsBackend:
+    """Open a key in AWS KMS: ``DescribeKey`` and ``GetPublicKey``, once.
+
+    Args:
+        uri: ``awskms:///`` and a key id, a key ARN, ``alias/NAME`` or an alias ARN; optionally
+            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``.
+        region: AWS region; None: the ARN's, else boto3's own search.
+        profile: Profile in the AWS configuration files.
+        endpoint: URL of a private endpoint; https, or http on loopback.
+        fips: Use the region's FIPS endpoint; None: as the AWS configuration says.
+        connect_timeout: Seconds for each attempt to connect.
+        read_timeout: Seconds for each wait for an answer.
+        max_attempts: Attempts of one call in all (boto3's standard retry mode).
+        client: A KMS client that is used as it is and stays the caller's, or a function that makes
+            one, called once in each process. Only the function also works after a fork.
+
+    Raises:
+        KeyUriError: The URI names no key.
+        ConfigurationError: No region, an unknown profile, or settings that contradict each other.
+        KeyNotFoundError: No such key or alias in this account and region.
+        AccessDeniedError: The role lacks a permission.
+        LoginError: No credentials, or they are refused.
+        InvalidKeyError: Not an ECC_NIST_P256 key for SIGN_VERIFY.
+        KeyDisabledError: Disabled, pending deletion or import.
+        SignerUnavailable: KMS cannot be reached, or throttles; retryable.
+    """
+    settings = replace(
+        read_settings(uri, region=region, profile=profile, endpoint=endpoint, fips=fips),
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
+        max_attempts=max_attempts,
+    )
+    return AwsKmsBackend(settings.key_id, clients(settings, client), owned=client is None)
+
+
+def generate_key(
+    uri: str,
+    *,
+    region: str | None = None,
+    profile: str | None = None,
+    endpoint: str | None = None,
+    fips: bool | None = None,
+    description: str = "ES256 signing key for Thales D1",
+    client: KMSClient | None = None,
+) -> GeneratedKey:
+    """Make an ECC_NIST_P256 key for SIGN_VERIFY and give it an alias.
+
+    Args:
+        uri: ``awskms:///alias/NAME``; key ids are AWS KMS's to choose.
+        region: As for `open_backend`.
+        profile: As for `open_backend`.
+        endpoint: As for `open_backend`.
+        fips: As for `open_backend`.
+        description: Description of the key, shown in the AWS console.
+        client: As for `open_backend`.
+
+    Raises:
+        KeyExistsError: The alias exists.
+        KeyUriError: The URI names no alias.
+        SignerError: As for `open_backend`.
+    """
+    settings = read_settings(uri, region=region, profile=profile, endpoint=endpoint, fips=fips)
+    if not settings.key_id.startswith("alias/"):
+        raise KeyUriError(
+            "A new AWS KMS key is named by an alias.", hint="Write awskms:///alias/NAME."
+        )
+    kms = clients(settings, client).get()
+    try:
+        _refuse_existing(kms, settings.key_id)
+        public_key = _make(kms, settings.key_id, description)
+    finally:
+        if client is None:
+            kms.close()
+    return GeneratedKey(uri=uri, public_key=public_key)
+
+
+def _refuse_existing(client: KMSClient, alias: str) -> None:
+    try:
+        ask(f"to look for {alias}", client.describe_key, KeyId=alias)
+    except KeyNotFoundError:
+        return
+    raise KeyExistsError(
+        f"{alias} exists.", hint="It is not pointed at another key; choose another alias."
+    )
+
+
+def _make(client: KMSClient, alias: str, description: str) -> PublicKey:
+    made = ask(
+        "to make a key",
+        client.create_key,
+        KeySpec=_KEY_SPEC,
+        KeyUsage=_KEY_USAGE,
+        Description=description,
+    )
+    arn = made["KeyMetadata"]["Arn"]
+    try:
+        ask(f"to make {alias}", client.create_alias, AliasName=alias, TargetKeyId=arn)
+    except D1SignerError as error:
+        error.hint = f"{error.hint} The key {arn} was made before that and has no alias: delete it."
+        error.details["key_without_alias"] = arn
+        raise
+    return _public_key(client, arn, arn)  # a new alias is not seen at once everywhere
+
+
+def _describe(client: KMSClient, key_id: str) -> Mapping[str, Any]:
+    answer = ask("to describe the key", client.describe_key, KeyId=key_id)
+    metadata: Mapping[str, Any] = answer.get("KeyMetadata", {})
+    arn, spec, usage = (metadata.get(name) for name in ("Arn", "KeySpec", "KeyUsage"))
+    if not arn:
+        raise _unreadable(answer)
+    if spec != _KEY_SPEC or usage != _KEY_USAGE:
+        raise InvalidKeyError(
+            f"The key {arn} is of spec {spec} for {usage}.",
+            hint=f"D1 takes ES256 only: use a key of spec {_KEY_SPEC} for {_KEY_USAGE}.",
+        )
+    state = metadata.get("KeyState")
+    if state not in _USABLE_STATES:
+        raise KeyDisabledError(
+            f"The key {arn} is in the state {state}.",
+            hint="Enable the key, or cancel its deletion, in AWS KMS.",
+        )
+    return metadata
+
+
+def _public_key(client: KMSClient, key_id: str, arn: str) -> PublicKey:
+    answer = ask("to give the public key", client.get_public_key, KeyId=key_id)
+    der, answered = answer.get("PublicKey"), answer.get("KeyId")
+    if not isinstance(der, bytes) or not answered:
+        raise _unreadable(answer)
+    if answered != arn:
+        raise KeyMismatchError(
+            f"{key_id} was {arn} and is {answered} a moment later.",
+            hint="The alias was pointed at another key just now; open the signer anew.",
+        )
+    return PublicKey.from_der(der)
+
+
+def _unreadable(answer: Mapping[str, Any]) -> IntegrityError:
+    return IntegrityError(
+        "AWS KMS gave an answer that is not complete.", hint=ALTERED, details=details(answer)
+    )
+
+
+def _fact(name: str, value: bool | str | None) -> Fact:  # noqa: FBT001 (a value, not a switch)
+    return Fact(name=name, value=value, source="AWS KMS DescribeKey")

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What backends over a network share: a client for each process, and a bound on each call."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Generic, TypeVar
+from urllib.parse import urlsplit
+
+from d1_signer.errors import ConfigurationError, SignerTimeout, SignerUnavailable
+
+T = TypeVar("T")
+
+# One for all: making boto3 clients in two threads at once is not safe, whatever the session.
+_making = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _making  # noqa: PLW0603 (the parent's lock may have been held at the moment of the fork)
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+class PerProcess(Generic[T]):
+    """An object that each process makes for itself, when it first needs it.
+
+    What a child inherits over a fork is neither used nor cleaned up there: its connections belong
+    to the parent, and its threads do not exist.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        """Keep ``make``, which is called once in each process, by one thread at a time."""
+        self._make = make
+        self._made: tuple[int, T] | None = None
+        self._inherited: list[T] = []
+
+    def get(self) -> T:
+        """The object of this process."""
+        made = self._made
+        if made is not None and made[0] == os.getpid():
+            return made[1]
+        with _making:
+            made = self._made
+            if made is not None and made[0] == os.getpid():
+                return made[1]
+            value = self._make()
+            if made is not None:
+                self._inherited.append(made[1])
+            self._made = (os.getpid(), value)
+            return value
+
+    def made_here(self) -> T | None:
+        """The object of this process, or None where it was not made yet."""
+        made = self._made
+        return made[1] if made is not None and made[0] == os.getpid() else None
+
+
+def only_in_this_process(value: T, what: str) -> Callable[[], T]:
+    """Give ``value`` in this process; in a forked child, refuse to use what it inherited."""
+    owner = os.getpid()
+
+    def get() -> T:
+        if os.getpid() != owner:
+            raise ConfigurationError(
+                f"The {what} was given as an object, and this process was forked after that.",
+                hint="Give a function that makes it: it is called once in each process.",
+            )
+        return value
+
+    return get
+
+
+def within(deadline: float, work: Callable[[], T]) -> T:
+    """Do blocking work in a thread of its own and wait for it until the deadline.
+
+    Names are resolved, and answers that trickle in are read, under no time limit of an SDK's; so
+    only leaving the call to another thread bounds it. After the deadline, its result is dropped.
+
+    Args:
+        deadline: Moment on ``time.monotonic()``.
+        work: What to do; its exceptions are raised here.
+
+    Raises:
+        SignerTimeout: The deadline passed first.
+        SignerUnavailable: No thread can be started.
+    """
+    done = threading.Event()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 (raised again by the waiting thread)
+            errors.append(error)
+        finally:
+            done.set()
+
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise no_time_left()
+    try:
+        threading.Thread(target=run, name="d1-signer-call", daemon=True).start()
+    except RuntimeError:
+        raise SignerUnavailable(
+            "No thread can be started for a call with a deadline.",
+            hint="The process has reached its limit of threads.",
+        ) from None
+    if not done.wait(remaining):
+        raise no_time_left()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def no_time_left() -> SignerTimeout:
+    """The error for a deadline that has passed."""
+    return SignerTimeout(
+        "The service gave no answer within the deadline.",
+        hint="Check that it can be reached, or allow more time.",
+    )
+
+
+def check_endpoint(url: str, what: str) -> None:
+    """Refuse an endpoint that is not https; plain http is for loopback addresses only.
+
+    Raises:
+        ConfigurationError: Another scheme, no host, user information, or http to another machine.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigurationError(f"The {what} is not a URL.") from None
+    if parts.scheme not in {"https", "http"} or not host or "@" in parts.netloc:
+        raise ConfigurationError(
+            f"The {what} is not a URL of the form https://HOST[:PORT].",
+            hint="Credentials never stand in it.",
+        )
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ConfigurationError(
+            f"The {what} is plain http to {host}.",
+            hint="Use https; plain http is taken for a loopback address only.",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An HTTP proxy on loopback that forwards to one server and can be told to misbehave."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    # Fewer bytes than announced, then the connection is closed.
+    sent: int | None = None
+
+
+class Dropped(Exception):
+    """Close the connection without an answer."""
+
+
+Forward = Callable[[Request], Answer]
+Fault = Callable[[Request, Forward], Answer]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    proxy: FaultProxy
+
+    def handle_error(self, *_: object) -> None:
+        # A client that left; what the client sees is what the tests look at.
+        pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    # One packet for head and body, at once: otherwise each call waits 40 ms.
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.upstream = http.client.HTTPConnection(*self.proxy().upstream, timeout=30)
+
+    def finish(self) -> None:
+        self.upstream.close()
+        super().finish()
+
+    def proxy(self) -> FaultProxy:
+        assert isinstance(self.server, _Server)
+        return self.server.proxy
+
+    def answer(self) -> None:
+        proxy = self.proxy()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = Request(self.command, self.path, dict(self.headers.items()), body)
+        proxy.requests.append(request)
+        fault = proxy.fault
+        try:
+            answer = fault(request, self.forward) if fault else self.forward(request)
+        except Dropped:
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            if name.lower() not in _HOP_BY_HOP:
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body[: answer.sent])
+        if answer.sent is not None:
+            self.close_connection = True
+
+    do_GET = do_POST = do_PUT = do_LIST = answer  # noqa: N815 (http.server finds them by name)
+
+    def forward(self, request: Request) -> Answer:
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}
+        self.upstream.request(request.method, request.path, request.body, headers)
+        response = self.upstream.getresponse()
+        return Answer(response.status, dict(response.getheaders()), response.read())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class FaultProxy:
+    """Forwards each request, or lets ``fault`` answer it.
+
+    ``fault`` is called in the thread of the connection with the request and the function that
+    forwards it; it may alter either, wait, or raise `Dropped`.
+    """
+
+    upstream: tuple[str, int]
+    fault: Fault | None = None
+    requests: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.proxy = self
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.01,), daemon=True
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
