@@ -95,7 +95,10 @@ class TokenEndpoint:
         except D1SignerError as error:
             failure = error.fresh()
         except (ValueError, UnicodeError) as error:
-            failure = TokenResponseError(f"D1's answer is not HTTP ({type(error).__name__}).")
+            failure = TokenResponseError(
+                f"D1's answer is not HTTP ({type(error).__name__}).",
+                hint="Check that the environment's URL is D1's token endpoint.",
+            )
         failure.details["correlation_id"] = correlation_id
         raise failure
 
@@ -156,7 +159,10 @@ def _remaining(deadline: float) -> float:
 
 def _chunks(response: requests.Response, deadline: float) -> Iterator[bytes]:
     if response.headers.get("content-encoding", "identity").lower() != "identity":
-        raise TokenResponseError("D1's answer is compressed, which was not asked for.")
+        raise TokenResponseError(
+            "D1's answer is compressed, which was not asked for.",
+            hint="Look for a proxy on the way that changes answers.",
+        )
     total = 0
     # read1: a server that drips bytes is noticed at each of them, not at the end of a block.
     while chunk := response.raw.read1(8192, decode_content=False):
@@ -193,22 +199,26 @@ def _translated(error: Exception, timeouts: tuple[float, float]) -> D1SignerErro
 
 
 def _reason(error: Exception, timeouts: tuple[float, float]) -> str:
-    connect, read = timeouts
-    known = (
-        (urllib3.exceptions.NameResolutionError, "its host name is not known here"),
-        (urllib3.exceptions.ConnectTimeoutError, f"no connection within {connect:g} seconds"),
-        (urllib3.exceptions.ProxyError, "the proxy does not connect"),
-        (urllib3.exceptions.ReadTimeoutError, f"no answer within {read:g} seconds"),
-    )
-    for link in _chain(error):
-        for kind, reason in known:
-            if isinstance(link, kind):
-                return reason
+    links = list(_chain(error))
+    # The order matters: to urllib3 a refused connection is a kind of connect timeout.
+    for link in links:
+        if isinstance(link, urllib3.exceptions.NameResolutionError):
+            return "its host name is not known here"
+        if isinstance(link, urllib3.exceptions.ProxyError):
+            return "the proxy does not connect"
         if isinstance(link, ssl.SSLError):
             return f"TLS failed ({_words(link.reason)})"
+    for link in links:
         if isinstance(link, OSError) and link.errno and link.strerror:
             return link.strerror.lower()
-    return "the connection was closed before a whole answer came"
+    connect, read = timeouts
+    if isinstance(error, requests.ConnectTimeout):
+        reason = f"no connection within {connect:g} seconds"
+    elif isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+        reason = f"no answer within {read:g} seconds"
+    else:
+        reason = "the connection was closed before a whole answer came"
+    return reason
 
 
 def _words(reason: str | None) -> str:

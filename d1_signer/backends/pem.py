@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, utils
@@ -67,7 +68,7 @@ class PemBackend:
         """Report the file's owner and permissions as they are now."""
         facts = [Fact(name="storage", value="file, and this process's memory", source="d1_signer")]
         try:
-            status = os.stat(self._path)
+            status = Path(self._path).stat()
         except OSError as error:
             facts.append(Fact(name="file", value=error.strerror, source="operating system"))
         else:
@@ -133,7 +134,7 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(file, "wb") as stream:
+        with os.fdopen(file, "wb") as stream:
             stream.write(pem)
             stream.flush()
             os.fsync(stream.fileno())

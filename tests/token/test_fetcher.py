@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fetcher over real mutual TLS: one request for all, one failure for all, renewal, closing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from d1_signer import (
+    AccessToken,
+    D1SignerError,
+    FetcherClosedError,
+    Limits,
+    Signer,
+    SignerSet,
+    SignEvent,
+    TokenFetcher,
+    TokenRefusedError,
+    TokenTimeout,
+    TokenUnavailable,
+    open_signer,
+)
+from d1_signer.sandbox import Fault, Sandbox
+from tests.token.conftest import ISSUER, KID, FetcherMaker, certificate_of
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        threading.Event().wait(0.002)
+
+
+def together(number: int, work: Callable[[], object]) -> list[object]:
+    """Run work in that many threads at the same moment; an error is a result."""
+    barrier = threading.Barrier(number)
+
+    def run(_: int) -> object:
+        barrier.wait()
+        try:
+            return work()
+        except D1SignerError as error:
+            return error
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(run, range(number)))
+
+
+def age(fetcher: TokenFetcher, seconds: float) -> None:
+    """Let the fetcher's clock run ahead."""
+    clock, wall = fetcher._clock, fetcher._wall
+    fetcher._clock = lambda: clock() + seconds
+    fetcher._wall = lambda: wall() + seconds
+
+
+def test_a_token_comes_back_and_is_reused(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    token = fetcher.token()
+    assert fetcher.token() is token
+    assert sandbox.counters.token_requests == 1
+    assert token.token_type == "Bearer"
+    assert token.scope
+    assert 895 < token.expires_at - time.time() <= 900
+
+
+def test_the_request_says_what_d1_documents(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    fetcher.token()
+    (request,) = sandbox.requests
+    assert request.content_type == "application/x-www-form-urlencoded"
+    assert request.grant_type == "urn:ietf:params:oauth:grant-type:jwt-bearer"
+    assert request.header == {"alg": "ES256", "kid": KID, "typ": "JWT"}
+    claims = request.claims
+    assert claims["iss"] == claims["sub"] == ISSUER
+    assert claims["aud"] == sandbox.token_endpoint
+    assert isinstance(claims["exp"], int)
+    assert 290 <= claims["exp"] - request.at <= 300
+    assert request.correlation_id
+    assert request.refusal == ""
+
+
+def test_options_shape_the_assertion(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
+    fetcher = make_fetcher(
+        audience=None,
+        issued_at=False,
+        jwt_id=False,
+        assertion_lifetime=900,
+        correlation_id=lambda: "order-66",
+    )
+    fetcher.token()
+    (request,) = sandbox.requests
+    assert set(request.claims) == {"iss", "sub", "exp"}
+    assert request.correlation_id == "order-66"
+
+
+def test_two_hundred_cold_threads_sign_once_and_post_once(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, pem_uri: str
+) -> None:
+    events: list[SignEvent] = []
+    sandbox.misbehave(Fault.DELAY, seconds=0.05)
+    with open_signer(pem_uri, kid=KID, observers=[events.append]) as signer:
+        fetcher = make_fetcher(signer=signer)
+        tokens = together(200, fetcher.token)
+    assert len({token.value for token in tokens if isinstance(token, AccessToken)}) == 1
+    assert all(isinstance(token, AccessToken) for token in tokens)
+    assert sandbox.counters.token_requests == 1
+    assert len(events) == 1
+    use = events[0].use
+    assert use is not None
+    assert use.purpose == "d1-assertion"
+    assert dict(use.references)["jti"] == sandbox.requests[0].claims["jti"]
+
+
+def test_fifty_cold_threads_share_one_refusal(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.INVALID_GRANT)
+    results = together(50, fetcher.token)
+    assert all(isinstance(result, TokenRefusedError) for result in results)
+    assert len({id(result) for result in results}) == 50
+    assert sandbox.counters.token_requests == 1
+    # And nobody asks again before the minimum interval is over.
+    with pytest.raises(TokenRefusedError) as refusal:
+        fetcher.token()
+    assert (refusal.value.status, refusal.value.error) == (400, "invalid_grant")
+    assert sandbox.counters.token_requests == 1
+    sandbox.misbehave(None)
+    age(fetcher, 2)
+    assert fetcher.token().value
+    assert sandbox.counters.token_requests == 2
+
+
+def test_each_attempt_has_an_assertion_of_its_own(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.STATUS_503, times=2, retry_after=None)
+    assert fetcher.token().value
+    identifiers = {request.claims["jti"] for request in sandbox.requests}
+    assert len(identifiers) == len(sandbox.requests) == 3
+    assert len({request.correlation_id for request in sandbox.requests}) == 3
+
+
+def test_retry_after_is_obeyed(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
+    fetcher = make_fetcher(limits=Limits(total=2.0))
+    sandbox.misbehave(Fault.STATUS_429, retry_after=60)
+    started = time.monotonic()
+    with pytest.raises(TokenUnavailable) as failure:
+        fetcher.token()
+    # A minute is more than the deadline leaves, so the failure comes at once and says so.
+    assert time.monotonic() - started < 1.5
+    assert failure.value.details["retry_after"] == 60
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_stale_token_is_handed_out_while_it_is_renewed(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    first = fetcher.token()
+    age(fetcher, 700)
+    sandbox.misbehave(Fault.DELAY, seconds=0.2)
+    assert fetcher.token() is first
+    until(lambda: fetcher.token() is not first)
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_failed_renewal_keeps_the_last_good_token(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    first = fetcher.token()
+    age(fetcher, 700)
+    sandbox.misbehave(Fault.INVALID_GRANT)
+    assert fetcher.token() is first
+    until(lambda: sandbox.counters.tokens_refused == 1)
+    assert fetcher.token() is first
+    age(fetcher, 200)
+    with pytest.raises(TokenRefusedError):
+        fetcher.token()
+
+
+def test_an_expired_token_is_never_handed_out(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    first = fetcher.token()
+    age(fetcher, 895)
+    assert fetcher.token() is not first
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_machine_that_slept_unnoticed_does_not_use_a_dead_token(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    first = fetcher.token()
+    wall = fetcher._wall
+    fetcher._wall = lambda: wall() + 1000  # the clock of tokens stood still
+    assert fetcher.token() is not first
+    assert sandbox.counters.token_requests == 2
+
+
+def test_short_lives_do_not_become_a_loop_of_requests(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher(retry_interval=0.2)
+    sandbox.misbehave(Fault.EXPIRES_IN_SHORT, seconds=0.05)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        succeeded(fetcher)  # on a slow machine such a token expires on its way
+    assert sandbox.counters.token_requests <= 7
+
+
+def test_a_caller_waits_no_longer_than_its_timeout(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=0.3)
+    with pytest.raises(TokenTimeout):
+        fetcher.token(timeout=0.05)
+    assert fetcher.token().value  # the renewal went on
+    assert sandbox.counters.token_requests == 1
+
+
+@pytest.mark.parametrize("fault", [Fault.SLOW_BODY, Fault.DELAY])
+def test_a_server_that_never_ends_is_given_up(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, fault: Fault
+) -> None:
+    fetcher = make_fetcher(limits=Limits(total=0.4), retry_interval=0.01)
+    sandbox.misbehave(fault, seconds=30.0 if fault is Fault.DELAY else 0.05)
+    started = time.monotonic()
+    with pytest.raises(TokenUnavailable):
+        fetcher.token()
+    assert time.monotonic() - started < 2.0
+    sandbox.misbehave(None)
+    until(lambda: succeeded(fetcher))
+
+
+def succeeded(fetcher: TokenFetcher) -> bool:
+    try:
+        return bool(fetcher.token().value)
+    except D1SignerError:
+        return False
+
+
+def test_a_hanging_flight_is_cut_and_replaced(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
+    # The read limit alone would hold the worker for ten seconds.
+    fetcher = make_fetcher(limits=Limits(total=0.3, read=10.0))
+    fetcher._endpoint._timeouts = (5.0, 10.0)
+    sandbox.misbehave(Fault.DELAY, seconds=30.0, times=1)
+    with pytest.raises(TokenUnavailable):
+        fetcher.token()
+    until(lambda: not workers())
+    until(lambda: succeeded(fetcher))
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "d1-signer-renewal"]
+
+
+def test_closing_ends_a_renewal_and_leaves_no_thread(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=30.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fetcher.token)
+        until(lambda: sandbox.counters.token_requests == 1)
+        fetcher.close()
+        with pytest.raises(FetcherClosedError):
+            waiting.result(timeout=5)
+    until(lambda: not workers())
+    with pytest.raises(FetcherClosedError):
+        fetcher.token()
+    with pytest.raises(FetcherClosedError):
+        fetcher.prefetch()
+    fetcher.close()
+
+
+def test_prefetch_returns_at_once(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=0.2)
+    fetcher.prefetch()
+    fetcher.prefetch()
+    assert fetcher.token().value
+    assert sandbox.counters.token_requests == 1
+
+
+def test_invalidate_forgets_only_the_token_that_was_refused(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher(retry_interval=0.01)
+    first = fetcher.token()
+    fetcher.invalidate(first)
+    second = fetcher.token()
+    assert second is not first
+    fetcher.invalidate(first)
+    assert fetcher.token() is second
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_failed_signer_is_told_to_all(sandbox: Sandbox, make_fetcher: FetcherMaker) -> None:
+    fetcher = make_fetcher()
+    fetcher._renewal._signers._members[0].signer().close()
+    results = together(20, fetcher.token)
+    assert {getattr(result, "code", None) for result in results} == {"signer_closed"}
+    assert sandbox.counters.token_requests == 0
+
+
+def test_a_new_kid_that_d1_does_not_know_falls_back(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, signer: Signer, pem_uri: str
+) -> None:
+    with open_signer(pem_uri, kid="next-key") as unknown:
+        fetcher = make_fetcher(signer=SignerSet([unknown, signer]))
+        assert fetcher.token().value
+    assert [request.header["kid"] for request in sandbox.requests] == ["next-key", KID]
+
+
+@pytest.mark.parametrize("offset", [-400.0, 400.0])
+def test_a_wrong_clock_is_corrected_once(
+    make_fetcher: FetcherMaker, signer: Signer, offset: float
+) -> None:
+    with Sandbox(issuer_id=ISSUER, clock=lambda: time.time() + offset) as sandbox:
+        sandbox.register_key(signer.kid, signer.public_key.jwk())
+        fetcher = make_fetcher(
+            environment=sandbox.base_url,
+            ca_file=sandbox.ca_file,
+            client_certificate=certificate_of(sandbox),
+            retry_interval=0.01,
+        )
+        assert fetcher.token().value
+        assert sandbox.counters.token_requests == 2
+        fetcher.invalidate(fetcher.token())
+        assert fetcher.token().value
+        assert sandbox.counters.token_requests == 3
+
+
+def test_a_skew_that_is_too_large_is_an_error(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.INVALID_GRANT, date_offset=86_400.0)
+    with pytest.raises(TokenRefusedError):
+        fetcher.token()
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_forked_child_has_a_flight_of_its_own(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=0.3)
+    fetcher.prefetch()
+    until(lambda: sandbox.counters.token_requests == 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if fetcher.token(timeout=10).value else 1)
+        except BaseException:  # noqa: BLE001 (the child must not run the parent's tests)
+            os._exit(2)
+    parent = fetcher.token()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert sandbox.counters.token_requests == 2
+    age(fetcher, 895)
+    assert fetcher.token().value != parent.value
+
+
+def test_neither_fetcher_nor_token_shows_or_leaves_the_process(fetcher: TokenFetcher) -> None:
+    token = fetcher.token()
+    for shown in (repr(token), str(token), f"{token}", repr(fetcher)):
+        assert token.value not in shown
+    for thing in (token, fetcher):
+        with pytest.raises(TypeError):
+            pickle.dumps(thing)
+        with pytest.raises(TypeError):
+            copy.copy(thing)
