@@ -39,7 +39,7 @@ are translated, and a cause is chained only where it cannot carry a secret.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 
 class D1SignerError(Exception):
@@ -83,12 +83,15 @@ class D1SignerError(Exception):
         One failure is given to many waiting threads; raising one object in several threads would
         make their tracebacks grow into each other.
         """
-        twin = type(self).__new__(type(self), *self.args)
-        twin.args = self.args
-        twin.__dict__.update(self.__dict__)
+        twin = _rebuilt(type(self), self.args, {**vars(self), "details": dict(self.details)})
         twin.__cause__ = self.__cause__
         twin.__suppress_context__ = True
         return twin
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are rebuilt from their arguments alone, which fails for keyword-only ones: a
+        # process pool would hang on such an answer of its worker.
+        return _rebuilt, (type(self), self.args, vars(self))
 
     def to_dict(self) -> dict[str, object]:
         """The error for machines: ``code``, ``message``, ``hint``, ``retryable``, ``details``."""
@@ -99,6 +102,16 @@ class D1SignerError(Exception):
             "retryable": self.retryable,
             "details": dict(self.details),
         }
+
+
+_E = TypeVar("_E", bound=D1SignerError)
+
+
+def _rebuilt(kind: type[_E], args: tuple[object, ...], state: dict[str, object]) -> _E:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(state)
+    return error
 
 
 class InvalidInputError(D1SignerError, ValueError):

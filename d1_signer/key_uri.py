@@ -35,8 +35,10 @@ def split_fragment(uri: str) -> tuple[str, str | None]:
         The URI without its fragment, and the fragment percent-decoded (None where there is none).
 
     Raises:
-        KeyUriError: The fragment is not percent-encoded UTF-8.
+        KeyUriError: Not a text, or the fragment is not percent-encoded UTF-8.
     """
+    if not isinstance(uri, str):
+        raise KeyUriError("The key URI is not a text.")
     rest, mark, fragment = uri.partition("#")
     return rest, percent_decode(fragment) if mark else None
 
@@ -51,8 +53,8 @@ def percent_decode(text: str) -> str:
         raise KeyUriError("The key URI has a % that is not followed by two hexadecimal digits.")
     try:
         return unquote_to_bytes(text).decode()
-    except UnicodeDecodeError:
-        raise KeyUriError("The key URI has percent-encoded bytes that are not UTF-8.") from None
+    except UnicodeError:  # decoding, or encoding what came from a command line as no UTF-8
+        raise KeyUriError("The key URI has bytes that are not UTF-8.") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

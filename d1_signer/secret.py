@@ -61,19 +61,34 @@ def read_secret(source: SecretSource, *, what: str) -> Secret:
         SecretSourceError: Unknown form, unreadable, world-readable, empty, or not UTF-8. The text
             never repeats the source's value, which may be a secret put there by mistake.
     """
+    # No local variable and no error under way holds the value where an error is raised.
+    secret = _wrapped(_value_from(source, what))
+    if secret is None:
+        raise SecretSourceError(f"The {what} is empty, or not UTF-8 text.")
+    return secret
+
+
+def _value_from(source: SecretSource, what: str) -> object:
     if callable(source):
-        value = _call(source, what)
-    elif source == "prompt":
-        value = _prompt(what)
-    elif source.startswith("env:"):
-        value = _from_environment(source.removeprefix("env:"), what)
-    elif source.startswith("file:"):
+        return _call(source, what)
+    if source == "prompt":
+        return _prompt(what)
+    if isinstance(source, str) and source.startswith("env:"):
+        return _from_environment(source.removeprefix("env:"), what)
+    if isinstance(source, str) and source.startswith("file:"):
         path = unquote(source.removeprefix("file:"))
         value = read_private_file(path.removeprefix("//"), what=f"{what} file")
-        value = value.removesuffix(b"\n").removesuffix(b"\r")
-    else:
-        raise SecretSourceError(f"The source of the {what} is not understood.", hint=_SOURCES)
-    return Secret(_text(value, what))
+        return value.removesuffix(b"\n").removesuffix(b"\r")
+    raise SecretSourceError(f"The source of the {what} is not understood.", hint=_SOURCES)
+
+
+def _wrapped(value: object) -> Secret | None:
+    """The secret; None for what is no text, is empty, or has no UTF-8 form."""
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        return Secret(text) if isinstance(text, str) and text.encode() else None
+    except UnicodeError:
+        return None
 
 
 def read_private_file(path: str, *, what: str) -> bytes:
@@ -131,14 +146,14 @@ def _call(source: Callable[[], str | bytes], what: str) -> str | bytes:
     try:
         return source()
     except Exception as error:  # noqa: BLE001 (the caller's code may raise anything)
-        # The callable's own error may quote the secret, so only its type is told.
-        raise SecretSourceError(
-            f"The callable that gives the {what} failed with {type(error).__name__}."
-        ) from None
+        kind = type(error).__name__
+    # The callable's own error may quote the secret: only its type is told, and it is over here, so
+    # that it does not become the context of ours.
+    raise SecretSourceError(f"The callable that gives the {what} failed with {kind}.")
 
 
 def _prompt(what: str) -> str:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
         raise SecretSourceError(
             f"The {what} cannot be asked for: standard input is not a terminal.", hint=_SOURCES
         )
@@ -149,20 +164,12 @@ def _prompt(what: str) -> str:
 
 
 def _from_environment(name: str, what: str) -> str:
-    try:
-        return os.environ[name]
-    except KeyError:
+    # Not os.environ[name]: its KeyError would carry the name, which may be a secret put there by
+    # mistake, as the context of ours.
+    value = os.environ.get(name) if name.isprintable() else None
+    if value is None:
         raise SecretSourceError(
             f"The {what} is to come from an environment variable that is not set.",
             hint="Set the variable that env:NAME names.",
-        ) from None
-
-
-def _text(value: str | bytes, what: str) -> str:
-    try:
-        text = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        raise SecretSourceError(f"The {what} is not UTF-8 text.") from None
-    if not isinstance(text, str) or not text:
-        raise SecretSourceError(f"The {what} is empty or not a text.")
-    return text
+        )
+    return value
