@@ -67,7 +67,7 @@ def test_decoding_is_as_strict_as_the_rfc(text: str) -> None:
             "A+AA",
             "A/AA",
             "AAé",
-            "ＡAAA",
+            chr(0xFF21) + "AAA",
             "AA.A",
         ],
         *(" AAAA", "AAAA\n", "AA AA", "AA\r\nAA", "AA\ud800A", "AAAA\0"),
@@ -80,7 +80,7 @@ def test_other_spellings_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("nested", [False, True])
-def test_json_has_no_nan(number: float, nested: bool) -> None:  # noqa: FBT001
+def test_json_has_no_nan(number: float, nested: bool) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         jose.compact_json({"n": [{"n": number}] if nested else number})
 
