@@ -89,7 +89,7 @@ def _check_jwk(jwk: Mapping[str, str]) -> None:
     if "d" in jwk:
         raise InvalidKeyError(
             "The JWK has a private member; D1 is given public keys only.",
-            hint="Register the output of `d1-signer public-key --format jwk`.",
+            hint="Register what PublicKey.jwk() gives.",
         )
     if jwk.get("kty") != "EC" or jwk.get("crv") != "P-256":
         raise InvalidKeyError("The JWK is not a key on P-256 (kty EC, crv P-256).")
@@ -151,8 +151,9 @@ class AssertionVerifier:
             signature = _extract(assertion)
             header = signature.headers()
             claims = _claims(signature.payload)
-            self._check_header(header)
-            self._check_signature(signature)
+            key = self._key_of(header)
+            good = jws.validate_compact(signature, key, algorithms=["ES256"])
+            _require(good, "The signature of the assertion does not verify with the kid's key.")
             self._check_parties(claims)
             self._check_times(claims, now)
             self._check_replay(claims, now)
@@ -160,22 +161,17 @@ class AssertionVerifier:
             return Verdict(header=header, claims=claims, refusal=str(refused))
         return Verdict(header=header, claims=claims)
 
-    def _check_header(self, header: Mapping[str, object]) -> None:
+    def _key_of(self, header: Mapping[str, object]) -> ECKey:
         _require(header.get("alg") == "ES256", "The algorithm of the assertion is not ES256.")
         _require(header.get("typ") == "JWT", "The typ of the assertion is not JWT.")
         # Whatever else a header may bring (jku, jwk, crit, b64) has no place in D1's assertions.
         _require(set(header) <= _HEADER, "The header of the assertion has other parameters.")
         kid = header.get("kid")
         _require(isinstance(kid, str) and bool(kid), "The assertion names no kid.")
-        _require(self._keys.get(str(kid)) is not None, "The kid of the assertion is unknown.")
-
-    def _check_signature(self, signature: jws.CompactSignature) -> None:
-        key = self._keys.get(signature.headers()["kid"])
-        try:
-            good = jws.validate_compact(signature, key, algorithms=["ES256"])
-        except _MALFORMED:
-            good = False
-        _require(good, "The signature of the assertion does not verify with the key of its kid.")
+        key = self._keys.get(str(kid))
+        if key is None:
+            raise _Refused("The kid of the assertion is unknown.")
+        return key
 
     def _check_parties(self, claims: dict[str, Any]) -> None:
         for name in ("iss", "sub"):

@@ -101,7 +101,7 @@ class TokenRequest:
         at: The sandbox's clock at its arrival, seconds since the epoch.
         content_type: Media type in lower case, without parameters.
         correlation_id: Value of ``x-correlation-id``, None where absent.
-        headers: All headers; look-up ignores case.
+        headers: All headers by their names in lower case; of a repeated one the last value.
         grant_type: As sent, None where absent or unreadable.
         header: The assertion's decoded header, empty where unreadable.
         claims: The assertion's decoded claims, empty where unreadable.
@@ -135,7 +135,7 @@ class Exchange:
         request_headers: Pairs as received.
         request_body: At most the first 65,536 bytes.
         status: The answer's status.
-        response_headers: Pairs as sent.
+        response_headers: Pairs as sent, without those of framing (Content-Length and the like).
         response_body: The body; empty where it was streamed (huge, slow and torn bodies).
     """
 

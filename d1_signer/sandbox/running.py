@@ -141,6 +141,10 @@ class Running:
         )
         self._ready.set_result(loop)
         await self._service.stopping.wait()
+        # What was accepted gets its transport first: asyncio loses the socket of a connection whose
+        # server is closed in between.
+        loop.remove_reader(self._listener)
+        await asyncio.sleep(0)
         accepting.close()
         self._listener.cut_off()
         await server.shutdown(_CLOSE_SECONDS)

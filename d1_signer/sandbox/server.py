@@ -54,9 +54,9 @@ class Sandbox:
         clock: Callable[[], float] = time.time,
         leeway: float = 5.0,
     ) -> None:
+        self._issuer_id = issuer_id
         if not issuer_id:
             raise InvalidInputError("The issuer ID is empty.")
-        self._issuer_id = issuer_id
         self._port = port
         self._tls = tls
         self._clock = clock
@@ -87,7 +87,8 @@ class Sandbox:
         """Make the certificates, listen and serve; once in a sandbox's life.
 
         Raises:
-            ConfigurationError: The port is taken, or the sandbox was started before.
+            ConfigurationError: The port is taken, certificates cannot be written, the system gives
+                no more descriptors, or the sandbox was started before.
         """
         if self._running is not None:
             raise ConfigurationError("A sandbox is started once; make a new one.")
@@ -98,9 +99,11 @@ class Sandbox:
                 self._certificates = CertificateFolder()
             tls = self._certificates.server_context() if self._certificates else None
             self._running = Running(listener, tls, self._service())
-        except BaseException:
+        except BaseException as error:
             listener.close()
             self.close()
+            if isinstance(error, OSError):
+                raise ConfigurationError(f"The sandbox cannot start: {error}.") from None
             raise
         return self
 

@@ -209,7 +209,7 @@ class Service:
                 at=now,
                 content_type=request.content_type.lower(),
                 correlation_id=visit.correlation_id,
-                headers=request.headers,
+                headers={name.lower(): value for name, value in request.headers.items()},
                 grant_type=grant.grant_type,
                 header=verdict.header,
                 claims=verdict.claims,
