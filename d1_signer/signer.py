@@ -21,16 +21,18 @@ verification happen here, so no backend can leave them out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import entry_points
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, final
+from typing import Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, final
 
 from d1_signer import es256
 from d1_signer.custody import CustodyPolicy, CustodyReport, Evidence
@@ -47,6 +49,9 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Observer, SignEvent, Use, notify
 from d1_signer.key_uri import scheme_of, split_fragment, without_secrets
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 ENTRY_POINT_GROUP = "d1_signer.backends"
 
@@ -154,8 +159,9 @@ class Signer:
             InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
         """
         self._backend = backend
-        self._encoding = backend.encoding
-        self._public_key = backend.public_key()
+        self._kid = ""  # for the repr in a crash report, should a step below fail
+        self._encoding = _guarded(backend.name, SignatureEncoding, backend.encoding)
+        self._public_key = _guarded(backend.name, backend.public_key)
         self._verify = verify
         self._observers = tuple(observers)
         self._closed = False
@@ -167,7 +173,7 @@ class Signer:
                 hint="Check which key the URI names, and the thumbprint that was registered.",
             )
         if custody_policy is not None:
-            custody_policy.check(backend.custody())
+            custody_policy.check(_guarded(backend.name, backend.custody))
 
     @property
     def public_key(self) -> PublicKey:
@@ -195,11 +201,11 @@ class Signer:
         Raises:
             SignerUnavailable: The device or service does not answer; retryable.
             SignerError: Anything else that keeps the key from signing.
-            InvalidInputError: ``message`` is not bytes.
+            InvalidInputError: ``message`` is not bytes, or ``timeout`` not a number.
         """
         try:
             digest = hashlib.sha256(message).digest()
-        except TypeError:
+        except (TypeError, BufferError):
             raise InvalidInputError("The message to sign is not bytes.") from None
         return self.sign_digest(digest, timeout=timeout, use=use)
 
@@ -217,12 +223,16 @@ class Signer:
             64 bytes, r||s.
 
         Raises:
-            InvalidInputError: ``digest`` is not 32 bytes.
+            InvalidInputError: ``digest`` is not 32 bytes, or ``timeout`` not a number.
             SignerUnavailable: The device or service does not answer; retryable.
             SignerError: Anything else that keeps the key from signing.
         """
         if not isinstance(digest, bytes) or len(digest) != es256.DIGEST_LENGTH:
             raise InvalidInputError("The digest to sign is not 32 bytes.")
+        if timeout is not None and not (
+            isinstance(timeout, int | float) and math.isfinite(timeout)
+        ):
+            raise InvalidInputError("The timeout is not a number of seconds.")
         if self._closed:
             raise SignerClosedError(
                 "The signer is closed.", hint="Open it anew with open_signer()."
@@ -251,12 +261,7 @@ class Signer:
 
     def _sign(self, digest: bytes, timeout: float | None) -> bytes:
         deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            answer = self._backend.sign_digest(digest, deadline)
-        except D1SignerError:
-            raise
-        except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
-            raise _foreign(self._backend.name, failure) from None
+        answer = _guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
         if self._verify:
@@ -279,12 +284,7 @@ class Signer:
             SignerUnavailable: The device or service does not answer; retryable.
             SignerError: Anything else that keeps the backend from asking.
         """
-        try:
-            evidence = self._backend.custody()
-        except D1SignerError:
-            raise
-        except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
-            raise _foreign(self._backend.name, failure) from None
+        evidence = _guarded(self._backend.name, self._backend.custody)
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,
@@ -296,7 +296,7 @@ class Signer:
     def close(self) -> None:
         """Release the backend; calling it again does nothing."""
         self._closed = True
-        self._backend.close()
+        _guarded(self._backend.name, self._backend.close)
 
     def __enter__(self) -> Self:
         return self
@@ -360,7 +360,8 @@ def open_signer(
             observers=observers,
         )
     except BaseException:
-        backend.close()
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            backend.close()
         raise
 
 
@@ -412,6 +413,8 @@ def load_backend_module(uri: str) -> BackendModule:
     if len(found) == 1:
         try:
             module: BackendModule = found[0].load()
+        except D1SignerError:
+            raise
         except Exception as error:
             raise ConfigurationError(
                 f"The plug-in {found[0].value} for {scheme}: cannot be loaded "
@@ -432,7 +435,11 @@ def load_backend_module(uri: str) -> BackendModule:
 
 
 def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:
-    function = getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigurationError(
+            f"The plug-in for {scheme_of(uri)}: has no {name}().", hint="Check its installation."
+        )
     try:
         inspect.signature(function).bind(uri, **options)
     except TypeError:
@@ -446,18 +453,21 @@ def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -
             f"Options that do not fit {scheme_of(uri)}: {unknown}.",
             hint=f"Known here: {', '.join(known) or 'none'}.",
         ) from None
+    return _guarded(f"{scheme_of(uri)}:", function, uri, **options)
+
+
+def _guarded(backend: str, function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
+    """Call what may be a plug-in's; whatever it raises becomes our error."""
     try:
-        return function(uri, **options)
+        return function(*args, **options)
     except D1SignerError:
         raise
     except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
-        raise _foreign(f"{scheme_of(uri)}:", failure) from None
-
-
-def _foreign(backend: str, failure: Exception) -> SignerError:
-    # Its text and its attributes may carry a secret, so only the type is told.
-    return SignerError(
-        f"The {backend} backend failed with {type(failure).__name__}.",
+        kind = type(failure).__name__
+    # Its text and its attributes may carry a secret: only its type is told, and it is over here, so
+    # that it does not become the context of ours.
+    raise SignerError(
+        f"The {backend} backend failed with {kind}.",
         hint="This is a defect of the backend; report it to its maintainers.",
     )
 
