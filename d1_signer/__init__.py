@@ -20,6 +20,7 @@ Names are loaded when they are first used, so importing the package loads no SDK
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ if TYPE_CHECKING:
         SignerUnavailable as SignerUnavailable,
     )
     from d1_signer.errors import (
+        StoreUnavailable as StoreUnavailable,
+    )
+    from d1_signer.errors import (
         TlsError as TlsError,
     )
     from d1_signer.errors import (
@@ -139,7 +143,16 @@ if TYPE_CHECKING:
         PublicKey as PublicKey,
     )
     from d1_signer.events import (
+        FailoverEvent as FailoverEvent,
+    )
+    from d1_signer.events import (
         Observer as Observer,
+    )
+    from d1_signer.events import (
+        RenewalEvent as RenewalEvent,
+    )
+    from d1_signer.events import (
+        RequestEvent as RequestEvent,
     )
     from d1_signer.events import (
         SignEvent as SignEvent,
@@ -179,6 +192,12 @@ if TYPE_CHECKING:
     )
     from d1_signer.signer_set import (
         SignerSet as SignerSet,
+    )
+    from d1_signer.stores import (
+        Lease as Lease,
+    )
+    from d1_signer.stores import (
+        TokenStore as TokenStore,
     )
     from d1_signer.tls import (
         ClientCertificate as ClientCertificate,
@@ -220,6 +239,7 @@ _HOMES = {
         "SignerThrottled",
         "SignerTimeout",
         "SignerUnavailable",
+        "StoreUnavailable",
         "TlsError",
         "TokenError",
         "TokenRefusedError",
@@ -228,7 +248,7 @@ _HOMES = {
         "TokenUnavailable",
     ],
     "es256": ["PublicKey"],
-    "events": ["Observer", "SignEvent", "Use"],
+    "events": ["FailoverEvent", "Observer", "RenewalEvent", "RequestEvent", "SignEvent", "Use"],
     "renewal": ["Limits"],
     "signer": [
         "Backend",
@@ -239,6 +259,7 @@ _HOMES = {
         "open_signer",
     ],
     "signer_set": ["Health", "LazySigner", "MemberHealth", "SignerSet"],
+    "stores": ["Lease", "TokenStore"],
     "tls": ["ClientCertificate"],
     "token": ["Audience", "TokenFetcher"],
 }
@@ -248,6 +269,10 @@ __all__ = [  # noqa: PLE0604 (the names above, which a test holds against the ty
     *_HOME_OF,
     "es256",
 ]
+
+
+# Without this, Python prints a library's warnings to stderr where nobody configured logging.
+logging.getLogger("d1_signer").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:

@@ -53,11 +53,13 @@ class HeldToken:
         token: The token.
         renew_at: From here on it is stale.
         unusable_at: From here on it is expired; a little ahead of D1's own expiry.
+        shared: Whether it came from the fleet's store.
     """
 
     token: AccessToken
     renew_at: float
     unusable_at: float
+    shared: bool = False
 
     def state(self, now: float) -> State:
         """What the token is good for at a moment of the same clock."""
@@ -74,6 +76,7 @@ def hold(
     requested_at: float,
     requested_at_wall: float,
     chance: float,
+    shared: bool = False,
 ) -> HeldToken:
     """Decide when a new token is renewed and when it is no longer handed out.
 
@@ -86,6 +89,7 @@ def hold(
         requested_at: Start of the request on the holder's clock.
         requested_at_wall: The same moment in seconds since the epoch.
         chance: Random number from 0 to 1; spreads the renewals of a fleet.
+        shared: Whether it came from the fleet's store.
     """
     life = min(expires_in, MAX_TOKEN_LIFETIME)
     margin = min(_MAX_MARGIN, life / 10)
@@ -94,4 +98,5 @@ def hold(
         token=AccessToken(value=value, expires_at=requested_at_wall + life, scope=scope),
         renew_at=requested_at + life * _RENEW_AT * spread,
         unusable_at=requested_at + life - margin,
+        shared=shared,
     )

@@ -30,20 +30,20 @@ _OK = 200
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What came back for one POST: a grant, or the error that the answer means.
+    """What became of one POST: a grant, or the error that it ended in.
 
     Attributes:
         outcome: The grant, or the error.
-        status: HTTP status code.
+        status: HTTP status code; None where no usable answer came.
         clock_offset: Seconds by which the server's ``Date`` is ahead of this machine's clock; None
             where it sent none.
         retry_after: Seconds that the server asks to wait; None where it does not.
     """
 
-    outcome: Grant | TokenError
-    status: int
-    clock_offset: float | None
-    retry_after: float | None
+    outcome: Grant | D1SignerError
+    status: int | None = None
+    clock_offset: float | None = None
+    retry_after: float | None = None
 
 
 class TokenEndpoint:
@@ -80,27 +80,29 @@ class TokenEndpoint:
             correlation_id: For ``x-correlation-id``.
             deadline: Moment on ``time.monotonic()`` by which the answer must be complete.
 
-        Raises:
-            TlsError: The server's certificate is not trusted, or it refuses ours.
-            TokenUnavailable: No connection, no answer in time, or a broken one.
-            TokenResponseError: The answer is too large or encoded.
+        Returns:
+            A grant, or an error: `TlsError` where either side's certificate is refused,
+            `TokenUnavailable` where no whole answer came, `TokenRefusedError` or
+            `TokenResponseError` for what the answer says. Its details have the correlation id.
         """
-        # The errors of requests hold the request, and with it the assertion, so ours are raised
-        # where those are out of reach: not even as the context of ours.
-        failure: D1SignerError
         try:
-            return self._exchange(assertion, correlation_id, deadline)
+            reply = self._exchange(assertion, correlation_id, deadline)
+        # The errors of requests hold the request, and with it the assertion, so they end here:
+        # ours is made new, with no traceback and no context that leads to theirs.
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            failure = _translated(error, self._timeouts)
+            reply = Reply(outcome=_translated(error, self._timeouts))
         except D1SignerError as error:
-            failure = error.fresh()
-        except (ValueError, UnicodeError) as error:
-            failure = TokenResponseError(
-                f"D1's answer is not HTTP ({type(error).__name__}).",
-                hint="Check that the environment's URL is D1's token endpoint.",
+            reply = Reply(outcome=error.fresh())
+        except ValueError as error:
+            reply = Reply(
+                outcome=TokenResponseError(
+                    f"D1's answer is not HTTP ({type(error).__name__}).",
+                    hint="Check that the environment's URL is D1's token endpoint.",
+                )
             )
-        failure.details["correlation_id"] = correlation_id
-        raise failure
+        if isinstance(reply.outcome, D1SignerError):
+            reply.outcome.details["correlation_id"] = correlation_id
+        return reply
 
     def _exchange(self, assertion: Secret, correlation_id: str, deadline: float) -> Reply:
         sent_at = time.time()
@@ -123,15 +125,13 @@ class TokenEndpoint:
         # The Date was written between sending and receiving; the middle is the best guess.
         clock_offset = seconds_until(response.headers.get("date"), now=(sent_at + now) / 2)
         retry_after = seconds_until(response.headers.get("retry-after"), now=now)
-        outcome: Grant | TokenError
+        outcome: Grant | D1SignerError
         if response.status_code == _OK:
             outcome = read_grant(body)
         else:
             outcome = error_from(
                 response.status_code, body, assertion=assertion, retry_after=retry_after
             )
-        if isinstance(outcome, TokenError):
-            outcome.details["correlation_id"] = correlation_id
         return Reply(
             outcome=outcome,
             status=response.status_code,

@@ -31,6 +31,7 @@ The tree (``code`` in brackets; *retryable* where trying again later can help)::
         ├── TokenResponseError [token_response]           D1's answer cannot be used
         ├── TokenUnavailable [token_unavailable]          D1 is out of reach or failing; retryable
         │   └── TokenTimeout [token_timeout]              no token within the deadline; retryable
+        ├── StoreUnavailable [store_unavailable]          the shared store is away; retryable
         └── FetcherClosedError [fetcher_closed]           used after ``close()``
 
 Nothing else escapes from a public call: errors of an SDK, of requests or of the operating system
@@ -303,6 +304,13 @@ class TokenTimeout(TokenUnavailable):
     """No token within the deadline of the call."""
 
     code = "token_timeout"
+
+
+class StoreUnavailable(TokenError):
+    """The fleet's token store does not answer; the fetcher goes on without it."""
+
+    code = "store_unavailable"
+    default_retryable = True
 
 
 class FetcherClosedError(TokenError):

@@ -43,7 +43,54 @@ class SignEvent:
     use: Use | None = None
 
 
-Event = SignEvent
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestEvent:
+    """One POST to the token endpoint has ended.
+
+    Attributes:
+        correlation_id: Its ``x-correlation-id``, which stands in D1's log.
+        duration: Seconds from sending to the end of the answer.
+        status: HTTP status code; None where no answer came.
+        error: Code of the error, or None for a token.
+    """
+
+    correlation_id: str
+    duration: float
+    status: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenewalEvent:
+    """One renewal has ended: with a token or, after all its attempts, without.
+
+    Attributes:
+        duration: Seconds from its start.
+        error: Code of the error, or None for a token.
+        expires_in: Seconds that the new token lives; None without one.
+        shared: Whether the token came from the fleet's store instead of D1.
+    """
+
+    duration: float
+    error: str | None
+    expires_in: float | None
+    shared: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailoverEvent:
+    """A member of a `SignerSet` failed and the next one is asked.
+
+    Attributes:
+        kid: Key identifier of the member that failed.
+        error: Code of its error.
+    """
+
+    kid: str
+    error: str
+
+
+Event = SignEvent | RequestEvent | RenewalEvent | FailoverEvent
 Observer = Callable[[Event], None]
 """Called in the thread where the event happened, so it must be quick."""
 

@@ -11,7 +11,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d1_signer.access_token import HeldToken, hold
@@ -20,13 +20,14 @@ from d1_signer.clock import Clock
 from d1_signer.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.endpoint import Reply, TokenEndpoint
 from d1_signer.errors import (
+    D1SignerError,
     FetcherClosedError,
-    TokenError,
     TokenRefusedError,
     TokenResponseError,
     TokenTimeout,
     TokenUnavailable,
 )
+from d1_signer.events import Observer, RequestEvent, notify
 from d1_signer.secret import Secret
 from d1_signer.signer import Signer
 from d1_signer.signer_set import SignerSet
@@ -73,15 +74,6 @@ def pause_before(attempt: int, *, retry_after: float | None, chance: float) -> f
     return max(jittered, retry_after or 0.0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Attempt:
-    """What became of one assertion; ``reply`` is None where nothing usable came back."""
-
-    kid: str
-    outcome: Grant | TokenError
-    reply: Reply | None = None
-
-
 class Renewal:
     """Obtains tokens; keeps nothing but what it learned of D1's clock."""
 
@@ -94,6 +86,7 @@ class Renewal:
         limits: Limits,
         clock: Clock,
         correlation_id: Callable[[], str] | None,
+        observers: Sequence[Observer],
     ) -> None:
         """Put together what an attempt needs; see `d1_signer.TokenFetcher` for the arguments."""
         self._signers = signers
@@ -102,14 +95,22 @@ class Renewal:
         self._limits = limits
         self._clock = clock
         self._correlation_id = correlation_id
+        self._observers = tuple(observers)
         self._clock_offset = 0.0
 
-    def obtain(self, *, deadline: float, stopped: threading.Event) -> HeldToken:
-        """Obtain a token.
+    def obtain(
+        self,
+        *,
+        deadline: float,
+        stopped: threading.Event,
+        refused: str | None = None,  # noqa: ARG002 (D1 gives another token anyway)
+    ) -> HeldToken:
+        """Obtain a token from D1.
 
         Args:
             deadline: Moment on ``time.monotonic()`` by which to return or raise.
             stopped: Set by whoever wants no result any more.
+            refused: Value of a token that the API refused.
 
         Raises:
             SignerError: No signer could sign.
@@ -122,20 +123,30 @@ class Renewal:
         while True:
             attempt += 1
             started = (self._clock(), time.time())
-            tried = self._try_once(deadline, refused_kids)
-            if isinstance(tried.outcome, Grant):
-                return self._held(tried.outcome, *started)
+            kid, reply = self._try_once(deadline, refused_kids)
+            if isinstance(reply.outcome, Grant):
+                return self._held(reply.outcome, *started)
             # The two attempts below do not repeat what was refused: each sends another assertion
             # that removes the reason which the refusal points to, and each happens once.
-            if not skew_corrected and self._corrects_skew(tried):
+            if not skew_corrected and self._corrects_skew(reply):
                 skew_corrected = True
                 continue
-            if not refused_kids and self._has_another_kid(tried):
-                refused_kids = frozenset({tried.kid})
+            if not refused_kids and self._has_another_kid(reply, kid):
+                refused_kids = frozenset({kid})
                 continue
-            self._pause(attempt, tried, tried.outcome, deadline, stopped)
+            pause = pause_before(
+                attempt,
+                retry_after=reply.retry_after,
+                chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+            )
+            in_time = time.monotonic() + pause < deadline
+            if attempt >= MAX_ATTEMPTS or not _is_retried(reply) or not in_time:
+                raise reply.outcome
+            _log.info("token.retry attempt=%d pause=%.3f: %s", attempt, pause, reply.outcome.code)
+            if stopped.wait(pause):
+                raise FetcherClosedError("The token fetcher was closed during a renewal.")
 
-    def _try_once(self, deadline: float, without: frozenset[str]) -> _Attempt:
+    def _try_once(self, deadline: float, without: frozenset[str]) -> tuple[str, Reply]:
         def sign(signer: Signer) -> tuple[str, Secret]:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -155,32 +166,16 @@ class Renewal:
             if self._correlation_id is None
             else checked_correlation_id(self._correlation_id())
         )
-        try:
-            reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
-        except TokenUnavailable as error:
-            return _Attempt(kid=kid, outcome=error)
-        return _Attempt(kid=kid, outcome=reply.outcome, reply=reply)
-
-    def _pause(
-        self,
-        attempt: int,
-        tried: _Attempt,
-        failure: TokenError,
-        deadline: float,
-        stopped: threading.Event,
-    ) -> None:
-        """Wait before the next attempt, or raise the failure where there is to be none."""
-        retried = tried.reply is None or tried.reply.status in _RETRIED_STATUS
-        pause = pause_before(
-            attempt,
-            retry_after=None if tried.reply is None else tried.reply.retry_after,
-            chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+        started = time.perf_counter()
+        reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
+        event = RequestEvent(
+            correlation_id=correlation_id,
+            duration=time.perf_counter() - started,
+            status=reply.status,
+            error=reply.outcome.code if isinstance(reply.outcome, D1SignerError) else None,
         )
-        if attempt >= MAX_ATTEMPTS or not retried or time.monotonic() + pause >= deadline:
-            raise failure
-        _log.info("token.retry attempt=%d pause=%.3f error=%s", attempt, pause, failure.code)
-        if stopped.wait(pause):
-            raise FetcherClosedError("The token fetcher was closed during a renewal.")
+        notify(self._observers, event)
+        return kid, reply
 
     def _held(self, grant: Grant, requested_at: float, requested_at_wall: float) -> HeldToken:
         if grant.expires_in <= self._clock() - requested_at:
@@ -196,9 +191,9 @@ class Renewal:
             chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
         )
 
-    def _corrects_skew(self, tried: _Attempt) -> bool:
-        offset = None if tried.reply is None else tried.reply.clock_offset
-        if offset is None or not _is_invalid_grant(tried):
+    def _corrects_skew(self, reply: Reply) -> bool:
+        offset = reply.clock_offset
+        if offset is None or not _is_invalid_grant(reply):
             return False
         if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > _MOST_SKEW:
             return False
@@ -206,17 +201,23 @@ class Renewal:
         self._clock_offset = offset
         return True
 
-    def _has_another_kid(self, tried: _Attempt) -> bool:
-        if not _is_invalid_grant(tried) or set(self._signers.kids) == {tried.kid}:
+    def _has_another_kid(self, reply: Reply, kid: str) -> bool:
+        if not _is_invalid_grant(reply) or set(self._signers.kids) == {kid}:
             return False
-        _log.warning("token.kid_refused kid=%s: another kid of the set is tried", tried.kid)
+        _log.warning("token.kid_refused kid=%s: another kid of the set is tried", kid)
         return True
 
 
-def _is_invalid_grant(tried: _Attempt) -> bool:
+def _is_retried(reply: Reply) -> bool:
+    if reply.status is None:
+        return isinstance(reply.outcome, TokenUnavailable)
+    return reply.status in _RETRIED_STATUS
+
+
+def _is_invalid_grant(reply: Reply) -> bool:
     # The body of D1's 400 is not documented, so one without an error code counts as well.
     return (
-        isinstance(tried.outcome, TokenRefusedError)
-        and tried.outcome.status == 400  # noqa: PLR2004 (RFC 6749 section 5.2)
-        and tried.outcome.error in {"", "invalid_grant"}
+        isinstance(reply.outcome, TokenRefusedError)
+        and reply.status == 400  # noqa: PLR2004 (RFC 6749 section 5.2)
+        and reply.outcome.error in {"", "invalid_grant"}
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NoReturn, TypeVar, final
@@ -23,6 +23,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.events import FailoverEvent, Observer, notify
 from d1_signer.signer import Signer
 
 _log = logging.getLogger("d1_signer.signer_set")
@@ -182,18 +183,21 @@ class SignerSet:
         self,
         members: Iterable[Signer | LazySigner],
         *,
+        observers: Sequence[Observer] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take over the members, first the active one; `close` closes them.
 
         Args:
             members: At least one.
+            observers: Told of each member that failed, see `FailoverEvent`.
             clock: Seconds, never running backwards; times the rests of failing members.
 
         Raises:
             ConfigurationError: No member, or two different keys under one kid.
         """
         self._clock = clock
+        self._observers = tuple(observers)
         self._lock = threading.Lock()
         self._members = tuple(_Member(source) for source in members)
         if not self._members:
@@ -242,6 +246,7 @@ class SignerSet:
                 result = work(member.signer())
             except SignerError as error:
                 member.failed(error, self._clock())
+                notify(self._observers, FailoverEvent(kid=member.kid, error=error.code))
                 first = first or error
             except BaseException:
                 member.released()

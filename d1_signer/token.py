@@ -25,7 +25,7 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from types import TracebackType
 from typing import Final, NoReturn, Self, final
@@ -44,9 +44,12 @@ from d1_signer.errors import (
     TokenError,
     TokenTimeout,
 )
+from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.fleet import FleetRenewal
 from d1_signer.renewal import Limits, Renewal
 from d1_signer.signer import Signer
 from d1_signer.signer_set import SignerSet
+from d1_signer.stores import TokenStore
 from d1_signer.tls import ClientCertificate, TlsAdapter, client_context, new_session
 
 _log = logging.getLogger("d1_signer.token")
@@ -117,6 +120,9 @@ class TokenFetcher:
         correlation_id: Callable[[], str] | None = None,
         limits: Limits | None = None,
         retry_interval: float = 1.0,
+        store: TokenStore | None = None,
+        store_key: bytes | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """Configure; nothing is signed or sent yet.
 
@@ -137,6 +143,9 @@ class TokenFetcher:
                 None: a random one.
             limits: Time limits of a renewal.
             retry_interval: Seconds between two requests at least, after a failure doubling to 15.
+            store: Shares tokens and one renewal among processes; None: each has its own.
+            store_key: 32 bytes, the same in all of the fleet: tokens in the store are encrypted.
+            observers: Told of each request and renewal, see `RequestEvent` and `RenewalEvent`.
 
         Raises:
             ConfigurationError: A setting is missing, contradictory or malformed; for Thales' own
@@ -169,7 +178,7 @@ class TokenFetcher:
         )
         if audience is Audience.TOKEN_ENDPOINT:
             audience = self._environment.token_endpoint
-        self._renewal = Renewal(
+        renewal = Renewal(
             signer if isinstance(signer, SignerSet) else SignerSet([signer]),
             AssertionProfile(
                 issuer_id=issuer_id,
@@ -182,7 +191,23 @@ class TokenFetcher:
             limits=self._limits,
             clock=self._clock,
             correlation_id=correlation_id,
+            observers=observers,
         )
+        self._renewal = (
+            renewal
+            if store is None
+            else FleetRenewal(
+                renewal,
+                store,
+                key=store_key,
+                issuer_id=issuer_id,
+                environment=self._environment,
+                limits=self._limits,
+                clock=self._clock,
+            )
+        )
+        self._observers = tuple(observers)
+        self._refused: str | None = None
         self._closed = False
         self._held: HeldToken | None = None
         # What the fast path reads, in one attribute so that it is read as one.
@@ -234,6 +259,7 @@ class TokenFetcher:
         """Forget a token that D1 has refused; another one that came meanwhile is kept."""
         with self._lock:
             if self._held is not None and self._held.token.value == token.value:
+                self._refused = token.value
                 self._held = None
                 self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
 
@@ -350,10 +376,13 @@ class TokenFetcher:
 
     def _fly(self, flight: _Flight) -> None:
         result: HeldToken | D1SignerError
+        if flight.starts_in:
+            flight.stopped.wait(flight.starts_in)
+        started = time.perf_counter()
         try:
-            if flight.starts_in:
-                flight.stopped.wait(flight.starts_in)
-            result = self._renewal.obtain(deadline=flight.deadline, stopped=flight.stopped)
+            result = self._renewal.obtain(
+                deadline=flight.deadline, stopped=flight.stopped, refused=self._refused
+            )
         except D1SignerError as error:
             result = error.fresh()
         except BaseException as error:  # noqa: BLE001 (whoever waits must be told in any case)
@@ -366,6 +395,21 @@ class TokenFetcher:
                 else:
                     self._note_failure(result)
         flight.end(result)
+        self._tell(result, time.perf_counter() - started)
+
+    def _tell(self, result: HeldToken | D1SignerError, duration: float) -> None:
+        if isinstance(result, HeldToken):
+            event = RenewalEvent(
+                duration=duration,
+                error=None,
+                expires_in=result.token.expires_at - self._wall(),
+                shared=result.shared,
+            )
+        else:
+            event = RenewalEvent(
+                duration=duration, error=result.code, expires_in=None, shared=False
+            )
+        notify(self._observers, event)
 
     def _note_success(self, held: HeldToken) -> None:
         self._held = held

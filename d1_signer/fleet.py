@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One renewal for a whole fleet: the token in a shared store, the right to renew in a lease.
+
+The lease is best effort: a store that is away, or a lease that runs out, costs an extra request and
+never an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from d1_signer.access_token import HeldToken, hold
+from d1_signer.clock import Clock
+from d1_signer.d1 import Environment
+from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
+from d1_signer.renewal import Limits, Renewal
+from d1_signer.stores import Lease, Sealer, SharedToken, TokenStore
+
+_log = logging.getLogger("d1_signer.fleet")
+
+_LEASE_MARGIN = 5.0
+_FIRST_LOOK = 0.01
+_LONGEST_LOOK = 0.25
+
+
+class FleetRenewal:
+    """Takes a fresh token from the store, or obtains one for everybody under the lease."""
+
+    def __init__(
+        self,
+        renewal: Renewal,
+        store: TokenStore,
+        *,
+        key: bytes | None,
+        issuer_id: str,
+        environment: Environment,
+        limits: Limits,
+        clock: Clock,
+    ) -> None:
+        """Put a store in front of a renewal.
+
+        Raises:
+            ConfigurationError: The key is missing or not 32 bytes.
+        """
+        self._renewal = renewal
+        self._store = store
+        self._sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
+        self._clock = clock
+        # Above the total deadline: a lease never ends under a holder who still works.
+        self._lease_life = limits.total + _LEASE_MARGIN
+        # A store is often shared with others, who need not read who our issuer is.
+        identity = hashlib.sha256(f"{issuer_id}\0{environment.base_url}".encode()).hexdigest()
+        self._name = f"d1-signer:{{{identity[:32]}}}"
+
+    def obtain(
+        self, *, deadline: float, stopped: threading.Event, refused: str | None
+    ) -> HeldToken:
+        """Obtain a token from the store or from D1; see `Renewal.obtain`.
+
+        Args:
+            deadline: Moment on ``time.monotonic()`` by which to return or raise.
+            stopped: Set by whoever wants no result any more.
+            refused: Value of a token that the API refused: it is not taken from the store.
+        """
+        look = _FIRST_LOOK
+        while True:
+            try:
+                shared = self._shared(refused)
+                if shared is not None:
+                    return shared
+                with self._leased() as mine:
+                    # Between the look and the lease another may have renewed and gone.
+                    shared = self._shared(refused) if mine else None
+                    if shared is not None:
+                        return shared
+                    if mine:
+                        held, asked_at = self._from_d1(deadline, stopped)
+                        self._share(held, asked_at)
+                        return held
+            except StoreUnavailable as error:
+                _log.warning("fleet.store_unavailable: going on without it: %s", error.message)
+                return self._from_d1(deadline, stopped)[0]
+            if time.monotonic() + look >= deadline:
+                raise TokenTimeout(
+                    "Another process renews the token and has not ended in time.",
+                    hint="It is tried again by itself.",
+                )
+            if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
+                raise FetcherClosedError("The token fetcher was closed during a renewal.")
+            look = min(2 * look, _LONGEST_LOOK)
+
+    def _from_d1(self, deadline: float, stopped: threading.Event) -> tuple[HeldToken, float]:
+        asked_at = time.time()
+        return self._renewal.obtain(deadline=deadline, stopped=stopped), asked_at
+
+    def _shared(self, refused: str | None) -> HeldToken | None:
+        """The store's token, if it is fresh."""
+        found = self._store.load(self._name)
+        token = None if found is None else self._sealer.open(found[0])
+        if found is None or token is None or token.value == refused:
+            return None
+        now, wall = self._clock(), time.time()
+        life = token.expires_at - token.requested_at
+        # The store's own count does not depend on the clocks of two machines being alike.
+        remaining = min(token.expires_at - wall, found[1])
+        held = hold(
+            value=token.value,
+            scope=token.scope,
+            expires_in=life,
+            requested_at=now + remaining - life,
+            requested_at_wall=wall + remaining - life,
+            chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+            shared=True,
+        )
+        return held if now < held.renew_at else None
+
+    @contextmanager
+    def _leased(self) -> Iterator[bool]:
+        lease: Lease | None = self._store.lease(self._name, life=self._lease_life)
+        try:
+            yield lease is not None
+        finally:
+            if lease is not None:
+                try:
+                    lease.release()
+                except StoreUnavailable as error:
+                    _log.warning("fleet.lease_not_released: %s", error.message)
+
+    def _share(self, held: HeldToken, asked_at: float) -> None:
+        token = SharedToken(
+            value=held.token.value,
+            scope=held.token.scope,
+            requested_at=asked_at,
+            expires_at=held.token.expires_at,
+        )
+        try:
+            life = token.expires_at - time.time()
+            if life > 0:
+                self._store.save(self._name, self._sealer.seal(token), life=life)
+        except StoreUnavailable as error:
+            _log.warning("fleet.token_not_shared: %s", error.message)
