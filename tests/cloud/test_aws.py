@@ -276,7 +276,7 @@ def test_fault_is_refused_with_our_own_error(
     proxy: FaultProxy,
     fault: Fault,
     error: type[errors.D1SignerError],
-    retryable: bool,  # noqa: FBT001 (a parameter of the test)
+    retryable: bool,
 ) -> None:
     proxy.fault = on_sign(fault)
     with pytest.raises(error) as refused:

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance suite on a key in Google Cloud KMS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from d1_signer.signer import Signer, open_signer
+from d1_signer.testing import SignerConformance
+from tests.servers import gcp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[gcp.Gcp]:
+    with gcp.cloud_kms() as running:
+        yield running
+
+
+class TestGcp(SignerConformance):
+    @pytest.fixture
+    def signer(self, server: gcp.Gcp) -> Signer:
+        return open_signer(f"gcpkms://{gcp.VERSION}", client=server.client)
