@@ -34,6 +34,7 @@ ISSUED_AT_MARGIN = 5
 """Seconds that ``iat`` is set back, for D1 refuses one in its future and clocks differ a little."""
 
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_AMBIGUOUS = re.compile(r"[\x00-\x20\x7f\\]")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 _THALES_HOSTS = frozenset(
     {
@@ -80,7 +81,7 @@ class Environment:
             "staging": cls.STAGING,
             "develop": cls.DEVELOP,
         }
-        return named.get(str(value).lower()) or cls(value)
+        return (named.get(value.lower()) if isinstance(value, str) else None) or cls(value)
 
     @property
     def token_endpoint(self) -> str:
@@ -97,7 +98,7 @@ class Environment:
     def is_thales(self) -> bool:
         """Whether the host is one of Thales' three, whose every call needs mutual TLS."""
         host = urlsplit(self.base_url).hostname or ""
-        return host.rstrip(".") in _THALES_HOSTS
+        return host.removesuffix(".") in _THALES_HOSTS
 
     def serves(self, url: str) -> bool:
         """Whether a URL is on this environment's own scheme, host and port."""
@@ -111,22 +112,31 @@ def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port of a URL, defaults filled in (RFC 6454 section 4).
 
     Raises:
-        ValueError: The URL has no usable host or port.
+        ValueError: The URL has no usable host or port, or characters about which parsers differ:
+            the host that is compared here must be the host that is connected to.
     """
+    if not isinstance(url, str) or _AMBIGUOUS.search(url):
+        msg = "characters that a URL cannot have"
+        raise ValueError(msg)
     parts = urlsplit(url)
     if not parts.hostname:
         msg = "no host"
         raise ValueError(msg)
     default = {"https": 443, "http": 80}.get(parts.scheme, 0)
-    return parts.scheme, parts.hostname.rstrip("."), parts.port or default
+    port = default if parts.port is None else parts.port
+    return parts.scheme, parts.hostname.removesuffix("."), port
 
 
 def _checked_url(url: str) -> str:
+    if not isinstance(url, str):
+        raise _bad_url("it is not a text")
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 (reading it is what checks it)
-    except (ValueError, AttributeError, TypeError):
+        port = parts.port
+    except ValueError:
         raise _bad_url("it cannot be read") from None
+    if port == 0:
+        raise _bad_url("nothing listens on port 0")
     if re.search(r"[^\x21-\x7e]", url):
         raise _bad_url("it has characters that a URL cannot have")
     if parts.username is not None or parts.password is not None:

@@ -27,7 +27,10 @@ _VISIBLE = re.compile(r"[\x21-\x7e]{1,16384}", re.ASCII)
 _SCOPE = re.compile(r"[\x20-\x7e]{0,4096}", re.ASCII)
 _ERROR_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9_=+/.-]{8,}", re.ASCII)
+_SEPARATORS = re.compile(r"[^A-Za-z0-9_-]", re.ASCII)
 _LONG_WORD = 64
+_SHORT_PIECE = 8
+_LONG_PIECE = 16
 _MAX_DESCRIPTION = 200
 _HINTS = {
     "invalid_grant": "Check the issuer id, the kid, and that D1 knows this public key; "
@@ -169,10 +172,20 @@ def _shown(text: object, assertion: Secret) -> str:
 
     def masked(match: re.Match[str]) -> str:
         word = match[0]
-        return "[masked]" if len(word) > _LONG_WORD or word in sent else word
+        return "[masked]" if len(word) > _LONG_WORD or _shares(word, sent, _SHORT_PIECE) else word
 
     printable = "".join(c if c.isascii() and c.isprintable() else " " for c in text)
-    return _WORD.sub(masked, printable[: 10 * _MAX_DESCRIPTION])[:_MAX_DESCRIPTION].strip()
+    shown = _WORD.sub(masked, printable[: 10 * _MAX_DESCRIPTION])
+    # Shorter pieces, wrapped or spaced out, that make a longer one when put together.
+    together = _SEPARATORS.sub("", shown)
+    if _shares(together, _SEPARATORS.sub("", sent), _LONG_PIECE):
+        return "[masked]"
+    return shown[:_MAX_DESCRIPTION].strip()
+
+
+def _shares(text: str, sent: str, length: int) -> bool:
+    """Whether any ``length`` characters of a text stand in what was sent."""
+    return any(text[i : i + length] in sent for i in range(len(text) - length + 1))
 
 
 def _unusable(reason: str) -> TokenResponseError:
