@@ -8,9 +8,12 @@ publish both keys (`SignerSet.jwks`), `promote` the new kid once D1 knows it, `r
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NoReturn, TypeVar, final
@@ -19,6 +22,7 @@ from d1_signer.errors import (
     ConfigurationError,
     InvalidInputError,
     KeyMismatchError,
+    SignerClosedError,
     SignerError,
     SignerUnavailable,
 )
@@ -61,6 +65,9 @@ class MemberHealth:
     rests_for: float
 
 
+_with_locks: weakref.WeakSet[LazySigner | _Member | SignerSet] = weakref.WeakSet()
+
+
 @final
 class LazySigner:
     """A member whose device may be down while the process starts; opened when it is needed.
@@ -79,33 +86,38 @@ class LazySigner:
         self._opener = opener
         self._lock = threading.Lock()
         self._signer: Signer | None = None
+        self._closed = False
         self.kid = kid
         self.public_key = public_key
+        _with_locks.add(self)
 
     def signer(self) -> Signer:
         """The open signer; opens it where it is not.
 
         Raises:
             KeyMismatchError: The key or the kid is not the one that was told.
+            SignerClosedError: It was closed; it is not opened again.
             SignerError: It cannot be opened.
         """
         with self._lock:
+            if self._closed:
+                raise SignerClosedError(f"The signer of kid {self.kid!r} is closed.")
             if self._signer is None:
                 signer = self._opener()
                 if signer.public_key != self.public_key or signer.kid != self.kid:
-                    found = signer.public_key.thumbprint()
                     signer.close()
                     raise KeyMismatchError(
-                        f"The key of kid {self.kid!r} has the thumbprint {found}, which is not "
-                        "the expected one.",
+                        f"The key of kid {self.kid!r} is not the expected one: it has the kid "
+                        f"{signer.kid!r} and the thumbprint {signer.public_key.thumbprint()}.",
                         hint="Check the key URI against the key that was registered.",
                     )
                 self._signer = signer
             return self._signer
 
     def close(self) -> None:
-        """Close the signer where it was opened."""
+        """Close the signer where it was opened; it is not opened again."""
         with self._lock:
+            self._closed = True
             if self._signer is not None:
                 self._signer.close()
                 self._signer = None
@@ -119,49 +131,57 @@ class _Member:
         self.kid = source.kid
         self._lock = threading.Lock()
         self._failures = 0
+        self._rests = 0
         self._last_error: str | None = None
         self._rests_until = 0.0
-        self._probing = False
+        self._prober: object | None = None
+        _with_locks.add(self)
 
     def signer(self) -> Signer:
         return self.source if isinstance(self.source, Signer) else self.source.signer()
 
-    def admit(self, now: float) -> bool:
-        """Whether a caller may try now; after a rest, one caller at a time."""
+    def admit(self, now: float) -> object | None:
+        """A ticket where a caller may try now; after a rest, one caller at a time."""
+        ticket = object()
         with self._lock:
-            if self._failures == 0:
-                return True
-            if self._probing or now < self._rests_until:
-                return False
-            self._probing = True
-            return True
+            if self._failures:
+                if self._prober is not None or now < self._rests_until:
+                    return None
+                self._prober = ticket
+        return ticket
 
     def succeeded(self) -> None:
         with self._lock:
-            if self._failures:
-                _log.info("signer_set.recovered kid=%s", self.kid)
-            self._failures, self._last_error, self._probing = 0, None, False
+            recovered = self._failures > 0
+            self._failures, self._rests, self._last_error, self._prober = 0, 0, None, None
+        if recovered:
+            _log.info("signer_set.recovered kid=%s", self.kid)
 
-    def failed(self, error: SignerError, now: float) -> None:
+    def failed(self, ticket: object, error: SignerError, now: float) -> None:
         with self._lock:
             self._failures += 1
             self._last_error = error.code
-            self._probing = False
-            # A refused PIN or a missing key does not mend itself soon: no eager probes for those.
-            exponent = min(self._failures - 1, 10) if error.retryable else 10
-            self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
+            # Calls that were under way when the first of them failed saw the same outage: they do
+            # not lengthen the rest, nor do they end another caller's probe.
+            if self._failures == 1 or self._prober is ticket:
+                self._prober = None
+                # A refused PIN or a missing key does not mend itself soon: no eager probes.
+                exponent = min(self._rests, 10) if error.retryable else 10
+                self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
+                self._rests += 1
         _log.warning("signer_set.failed kid=%s error=%s", self.kid, error.code)
 
-    def released(self) -> None:
+    def released(self, ticket: object) -> None:
         """The caller stopped for a reason that says nothing about this member."""
         with self._lock:
-            self._probing = False
+            if self._prober is ticket:
+                self._prober = None
 
     def health(self, now: float) -> MemberHealth:
         with self._lock:
             resting = max(0.0, self._rests_until - now) if self._failures else 0.0
             health = Health.WORKING if not self._failures else Health.RESTING
-            if self._probing:
+            if self._prober is not None:
                 health = Health.PROBING
             return MemberHealth(
                 kid=self.kid,
@@ -199,6 +219,8 @@ class SignerSet:
         self._clock = clock
         self._observers = tuple(observers)
         self._lock = threading.Lock()
+        self._closed = False
+        _with_locks.add(self)
         self._members = tuple(_Member(source) for source in members)
         if not self._members:
             raise ConfigurationError("A SignerSet needs at least one signer.")
@@ -237,31 +259,37 @@ class SignerSet:
         Raises:
             SignerError: Of the first member that was asked, when none could do it.
             SignerUnavailable: All members rest after failures.
+            SignerClosedError: The set is closed.
         """
+        if self._closed:
+            raise SignerClosedError("The SignerSet is closed.", hint="Make a new one.")
         first: SignerError | None = None
         for member in self._members:
-            if member.kid in without or not member.admit(self._clock()):
+            if member.kid in without:
+                continue
+            ticket = member.admit(self._clock())
+            if ticket is None:
                 continue
             try:
                 result = work(member.signer())
             except SignerError as error:
-                member.failed(error, self._clock())
+                member.failed(ticket, error, self._clock())
                 notify(self._observers, FailoverEvent(kid=member.kid, error=error.code))
                 first = first or error
             except BaseException:
-                member.released()
+                member.released(ticket)
                 raise
             else:
                 member.succeeded()
                 return result
-        raise first.fresh() if first else self._all_resting()
+        raise first.fresh() if first else self._all_resting(without)
 
-    def _all_resting(self) -> SignerUnavailable:
-        states = self.health()
-        rest = min(state.rests_for for state in states)
+    def _all_resting(self, without: frozenset[str]) -> SignerUnavailable:
+        states = [state for state in self.health() if state.kid not in without]
+        rest = min((state.rests_for for state in states), default=0.0)
         codes = ", ".join(f"{state.kid}: {state.last_error or 'busy'}" for state in states)
         return SignerUnavailable(
-            f"No signer is ready ({codes}).",
+            f"No signer is ready ({codes or 'none is left'}).",
             hint="They are tried again by themselves; look at the device or service.",
             details={"rests_for": round(rest, 3)},
         )
@@ -312,8 +340,11 @@ class SignerSet:
 
     def close(self) -> None:
         """Close all members; calling it again does nothing."""
-        for member in self._members:
-            member.source.close()
+        with self._lock:
+            self._closed = True
+        with ExitStack() as stack:  # one that fails to close does not keep the others open
+            for member in reversed(self._members):
+                stack.callback(member.source.close)
 
     def __enter__(self) -> SignerSet:
         return self
@@ -338,3 +369,14 @@ def _require_one_key_a_kid(members: tuple[_Member, ...]) -> None:
                 f"Two different keys stand under the kid {member.kid!r}.",
                 hint="Give each key a kid of its own; only clones of one key share it.",
             )
+
+
+def _after_fork_in_child() -> None:
+    # The threads that held a lock or probed a member are not here.
+    for holder in list(_with_locks):
+        holder._lock = threading.Lock()  # noqa: SLF001 (this module's own classes)
+        if isinstance(holder, _Member):
+            holder._prober = None  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
