@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands print: text for people or one JSON object for machines, and how failures look."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from d1_signer.errors import D1SignerError
+
+Command = Callable[..., Any]
+FactValue = bool | int | float | str | None
+
+_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
+_log = logging.getLogger("d1_signer")
+
+
+@dataclass(slots=True)
+class Output:
+    """How this run prints; one object for the run, filled by `with_output_options`.
+
+    Attributes:
+        json: One JSON object on standard output instead of text.
+        verbosity: 0: errors only; 1: what happens, 2: in detail, on standard error.
+    """
+
+    json: bool = False
+    verbosity: int = 0
+
+    def result(self, document: Mapping[str, object], text: str) -> None:
+        """Print a command's result: the document as one line of JSON, or the text."""
+        click.echo(json.dumps(document) if self.json else text)
+
+    def note(self, text: str) -> None:
+        """Tell a person something beside the result; never on standard output."""
+        click.echo(text, err=True)
+
+    def failure(self, error: D1SignerError) -> None:
+        """Print why the command failed: JSON on standard output, or text on standard error."""
+        if self.json:
+            click.echo(json.dumps(error.to_dict()))
+            return
+        self.note(f"Error: {printable(error.message)}")
+        for line in explanation(error):
+            self.note(f"  {line}")
+
+
+def explanation(error: D1SignerError) -> list[str]:
+    """What to do about an error, and what support asks for, as lines of text."""
+    lines = [printable(error.hint)] if error.hint else []
+    if error.retryable:
+        lines.append("Trying again later may help.")
+    facts = {"code": error.code, **error.details}
+    return [*lines, "(" + ", ".join(f"{k}: {printable(str(v))}" for k, v in facts.items()) + ")"]
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: a device or a server may have chosen it."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def said(value: FactValue) -> str:
+    """A value for people."""
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return printable(str(value))
+
+
+def facts(pairs: Mapping[str, FactValue]) -> str:
+    """Names and values, one pair a line, the values below each other."""
+    width = max(map(len, pairs))
+    return "\n".join(f"{name:<{width}}  {said(value)}" for name, value in pairs.items())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[FactValue]]) -> str:
+    """Rows below a head, in columns."""
+    cells = [list(head), *([said(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def indented(text: str) -> str:
+    """The text two blanks further in."""
+    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
+
+
+def moment(seconds: float) -> str:
+    """Seconds since the epoch as a UTC time, and how far away that is."""
+    away = round(seconds - time.time())
+    text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    return f"{text} (in {away} s)" if away >= 0 else f"{text} ({-away} s ago)"
+
+
+def with_output_options(command: Command) -> Command:
+    """Give a command ``--json`` and ``-v``, and the run's `Output` as its ``output``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+    @click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        help="Tell on standard error what happens (-vv: in detail); never a secret.",
+    )
+    @functools.wraps(command)
+    def wrapper(*args: Any, as_json: bool, verbose: int, **options: Any) -> Any:
+        output: Output = click.get_current_context().find_object(Output) or Output()
+        output.json = output.json or as_json
+        output.verbosity = max(output.verbosity, verbose)
+        # Our own loggers only: those of an SDK may tell what ours keep to themselves.
+        _log.setLevel(_LEVELS[min(output.verbosity, len(_LEVELS) - 1)])
+        return command(*args, output=output, **options)
+
+    return wrapper

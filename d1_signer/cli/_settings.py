@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that commands share: flags, the D1_* environment variables, and what comes of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import click
+from click.core import ParameterSource
+
+from d1_signer.assertion import sign_assertion
+from d1_signer.cli._output import Command, Output
+from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
+from d1_signer.errors import ConfigurationError, SignerError
+from d1_signer.secret import Secret
+from d1_signer.signer import Signer, open_signer
+from d1_signer.signer_set import SignerSet
+from d1_signer.tls import ClientCertificate
+from d1_signer.token import Audience, TokenFetcher
+
+Decorator = Callable[[Command], Command]
+
+_PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
+
+
+def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorator:
+    """An option that is read from an environment variable as well, which its help names."""
+    return click.option(flag, envvar=variable, show_envvar=True, help=help_text, **options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keys:
+    """The keys of a run.
+
+    Attributes:
+        uris: Key URIs, first the active one.
+        kid: Key identifier for a single key.
+    """
+
+    uris: tuple[str, ...]
+    kid: str | None
+
+    def single(self) -> str:
+        """The one key URI.
+
+        Raises:
+            ConfigurationError: None, or several.
+        """
+        self.require()
+        if len(self.uris) > 1:
+            raise ConfigurationError(
+                f"This takes a single key, and {len(self.uris)} are given.",
+                hint="Name one with --key.",
+            )
+        return self.uris[0]
+
+    def require(self) -> None:
+        """Refuse settings that name no key, or one kid for several.
+
+        Raises:
+            ConfigurationError: Such settings.
+        """
+        if not self.uris:
+            raise ConfigurationError(
+                "No key is given.", hint="Give --key, or set D1_SIGNER_KEY to a key URI."
+            )
+        if self.kid is not None and len(self.uris) > 1:
+            raise ConfigurationError(
+                "One kid is given for several keys.",
+                hint="Leave --kid and D1_SIGNER_KID out, and end each key URI with #KID.",
+            )
+
+    def open(self, uri: str) -> Signer:
+        """Open one of the keys; the caller closes it."""
+        return open_signer(uri, kid=self.kid)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Signer, ...]]:
+        """All keys, open."""
+        self.require()
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(self.open(uri)) for uri in self.uris)
+
+    @contextmanager
+    def signers(self, output: Output) -> Iterator[SignerSet]:
+        """Those keys that can be opened, in order; at least one.
+
+        As in a `SignerSet`, a key whose device is down is passed over for the next one.
+        """
+        self.require()
+        with ExitStack() as stack:
+            signers: list[Signer] = []
+            failures: list[SignerError] = []
+            for uri in self.uris:
+                try:
+                    signers.append(stack.enter_context(self.open(uri)))
+                except SignerError as error:
+                    failures.append(error)
+            if not signers:
+                raise failures[0].fresh()
+            for failure in failures:
+                output.note(f"Warning: a key is passed over: {failure}")
+            yield SignerSet(signers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Issuer:
+    """Who asks which D1.
+
+    Attributes:
+        issuer_id: The issuerId that D1 assigned.
+        environment: Name or URL of the D1 environment.
+        audience: ``aud`` of assertions; None leaves it out.
+    """
+
+    issuer_id: str | None
+    environment: str | None
+    audience: str | Audience | None
+
+    def required_id(self) -> str:
+        """The issuer id.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        if self.issuer_id is None:
+            raise ConfigurationError(
+                "No issuer id is given.",
+                hint="Give --issuer-id or set D1_ISSUER_ID, as D1 assigned it at onboarding.",
+            )
+        return self.issuer_id
+
+    def required_environment(self) -> Environment:
+        """The environment.
+
+        Raises:
+            ConfigurationError: There is none, or it cannot be read.
+        """
+        if self.environment is None:
+            raise ConfigurationError(
+                "No D1 environment is given.",
+                hint="Give --environment or set D1_ENVIRONMENT: production, staging, develop, "
+                "or an https URL.",
+            )
+        return Environment.of(self.environment)
+
+    def optional_environment(self) -> Environment | None:
+        """The environment, None where there is none.
+
+        Raises:
+            ConfigurationError: It cannot be read.
+        """
+        return None if self.environment is None else Environment.of(self.environment)
+
+    def sign(self, signers: SignerSet, *, lifetime: int = DEFAULT_ASSERTION_LIFETIME) -> Secret:
+        """Sign one assertion.
+
+        Args:
+            signers: The first that can signs.
+            lifetime: Seconds from now to ``exp``.
+        """
+        audience = self.audience
+        if audience is Audience.TOKEN_ENDPOINT:
+            audience = self.required_environment().token_endpoint
+        profile = AssertionProfile(
+            issuer_id=self.required_id(), audience=audience, lifetime=lifetime
+        )
+        return signers.attempt(lambda signer: sign_assertion(signer, profile))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connection:
+    """How D1 is reached.
+
+    Attributes:
+        client_cert: Path of the client certificate.
+        client_key: Path of its key.
+        passphrase_source: Where the key's passphrase comes from.
+        ca_file: Path of the authorities for D1's certificate.
+        proxy: URL of a proxy.
+        proxy_adds_certificate: Whether the proxy adds the client certificate.
+    """
+
+    client_cert: str | None
+    client_key: str | None
+    passphrase_source: str | None
+    ca_file: str | None
+    proxy: str | None
+    proxy_adds_certificate: bool
+
+    def certificate(self, environment: Environment | None) -> ClientCertificate | None:
+        """The client certificate; None where none is given and none is needed.
+
+        Raises:
+            ConfigurationError: Half of it is given, or none for an environment that needs one.
+        """
+        if self.client_cert is None and self.client_key is None:
+            if environment and environment.is_thales and not self.proxy_adds_certificate:
+                raise ConfigurationError(
+                    "D1 needs a client certificate (mutual TLS) and none is given.",
+                    hint="Give --client-cert and --client-key, or set D1_CLIENT_CERT and "
+                    "D1_CLIENT_KEY; or state --proxy-adds-certificate.",
+                )
+            return None
+        if self.client_cert is None or self.client_key is None:
+            raise ConfigurationError(
+                "A client certificate needs its key, and a key its certificate.",
+                hint="Give both --client-cert (D1_CLIENT_CERT) and --client-key (D1_CLIENT_KEY).",
+            )
+        return ClientCertificate(self.client_cert, self.client_key, self.passphrase_source)
+
+    def fetcher(self, signers: Signer | SignerSet, issuer: Issuer) -> TokenFetcher:
+        """A fetcher with these settings; the caller closes it."""
+        environment = issuer.required_environment()
+        return TokenFetcher(
+            signers,
+            issuer_id=issuer.required_id(),
+            environment=environment,
+            client_certificate=self.certificate(environment),
+            ca_file=self.ca_file,
+            proxy=self.proxy,
+            proxy_adds_certificate=self.proxy_adds_certificate,
+            audience=issuer.audience,
+        )
+
+
+def with_keys(command: Command) -> Command:
+    """Give a command ``--key`` and ``--kid``, as its ``keys``."""
+
+    @setting(
+        "--key",
+        "D1_SIGNER_KEY",
+        "Key URI; repeat it for several keys, first the active one. The variable holds one or "
+        "several with blanks between them.",
+        multiple=True,
+        metavar="URI",
+        callback=_without_pin,
+    )
+    @setting(
+        "--kid", "D1_SIGNER_KID", "Key identifier of a single key. [default: RFC 7638 thumbprint]"
+    )
+    @functools.wraps(command)
+    def wrapper(*args: Any, key: tuple[str, ...], kid: str | None, **options: Any) -> Any:
+        return command(*args, keys=Keys(uris=key, kid=kid), **options)
+
+    return wrapper
+
+
+def with_issuer(command: Command) -> Command:
+    """Give a command the options of `Issuer`, as its ``issuer``."""
+
+    @setting("--issuer-id", "D1_ISSUER_ID", "The issuerId that D1 assigned.")
+    @setting(
+        "--environment",
+        "D1_ENVIRONMENT",
+        "production, staging, develop, or the https URL before /oauth2/token.",
+    )
+    @click.option("--audience", help="The claim aud. [default: the token endpoint's URL]")
+    @click.option("--no-audience", is_flag=True, help="Leave the claim aud out.")
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any,
+        issuer_id: str | None,
+        environment: str | None,
+        audience: str | None,
+        no_audience: bool,
+        **options: Any,
+    ) -> Any:
+        if no_audience and audience is not None:
+            raise click.UsageError("--audience and --no-audience exclude each other.")
+        wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT
+        issuer = Issuer(issuer_id=issuer_id, environment=environment, audience=wanted)
+        return command(*args, issuer=issuer, **options)
+
+    return wrapper
+
+
+def with_connection(command: Command) -> Command:
+    """Give a command the options of `Connection`, as its ``connection``."""
+
+    @setting(
+        "--client-cert", "D1_CLIENT_CERT", "PEM file of the client certificate.", metavar="PATH"
+    )
+    @setting("--client-key", "D1_CLIENT_KEY", "PEM file of its private key.", metavar="PATH")
+    @click.option(
+        "--client-key-passphrase-source",
+        "passphrase_source",
+        metavar="SOURCE",
+        help="Where that key's passphrase comes from: file:PATH, env:NAME or prompt.",
+    )
+    @setting(
+        "--ca-file",
+        "D1_CA_FILE",
+        "PEM file of the authorities for D1's certificate, instead of the public ones.",
+        metavar="PATH",
+    )
+    @click.option("--proxy", metavar="URL", callback=_without_password, help="An HTTP proxy.")
+    @click.option(
+        "--proxy-adds-certificate",
+        is_flag=True,
+        help="State that the proxy adds the client certificate.",
+    )
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any,
+        client_cert: str | None,
+        client_key: str | None,
+        passphrase_source: str | None,
+        ca_file: str | None,
+        proxy: str | None,
+        proxy_adds_certificate: bool,
+        **options: Any,
+    ) -> Any:
+        connection = Connection(
+            client_cert=client_cert,
+            client_key=client_key,
+            passphrase_source=passphrase_source,
+            ca_file=ca_file,
+            proxy=proxy,
+            proxy_adds_certificate=proxy_adds_certificate,
+        )
+        return command(*args, connection=connection, **options)
+
+    return wrapper
+
+
+def _without_pin(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...]:
+    given = context.get_parameter_source(parameter.name or "")
+    if given is ParameterSource.COMMANDLINE and any(_PIN_VALUE.search(unquote(u)) for u in value):
+        raise click.UsageError(
+            "A key URI with pin-value is not taken from the command line, which every user of "
+            "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."
+        )
+    return value
+
+
+def _without_password(
+    context: click.Context,  # noqa: ARG001 (click's signature of a callback)
+    parameter: click.Parameter,  # noqa: ARG001
+    value: str | None,
+) -> str | None:
+    if value is not None and "@" in urlsplit(value).netloc:
+        raise click.UsageError(
+            "A proxy URL with a user name or password is not taken from the command line, which "
+            "every user of this machine can read."
+        )
+    return value

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`d1-signer check`: from the key to an access token, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+
+import click
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from d1_signer.cli._output import Output, explanation, moment, printable, said, with_output_options
+from d1_signer.cli._settings import (
+    Connection,
+    Issuer,
+    Keys,
+    with_connection,
+    with_issuer,
+    with_keys,
+)
+from d1_signer.d1 import Environment
+from d1_signer.endpoint import TokenEndpoint
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    InvalidSignatureError,
+    TokenResponseError,
+    TokenUnavailable,
+)
+from d1_signer.key_uri import scheme_of, without_secrets
+from d1_signer.renewal import Limits
+from d1_signer.secret import Secret
+from d1_signer.signer import Signer
+from d1_signer.tls import client_context
+
+_CERTIFICATE = "client-certificate"
+_PKCS11_STEPS = ("module", "token", "login", "key")
+_REFUSALS = frozenset({400, 401, 403})
+
+
+class Status(StrEnum):
+    """How a step ended."""
+
+    OK = "ok"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One step that is over; ``subject`` is the key or the environment it was about."""
+
+    name: str
+    subject: str
+    status: Status
+    detail: str = ""
+    error: D1SignerError | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """The step as JSON-ready values."""
+        return {
+            "step": self.name,
+            "subject": self.subject,
+            "status": str(self.status),
+            "detail": self.detail,
+            "error": self.error and self.error.to_dict(),
+        }
+
+
+@dataclass(slots=True)
+class Checklist:
+    """The steps so far; each is told as it ends, since the next one may take long."""
+
+    output: Output
+    steps: list[Step] = field(default_factory=list)
+    _subject: str = ""
+
+    def begin(self, subject: str) -> None:
+        """Turn to a key or to the environment."""
+        self._subject = subject
+        self._tell(printable(subject))
+
+    def ok(self, name: str, detail: str = "") -> None:
+        """A step has passed."""
+        self._add(Step(name=name, subject=self._subject, status=Status.OK, detail=detail))
+
+    def skipped(self, name: str, reason: str) -> None:
+        """A step was not taken."""
+        self._add(Step(name=name, subject=self._subject, status=Status.SKIPPED, detail=reason))
+
+    def failed(self, name: str, error: D1SignerError) -> None:
+        """A step has failed; tells what to do."""
+        step = Step(
+            name=name,
+            subject=self._subject,
+            status=Status.FAILED,
+            detail=error.message,
+            error=error,
+        )
+        self._add(step)
+        for line in explanation(error):
+            self._tell(f"           {line}")
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Run a step: it has passed unless one of our errors ends it.
+
+        Gives a function that takes the step's detail; the error is kept and not raised.
+        """
+        details: list[str] = []
+        try:
+            yield details.append
+        except D1SignerError as error:
+            self.failed(name, error)
+        else:
+            self.ok(name, ", ".join(details))
+
+    @property
+    def first_failure(self) -> Step | None:
+        """The step at which it stopped."""
+        return next((step for step in self.steps if step.status is Status.FAILED), None)
+
+    def passed(self) -> bool:
+        """Whether the last step passed."""
+        return self.steps[-1].status is Status.OK
+
+    def _add(self, step: Step) -> None:
+        self.steps.append(step)
+        self._tell(f"  {step.status:<7}  {step.name:<18}  {printable(step.detail)}".rstrip())
+
+    def _tell(self, line: str) -> None:
+        if not self.output.json:
+            click.echo(line)
+
+
+@click.command()
+@with_keys
+@with_issuer
+@with_connection
+@with_output_options
+@click.pass_context
+def check(
+    context: click.Context, keys: Keys, issuer: Issuer, connection: Connection, *, output: Output
+) -> None:
+    """Check keys, TLS and D1 step by step.
+
+    It says at which step it stopped and what to do. With a key alone, the key is checked; with
+    the other settings, the client certificate, the endpoint and a token for each key as well. The
+    exit status is 0 only if no step failed.
+    """
+    keys.require()
+    checklist = Checklist(output)
+    with ExitStack() as stack:
+        signers = [_check_key(checklist, keys, uri, stack) for uri in keys.uris]
+        _check_d1(checklist, signers, issuer, connection)
+    stopped = checklist.first_failure
+    document = {
+        "ok": stopped is None,
+        "stopped_at": stopped and stopped.to_dict(),
+        "steps": [step.to_dict() for step in checklist.steps],
+    }
+    output.result(document, f"\n{_conclusion(checklist, stopped)}")
+    if stopped:
+        context.exit(1)
+
+
+def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
+    if stopped:
+        return f"Stopped at {stopped.name} of {printable(stopped.subject)}; see above what to do."
+    skipped = [step.name for step in checklist.steps if step.status is Status.SKIPPED]
+    return f"Passed; not checked: {', '.join(skipped)}." if skipped else "All steps passed."
+
+
+def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
+    """Check one key; returns its signer if it can sign."""
+    checklist.begin(without_secrets(uri))
+    steps = _PKCS11_STEPS if scheme_of(uri) == "pkcs11" else ("key",)
+    try:
+        signer = stack.enter_context(keys.open(uri))
+    except D1SignerError as error:
+        _tell_where_opening_stopped(checklist, steps, error)
+        checklist.skipped("signature", "the key is not open")
+        checklist.skipped("custody", "the key is not open")
+        return None
+    for name in steps:
+        checklist.ok(name, f"kid {signer.kid}" if name == "key" else "")
+    with checklist.step("signature") as detail:
+        _verify_with_cryptography(signer)
+        detail("verified by cryptography")
+    able = checklist.passed()
+    with checklist.step("custody") as detail:
+        evidence = signer.custody().evidence
+        detail(f"exportable: {said(evidence.exportable)}")
+        detail(f"generated in place: {said(evidence.generated_in_place)}")
+        detail(f"hardware: {said(evidence.hardware)}")
+    return signer if able else None
+
+
+def _tell_where_opening_stopped(
+    checklist: Checklist, steps: tuple[str, ...], error: D1SignerError
+) -> None:
+    where = error.details.get("step")
+    if where not in steps:
+        checklist.failed("open", error)
+        return
+    for name in steps[: steps.index(where)]:
+        checklist.ok(name)
+    checklist.failed(where, error)
+    for name in steps[steps.index(where) + 1 :]:
+        checklist.skipped(name, f"{where} failed")
+
+
+def _verify_with_cryptography(signer: Signer) -> None:
+    """Sign and verify by another implementation than ours, from the PEM that is registered."""
+    message = b"d1-signer check " + secrets.token_bytes(32)
+    signature = signer.sign(message)
+    key = load_pem_public_key(signer.public_key.pem().encode())
+    r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
+    try:
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 (tells the type checker)
+        key.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(SHA256()))
+    except InvalidSignature:
+        raise InvalidSignatureError(
+            "The signature does not verify under the key's PEM.",
+            hint="Do not register this key; report this to the maintainers of d1_signer.",
+        ) from None
+
+
+def _check_d1(
+    checklist: Checklist, signers: list[Signer | None], issuer: Issuer, connection: Connection
+) -> None:
+    environment = issuer.optional_environment()
+    checklist.begin(f"D1 {environment.base_url}" if environment else "D1")
+    tls = _check_certificate(checklist, environment, connection)
+    if environment is None or tls is None:
+        reason = "the TLS settings failed" if environment else "no environment is given"
+        checklist.skipped("endpoint", reason)
+        checklist.skipped("token", reason)
+        return
+    with checklist.step("endpoint") as detail:
+        detail(_reach(environment, tls, connection.proxy))
+    reached = checklist.passed()
+    for signer in signers:
+        if signer is None or not reached or issuer.issuer_id is None:
+            missing = "no issuer id is given" if issuer.issuer_id is None else "an earlier step"
+            checklist.skipped("token", missing)
+            continue
+        with checklist.step("token") as detail, connection.fetcher(signer, issuer) as fetcher:
+            token = fetcher.token()
+            detail(f"kid {signer.kid}, scope {token.scope!r}, expires {moment(token.expires_at)}")
+
+
+def _check_certificate(
+    checklist: Checklist, environment: Environment | None, connection: Connection
+) -> ssl.SSLContext | None:
+    """Check the TLS settings; returns the context for D1 if they can be used."""
+    try:
+        certificate = connection.certificate(environment)
+        tls = client_context(certificate, connection.ca_file)
+        detail = certificate and _validity(Path(certificate.certificate))
+    except D1SignerError as error:
+        checklist.failed(_CERTIFICATE, error)
+        return None
+    if detail is None:
+        checklist.skipped(_CERTIFICATE, "none is given")
+    else:
+        checklist.ok(_CERTIFICATE, detail)
+    return tls
+
+
+def _validity(path: Path) -> str:
+    """Until when the certificate is valid.
+
+    Raises:
+        ConfigurationError: It is not valid now.
+    """
+    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    now = datetime.now(UTC)
+    if not begin <= now <= end:
+        raise ConfigurationError(
+            f"{path} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and not now.",
+            hint="Use the one that is valid now; Thales signs a new one from a new CSR.",
+        )
+    return f"valid until {end:%Y-%m-%d} ({(end - now).days} days)"
+
+
+def _reach(environment: Environment, tls: ssl.SSLContext, proxy: str | None) -> str:
+    """Let the endpoint refuse something that is no assertion: it was reached, and knows us.
+
+    Raises:
+        TokenError: It was not reached, or what answers is not a token endpoint.
+    """
+    limits = Limits()
+    endpoint = TokenEndpoint(
+        environment,
+        tls,
+        proxy=proxy,
+        connect_timeout=limits.connect,
+        read_timeout=limits.read,
+    )
+    with contextlib.closing(endpoint):
+        reply = endpoint.post(
+            Secret("not-an-assertion"),
+            correlation_id=f"check-{secrets.token_hex(8)}",
+            deadline=time.monotonic() + limits.total,
+        )
+    unreached = reply.status is None or isinstance(reply.outcome, TokenUnavailable)
+    if isinstance(reply.outcome, D1SignerError) and unreached:
+        raise reply.outcome
+    if reply.status not in _REFUSALS:
+        raise TokenResponseError(
+            f"HTTP {reply.status} is not what a token endpoint answers to a bad assertion.",
+            hint="Check the environment's URL; it is what stands before /oauth2/token.",
+        )
+    if reply.clock_offset is None:
+        return f"HTTP {reply.status}"
+    ahead = round(reply.clock_offset)
+    # The Date header has whole seconds, and the answer took its time.
+    clock = f"differs by {ahead:+d} s" if abs(ahead) > 1 else "agrees"
+    return f"HTTP {reply.status}, D1's clock {clock}"

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`d1-signer check`: each step made to fail, and said to."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+
+from d1_signer.sandbox import Fault, Sandbox
+from tests.cli.conftest import Result, Run
+
+KEY_STEPS = ["key", "signature", "custody"]
+D1_STEPS = ["client-certificate", "endpoint", "token"]
+
+
+def statuses(result: Result) -> list[tuple[str, str]]:
+    return [(step["step"], step["status"]) for step in result.document["steps"]]
+
+
+def test_with_a_key_alone(run: Run, key_uri: str) -> None:
+    result = run("check", "--json", "--key", key_uri)
+    assert result.status == 0
+    assert result.document["ok"] is True
+    skipped = [(name, "skipped") for name in D1_STEPS]
+    assert statuses(result) == [*((name, "ok") for name in KEY_STEPS), *skipped]
+    text = run("check", "--key", key_uri)
+    assert text.status == 0
+    assert "verified by cryptography" in text.out
+    assert "exportable: yes" in text.out
+    assert "Passed; not checked: client-certificate, endpoint, token." in text.out
+
+
+def test_with_all_settings(run: Run, sandbox: Sandbox, settings: dict[str, str]) -> None:
+    result = run("check", "--json", **settings)
+    assert result.status == 0
+    assert statuses(result) == [(name, "ok") for name in KEY_STEPS + D1_STEPS]
+    details = {step["step"]: step["detail"] for step in result.document["steps"]}
+    assert details["client-certificate"].startswith("valid until ")
+    assert details["endpoint"] == "HTTP 400, D1's clock agrees"
+    assert "scope 'd1-api:account:full" in details["token"]
+    assert sandbox.counters.tokens_issued == 1
+    assert run("check").out.endswith("\nAll steps passed.\n")
+
+
+def test_each_key_is_checked_and_tried_at_d1(
+    run: Run, settings: dict[str, str], other_uri: str
+) -> None:
+    settings["D1_SIGNER_KEY"] += f" {other_uri}"
+    result = run("check", "--json", **settings)
+    assert result.status == 1
+    assert [name for name, _ in statuses(result)] == [*KEY_STEPS * 2, *D1_STEPS, "token"]
+    assert statuses(result)[-2:] == [("token", "ok"), ("token", "failed")]  # D1 knows the first
+    assert result.document["stopped_at"]["error"]["code"] == "token_refused"
+
+
+def test_stops_at_the_key(run: Run, settings: dict[str, str], tmp_path: Path) -> None:
+    settings["D1_SIGNER_KEY"] = (tmp_path / "none.pem").as_uri()
+    result = run("check", "--json", **settings)
+    assert result.status == 1
+    assert result.document["ok"] is False
+    assert result.document["stopped_at"]["step"] == "open"
+    assert result.document["stopped_at"]["error"]["code"] == "secret_source"
+    assert statuses(result) == [
+        ("open", "failed"),
+        ("signature", "skipped"),
+        ("custody", "skipped"),
+        ("client-certificate", "ok"),
+        ("endpoint", "ok"),
+        ("token", "skipped"),
+    ]
+    text = run("check")
+    assert text.status == 1
+    assert "Check the path" in text.out
+    assert f"Stopped at open of {settings['D1_SIGNER_KEY']}" in text.out
+
+
+def test_stops_at_a_key_that_fits_another_certificate(
+    run: Run, sandbox: Sandbox, settings: dict[str, str]
+) -> None:
+    _, settings["D1_CLIENT_KEY"] = map(str, sandbox.issue_client_certificate())
+    result = run("check", "--json", **settings)
+    assert result.status == 1
+    assert result.document["stopped_at"]["step"] == "client-certificate"
+    assert "does not belong" in result.document["stopped_at"]["detail"]
+    assert statuses(result)[-2:] == [("endpoint", "skipped"), ("token", "skipped")]
+
+
+@pytest.mark.parametrize("days", [(-20, -10), (10, 20)], ids=["expired", "not yet valid"])
+def test_stops_at_a_certificate_that_is_not_valid_now(
+    run: Run, settings: dict[str, str], tmp_path: Path, days: tuple[int, int]
+) -> None:
+    key = load_pem_private_key(Path(settings["D1_CLIENT_KEY"]).read_bytes(), None)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "client")])
+    now = dt.datetime.now(dt.UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
+    builder = builder.public_key(key.public_key())  # type: ignore[arg-type]
+    builder = builder.not_valid_before(now + dt.timedelta(days[0]))
+    builder = builder.not_valid_after(now + dt.timedelta(days[1]))
+    certificate = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]
+    path = tmp_path / "client.pem"
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    settings["D1_CLIENT_CERT"] = str(path)
+    result = run("check", "--json", **settings)
+    assert result.document["stopped_at"]["step"] == "client-certificate"
+    assert f"{now + dt.timedelta(days[1]):%Y-%m-%d}" in result.document["stopped_at"]["detail"]
+
+
+def test_stops_at_a_server_that_is_not_trusted(run: Run, settings: dict[str, str]) -> None:
+    del settings["D1_CA_FILE"]
+    result = run("check", "--json", **settings)
+    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert result.document["stopped_at"]["error"]["code"] == "tls"
+
+
+def test_stops_at_a_certificate_that_d1_refuses(run: Run, settings: dict[str, str]) -> None:
+    with Sandbox("another") as another:
+        settings["D1_CLIENT_CERT"] = str(another.client_certificate)
+        settings["D1_CLIENT_KEY"] = str(another.client_key)
+        result = run("check", "--json", **settings)
+    assert result.document["stopped_at"]["step"] == "endpoint"
+
+
+def test_stops_at_an_endpoint_that_is_down(
+    run: Run, sandbox: Sandbox, settings: dict[str, str]
+) -> None:
+    sandbox.misbehave(Fault.STATUS_503)
+    result = run("check", "--json", **settings)
+    assert result.status == 1
+    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert result.document["stopped_at"]["error"]["retryable"] is True
+    assert statuses(result)[-1] == ("token", "skipped")
+
+
+def test_stops_at_a_url_that_is_no_token_endpoint(run: Run, settings: dict[str, str]) -> None:
+    settings["D1_ENVIRONMENT"] = settings["D1_ENVIRONMENT"].replace("/authz/v1", "/elsewhere")
+    result = run("check", "--json", **settings)
+    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert "404" in result.document["stopped_at"]["detail"]
+
+
+def test_tells_how_far_the_clocks_differ(
+    run: Run, sandbox: Sandbox, settings: dict[str, str]
+) -> None:
+    sandbox.misbehave(Fault.INVALID_GRANT, times=1, date_offset=120.0)
+    result = run("check", **settings)
+    assert "D1's clock differs by +1" in result.out
+
+
+def test_stops_at_the_token(run: Run, settings: dict[str, str]) -> None:
+    settings["D1_ISSUER_ID"] = "somebody-else"
+    result = run("check", **settings)
+    assert result.status == 1
+    assert "  failed   token" in result.out
+    assert "Check the issuer id" in result.out
+    assert "Stopped at token of D1 https://127.0.0.1" in result.out
+
+
+def test_without_an_issuer_id_there_is_no_token(run: Run, settings: dict[str, str]) -> None:
+    del settings["D1_ISSUER_ID"]
+    result = run("check", "--json", **settings)
+    assert result.status == 0
+    assert statuses(result)[-2:] == [("endpoint", "ok"), ("token", "skipped")]
+
+
+def test_plain_http_needs_no_certificate(run: Run, key_uri: str) -> None:
+    with Sandbox("cli-issuer", tls=False) as sandbox:
+        jwk = run("public-key", "--key", key_uri, "--format", "jwk", "--json").document
+        sandbox.register_key("bank-2026", jwk["public_key"])
+        settings = {"D1_ENVIRONMENT": sandbox.base_url, "D1_ISSUER_ID": "cli-issuer"}
+        result = run("check", "--json", D1_SIGNER_KEY=key_uri, **settings)
+    assert result.status == 0
+    assert statuses(result)[-3:] == [
+        ("client-certificate", "skipped"),
+        ("endpoint", "ok"),
+        ("token", "ok"),
+    ]
+
+
+def test_an_environment_that_cannot_be_read_is_a_usage_error(run: Run, key_uri: str) -> None:
+    result = run("check", "--json", "--key", key_uri, "--environment", "http://d1.example")
+    assert result.status == 2
+    assert result.document["code"] == "configuration"

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public keys in every form, read by others; new keys; custody."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pty
+import stat
+import subprocess
+from pathlib import Path
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    load_der_public_key,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+from joserfc.jwk import ECKey, KeySet
+
+from tests.cli.conftest import COMMAND, Run, run_process
+
+
+def private_key_of(uri: str) -> ec.EllipticCurvePrivateKey:
+    path = uri.removeprefix("file://").partition("#")[0].partition("?")[0]
+    key = load_pem_private_key(Path(path).read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def numbers(key: object) -> ec.EllipticCurvePublicNumbers:
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    return key.public_numbers()
+
+
+def test_pem_is_the_default(run: Run, key_uri: str) -> None:
+    result = run("public-key", "--key", key_uri)
+    assert result.status == 0
+    assert result.err == ""
+    expected = numbers(private_key_of(key_uri).public_key())
+    assert numbers(load_pem_public_key(result.out.encode())) == expected
+
+
+def test_der_goes_to_a_pipe_and_to_a_file(key_uri: str, tmp_path: Path, run: Run) -> None:
+    expected = numbers(private_key_of(key_uri).public_key())
+    arguments = ["public-key", "--key", key_uri, "--format", "der"]
+    piped = subprocess.run([*COMMAND, *arguments], capture_output=True, check=True, timeout=30)
+    assert numbers(load_der_public_key(piped.stdout)) == expected
+    file = tmp_path / "key.der"
+    written = run(*arguments, "-o", str(file))
+    assert (written.status, written.out, written.err) == (0, "", "")
+    assert file.read_bytes() == piped.stdout
+    shown = run(*arguments, "--json").document
+    assert base64.b64decode(shown["public_key"]) == piped.stdout
+
+
+def test_der_is_not_written_to_a_terminal(key_uri: str) -> None:
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [*COMMAND, "public-key", "--key", key_uri, "--format", "der"],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    os.close(theirs)
+    with pytest.raises(OSError, match="Input/output"):  # nothing was written
+        os.read(ours, 1)
+    os.close(ours)
+    assert done.returncode == 2
+    assert "-o FILE" in done.stderr
+
+
+def test_jwk_is_read_by_pyjwt_and_joserfc(run: Run, key_uri: str) -> None:
+    text = run("public-key", "--key", key_uri, "--format", "jwk").out
+    document = json.loads(text)
+    expected = numbers(private_key_of(key_uri).public_key())
+    assert numbers(jwt.PyJWK.from_json(text).key) == expected
+    key = ECKey.import_key(document)
+    assert numbers(key.public_key) == expected
+    members = {"crv", "kty", "x", "y", "kid", "use", "alg"}
+    assert set(document) == members
+    assert (document["kid"], document["use"], document["alg"]) == ("bank-2026", "sig", "ES256")
+    shown = run("public-key", "--key", key_uri, "--format", "jwk", "--json").document
+    assert shown["public_key"] == document
+    assert shown["keys"] == [{"kid": "bank-2026", "thumbprint": key.thumbprint()}]
+
+
+def test_jwks_holds_all_keys_in_order(run: Run, key_uri: str, other_uri: str) -> None:
+    uris = f"{key_uri} {other_uri}"
+    text = run("public-key", "--format", "jwks", D1_SIGNER_KEY=uris).out
+    keys = KeySet.import_key_set(json.loads(text)).keys
+    assert [key.kid for key in keys] == ["bank-2026", "next-2027"]
+    for key, uri in zip(keys, (key_uri, other_uri), strict=True):
+        assert isinstance(key, ECKey)
+        assert numbers(key.public_key) == numbers(private_key_of(uri).public_key())
+    repeated = run("public-key", "--format", "jwks", "--key", other_uri, "--key", key_uri)
+    assert [key["kid"] for key in json.loads(repeated.out)["keys"]] == ["next-2027", "bank-2026"]
+
+
+@pytest.mark.parametrize("form", ["pem", "der", "jwk"])
+def test_other_forms_take_one_key(run: Run, key_uri: str, other_uri: str, form: str) -> None:
+    result = run("public-key", "--format", form, "--key", key_uri, "--key", other_uri)
+    assert result.status == 2
+    assert "single key" in result.err
+    assert result.out == ""
+
+
+def test_a_file_that_cannot_be_written(run: Run, key_uri: str, tmp_path: Path) -> None:
+    result = run("public-key", "--key", key_uri, "-o", str(tmp_path / "none" / "key"), "--json")
+    assert result.status == 2
+    assert result.document["code"] == "configuration"
+    assert "No such file" in result.document["message"]
+
+
+def test_generate_key_makes_what_open_takes(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "new.pem"
+    made = run("generate-key", "--json", "--key", path.as_uri() + "#bank%202026")
+    assert made.status == 0
+    assert made.document["kid"] == "bank 2026"
+    assert made.document["uri"] == path.as_uri() + "#bank%202026"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    expected = numbers(private_key_of(made.document["uri"]).public_key())
+    assert numbers(load_pem_public_key(made.document["public_key"].encode())) == expected
+    opened = run("public-key", "--json", "--key", made.document["uri"]).document
+    assert opened["keys"] == [{n: made.document[n] for n in ("kid", "thumbprint")}]
+    assert opened["public_key"] == made.document["public_key"]
+
+
+def test_generate_key_for_people(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "new.pem"
+    made = run("generate-key", D1_SIGNER_KEY=path.as_uri(), D1_SIGNER_KID="bank")
+    assert made.status == 0
+    assert f"{path.as_uri()}#bank" in made.out
+    assert "-----BEGIN PUBLIC KEY-----" in made.out
+    assert "PRIVATE" not in made.out
+
+
+def test_generate_key_overwrites_nothing(run: Run, key_uri: str) -> None:
+    before = private_key_of(key_uri).private_numbers()
+    result = run("generate-key", "--key", key_uri)
+    assert result.status == 1
+    assert "code: key_exists" in result.err
+    assert private_key_of(key_uri).private_numbers() == before
+
+
+def test_generate_key_takes_one_key(run: Run, tmp_path: Path) -> None:
+    first, second = ((tmp_path / name).as_uri() for name in ("a.pem", "b.pem"))
+    assert run("generate-key", "--key", first, "--key", second).status == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_custody_for_people_and_machines(run: Run, key_uri: str, other_uri: str) -> None:
+    result = run("custody", "--json", D1_SIGNER_KEY=f"{key_uri} {other_uri}")
+    reports = result.document["keys"]
+    assert [report["kid"] for report in reports] == ["bank-2026", "next-2027"]
+    assert reports[0]["exportable"] is True
+    assert reports[0]["generated_in_place"] is None
+    assert {"name": "mode", "value": "0600"}.items() <= reports[0]["facts"][1].items()
+    text = run("custody").out
+    assert "Exportable          yes\nGenerated in place  not known\n" in text
+    assert "mode       0600" in text
+    assert text.index("bank-2026") < text.index("next-2027")
+
+
+def test_in_a_process_of_its_own(key_uri: str) -> None:
+    result = run_process("custody", "--json", D1_SIGNER_KEY=key_uri)
+    assert result.status == 0
+    assert result.document["keys"][0]["kid"] == "bank-2026"

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags and the D1_* variables, and what no setting may be: a secret on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d1_signer.sandbox import Sandbox
+from tests.cli.conftest import ISSUER, Run
+
+PIN = "7391-never-shown"
+MISTAKE = "a secret where its source should stand"
+
+
+def test_every_variable_has_its_flag(
+    run: Run, sandbox: Sandbox, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_variables = run("token", "--json", **settings)
+    assert by_variables.status == 0
+    flags = []
+    for name, value in settings.items():
+        monkeypatch.delenv(name)
+        flag = name.removeprefix("D1_SIGNER_").removeprefix("D1_").lower().replace("_", "-")
+        flags += [f"--{flag}", value]
+    assert run("token", "--json", *flags).status == 0
+    assert sandbox.counters.tokens_issued == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "variable", "code"),
+    [
+        ("token", "D1_SIGNER_KEY", "configuration"),
+        ("token", "D1_ISSUER_ID", "configuration"),
+        ("token", "D1_ENVIRONMENT", "configuration"),
+        ("assertion", "D1_ISSUER_ID", "configuration"),
+        ("assertion", "D1_ENVIRONMENT", "configuration"),
+        ("custody", "D1_SIGNER_KEY", "configuration"),
+        ("generate-key", "D1_SIGNER_KEY", "configuration"),
+        ("check", "D1_SIGNER_KEY", "configuration"),
+    ],
+)
+def test_a_missing_setting_is_named(
+    run: Run, settings: dict[str, str], command: str, variable: str, code: str
+) -> None:
+    del settings[variable]
+    result = run(command, "--json", **settings)
+    assert result.status == 2
+    assert result.document["code"] == code
+    assert variable in result.document["hint"]
+
+
+def test_flags_win_over_variables(run: Run, key_uri: str, other_uri: str) -> None:
+    result = run("custody", "--json", "--key", other_uri, "--kid", "flag", D1_SIGNER_KEY=key_uri)
+    assert [report["kid"] for report in result.document["keys"]] == ["flag"]
+
+
+def test_kid_variable_wins_over_the_fragment(run: Run, key_uri: str) -> None:
+    result = run("custody", "--json", D1_SIGNER_KEY=key_uri, D1_SIGNER_KID="variable")
+    assert result.document["keys"][0]["kid"] == "variable"
+
+
+@pytest.mark.parametrize("command", ["custody", "token", "check", "sandbox"])
+def test_one_kid_for_several_keys_is_refused(
+    run: Run, key_uri: str, other_uri: str, command: str
+) -> None:
+    both = f"{key_uri} {other_uri}"
+    result = run(command, D1_SIGNER_KEY=both, D1_SIGNER_KID="one")
+    assert result.status == 2
+    assert "One kid is given for several keys." in result.err
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"pkcs11:token=t;object=o?pin-value={PIN}",
+        f"pkcs11:token=t;object=o?module-name=softhsm&PIN-VALUE={PIN}",
+        f"pkcs11:token=t;object=o?pin%2Dvalue={PIN}",
+        f"pkcs11:token=t;object=o;pin-value={PIN}",
+    ],
+)
+@pytest.mark.parametrize("json", [False, True])
+def test_a_pin_on_the_command_line_is_refused(run: Run, uri: str, *, json: bool) -> None:
+    result = run("custody", "--key", uri, *["--json"] * json)
+    assert result.status == 2
+    assert PIN not in result.out + result.err
+    assert "pin-source=file:PATH" in (result.document["message"] if json else result.err)
+
+
+def test_a_proxy_password_on_the_command_line_is_refused(run: Run) -> None:
+    result = run("token", "--proxy", f"http://me:{PIN}@proxy.example:3128")
+    assert result.status == 2
+    assert PIN not in result.out + result.err
+
+
+def encrypted_client(sandbox: Sandbox) -> dict[str, str]:
+    certificate, key = sandbox.issue_client_certificate(passphrase=PIN.encode())
+    return {"D1_CLIENT_CERT": str(certificate), "D1_CLIENT_KEY": str(key)}
+
+
+def test_passphrase_of_the_client_key(
+    run: Run, sandbox: Sandbox, settings: dict[str, str], tmp_path: Path
+) -> None:
+    settings |= encrypted_client(sandbox) | {"CLIENT_PASSPHRASE": PIN}
+    file = tmp_path / "passphrase"
+    file.touch(mode=0o600)
+    file.write_text(PIN)
+    flag = "--client-key-passphrase-source"
+    assert run("token", flag, "env:CLIENT_PASSPHRASE", **settings).status == 0
+    assert run("token", flag, f"file:{file}", "-vv").status == 0
+    without = run("token", "--json")
+    assert without.status == 2
+    assert without.document["code"] == "secret_source"
+    wrong = run("token", flag, "env:CLIENT_PASSPHRASE", "--json", CLIENT_PASSPHRASE="another one")
+    assert wrong.document["code"] == "secret_source"
+    unknown = run("token", flag, MISTAKE)
+    assert unknown.status == 2
+    assert MISTAKE not in unknown.out + unknown.err
+
+
+@pytest.mark.parametrize("variable", ["D1_CLIENT_CERT", "D1_CLIENT_KEY"])
+def test_half_a_client_certificate(run: Run, settings: dict[str, str], variable: str) -> None:
+    del settings[variable]
+    result = run("token", "--json", **settings)
+    assert result.status == 2
+    assert variable in result.document["hint"]
+
+
+def test_thales_own_environments_need_a_client_certificate(run: Run, key_uri: str) -> None:
+    settings = {"D1_SIGNER_KEY": key_uri, "D1_ISSUER_ID": ISSUER, "D1_ENVIRONMENT": "production"}
+    result = run("token", "--json", **settings)
+    assert result.status == 2
+    assert "--proxy-adds-certificate" in result.document["hint"]
+
+
+def test_audience_and_no_audience_exclude_each_other(run: Run) -> None:
+    result = run("assertion", "--audience", "x", "--no-audience", "--json")
+    assert result.status == 2
+    assert result.document["code"] == "usage"
+
+
+@pytest.mark.parametrize(
+    ("command", "variables"),
+    [
+        ("token", "KEY KID ISSUER_ID ENVIRONMENT CLIENT_CERT CLIENT_KEY CA_FILE"),
+        ("check", "KEY KID ISSUER_ID ENVIRONMENT CLIENT_CERT CLIENT_KEY CA_FILE"),
+        ("assertion", "KEY KID ISSUER_ID ENVIRONMENT"),
+        ("public-key", "KEY KID"),
+        ("generate-key", "KEY KID"),
+        ("custody", "KEY KID"),
+        ("sandbox", "KEY KID ISSUER_ID"),
+    ],
+)
+def test_help_names_the_variables(run: Run, command: str, variables: str) -> None:
+    result = run(command, "--help")
+    assert result.status == 0
+    words = result.out.split()
+    for name in variables.split():
+        full = f"D1_SIGNER_{name}" if name in {"KEY", "KID"} else f"D1_{name}"
+        assert any(full in word for word in words)
