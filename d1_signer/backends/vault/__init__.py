@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys in the Transit engine of HashiCorp Vault and OpenBao: ``hashivault://KEY``.
+
+The server is named by ``VAULT_ADDR``, ``VAULT_NAMESPACE`` and ``VAULT_CACERT``; the token comes
+from ``VAULT_TOKEN`` or ``~/.vault-token``, as for Vault's own command line, or by AppRole. Its
+policy needs, for a key ``d1`` in ``transit``::
+
+    path "transit/keys/d1"           { capabilities = ["read"] }
+    path "transit/sign/d1/sha2-256"  { capabilities = ["update"] }
+
+and for `generate_key` only, ``update`` on ``transit/keys/d1``.
+
+The version of the key is pinned when it is opened. Rotating the key changes nothing for a running
+signer, which goes on with its version: D1 knows only the key that was registered.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from base64 import b64encode, urlsafe_b64decode
+from typing import Any
+from urllib.parse import quote
+
+from d1_signer.custody import Evidence, Fact, FactValue
+from d1_signer.errors import (
+    ConfigurationError,
+    IntegrityError,
+    InvalidKeyError,
+    KeyDisabledError,
+    KeyExistsError,
+    KeyMismatchError,
+    KeyNotFoundError,
+    KeyUriError,
+    MissingExtraError,
+    SignerClosedError,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.key_uri import KeyUri
+from d1_signer.remote import PerProcess, within
+from d1_signer.secret import SecretSource
+from d1_signer.signer import GeneratedKey, SignatureEncoding
+
+try:
+    from d1_signer.backends.vault.http import read_settings
+    from d1_signer.backends.vault.tokens import AppRoleTokens, Client, GivenTokens, clients
+except ModuleNotFoundError:
+    raise MissingExtraError.of("urllib3", "vault") from None
+
+_log = logging.getLogger(__name__)
+
+_KEY_TYPE = "ecdsa-p256"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_SIGNATURE = re.compile(r"vault:v([1-9][0-9]*):([A-Za-z0-9_-]{86})")
+_QUERY = frozenset(
+    {"mount", "version", "token-source", "role-id", "secret-id-source", "auth-mount"}
+)
+_ALTERED = "Something between this process and Vault alters answers."
+
+
+class VaultBackend:
+    """A version of a Transit key; see `open_backend`."""
+
+    name = "hashivault"
+    encoding = SignatureEncoding.RAW
+
+    def __init__(
+        self, clients: PerProcess[Client], mount: str, key: str, version: int | None
+    ) -> None:
+        """Read the key, and pin its version and public key.
+
+        Args:
+            clients: Gives the client of this process.
+            mount: Where the Transit engine is mounted.
+            key: Name of the key.
+            version: Version of the key; None: the latest.
+        """
+        self._clients = clients
+        self._mount = mount
+        self._key = key
+        self._closed = False
+        self._path = f"{mount}/sign/{quote(key)}/sha2-256"
+        described = _described(clients.get(), mount, key)
+        self._version = _usable_version(described, key, version)
+        self._public_key = _public_key(described, self._version)
+        _log.info(
+            "hashivault.opened key=%s version=%d thumbprint=%s",
+            key,
+            self._version,
+            self._public_key.thumbprint(),
+        )
+
+    @property
+    def version(self) -> int:
+        """The version of the key that signs."""
+        return self._version
+
+    def public_key(self) -> PublicKey:
+        """The public key as it was when the backend was opened."""
+        return self._public_key
+
+    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
+        """Sign a digest of 32 bytes with one request; the answer is r||s."""
+        if self._closed:
+            raise SignerClosedError("The key is closed.")
+        if deadline is None:
+            return self._sign(digest)
+        return within(deadline, lambda: self._sign(digest))
+
+    def _sign(self, digest: bytes) -> bytes:
+        fields: dict[str, object] = {
+            "input": b64encode(digest).decode(),
+            "prehashed": True,
+            "marshaling_algorithm": "jws",
+            "key_version": self._version,
+        }
+        told = self._clients.get().ask("to sign", "POST", self._path, fields)
+        data = told.get("data")
+        signature = data.get("signature") if isinstance(data, dict) else None
+        match = _SIGNATURE.fullmatch(signature) if isinstance(signature, str) else None
+        if match is None:
+            raise IntegrityError(
+                "Vault answered without a signature of 64 bytes in base64url.", hint=_ALTERED
+            )
+        if int(match.group(1)) != self._version:
+            raise KeyMismatchError(
+                f"Vault signed with version {match.group(1)} of {self._key}; version "
+                f"{self._version} was pinned at opening. The signature was not used.",
+                hint="Register the new version with D1 first, then open the signer anew.",
+            )
+        return urlsafe_b64decode(match.group(2) + "==")
+
+    def custody(self) -> Evidence:
+        """Report what Vault says of the key now: it can be made exportable later on."""
+        described = _described(self._clients.get(), self._mount, self._key)
+        if _public_key(described, self._version) != self._public_key:
+            raise KeyMismatchError(
+                f"Version {self._version} of {self._key} is another key than at opening.",
+                hint="The key was deleted and made anew; register the new one with D1.",
+            )
+        exportable, backup = (
+            described.get(name) for name in ("exportable", "allow_plaintext_backup")
+        )
+        names = (
+            "type",
+            "exportable",
+            "allow_plaintext_backup",
+            "deletion_allowed",
+            "imported_key",
+            "latest_version",
+            "min_encryption_version",
+        )
+        facts = [_fact(name, described.get(name)) for name in names]
+        facts.append(Fact(name="mount", value=self._mount, source="d1_signer"))
+        facts.append(Fact(name="version", value=self._version, source="d1_signer"))
+        known = isinstance(exportable, bool) and isinstance(backup, bool)
+        return Evidence(
+            location=f"hashivault://{self._key}",
+            exportable=bool(exportable or backup) if known else None,
+            generated_in_place=not described.get("imported_key"),
+            # Transit signs in the memory of the server's process, whatever seals its storage.
+            hardware=False,
+            facts=tuple(facts),
+        )
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+        self._closed = True
+        client = self._clients.made_here()
+        if client is not None:
+            client.http.close()
+
+    def __repr__(self) -> str:
+        return f"<VaultBackend {self._key}>"
+
+
+def open_backend(
+    uri: str,
+    *,
+    address: str | None = None,
+    namespace: str | None = None,
+    ca_file: str | None = None,
+    token_source: SecretSource | None = None,
+    role_id: str | None = None,
+    secret_id_source: SecretSource | None = None,
+    auth_mount: str | None = None,
+    connect_timeout: float = 2.0,
+    read_timeout: float = 5.0,
+) -> VaultBackend:
+    """Open a Transit key: one request, which reads it.
+
+    Args:
+        uri: ``hashivault://KEY``, optionally ``?mount=`` (``transit``), ``version=`` (the latest at
+            opening), ``token-source=``, ``role-id=``, ``secret-id-source=``, ``auth-mount=``.
+        address: URL of the server; None: ``VAULT_ADDR``, else ``https://127.0.0.1:8200``. Plain
+            http for a loopback address only.
+        namespace: Namespace; None: ``VAULT_NAMESPACE``.
+        ca_file: PEM file of the authorities to trust; None: ``VAULT_CACERT``, else the system's.
+        token_source: Where the token comes from; None: ``VAULT_TOKEN``, else ``~/.vault-token``.
+            Read again when a token is refused, so that an agent may renew it.
+        role_id: Role id of an AppRole, used instead of a token.
+        secret_id_source: Where its secret id comes from; read at each login.
+        auth_mount: Where the AppRole method is mounted; None: ``approle``.
+        connect_timeout: Seconds for each attempt to connect.
+        read_timeout: Seconds for each wait for an answer.
+
+    Raises:
+        KeyUriError: The URI is not of this form.
+        ConfigurationError: Settings that cannot be used.
+        KeyNotFoundError: No such key, or no such version.
+        AccessDeniedError: The token's policy lacks a path.
+        LoginError: No token, or it or the AppRole is refused.
+        InvalidKeyError: Not an ecdsa-p256 key.
+        KeyDisabledError: The version is below the key's ``min_encryption_version``.
+        SignerUnavailable: Vault cannot be reached, is sealed, or throttles; retryable.
+    """
+    parsed, mount, key = _read_uri(uri)
+    version = parsed.query.get("version")
+    if version is not None and not _VERSION.fullmatch(version):
+        raise KeyUriError("The version in the hashivault: URI is not a number.")
+    settings = read_settings(
+        address,
+        namespace,
+        ca_file,
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
+    )
+    tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
+    number = None if version is None else int(version)
+    return VaultBackend(clients(settings, tokens), mount, key, number)
+
+
+def generate_key(
+    uri: str,
+    *,
+    address: str | None = None,
+    namespace: str | None = None,
+    ca_file: str | None = None,
+    token_source: SecretSource | None = None,
+    role_id: str | None = None,
+    secret_id_source: SecretSource | None = None,
+    auth_mount: str | None = None,
+) -> GeneratedKey:
+    """Make an ecdsa-p256 key that is not exportable.
+
+    Args:
+        uri: As for `open_backend`, without a version.
+        address: As for `open_backend`.
+        namespace: As for `open_backend`.
+        ca_file: As for `open_backend`.
+        token_source: As for `open_backend`.
+        role_id: As for `open_backend`.
+        secret_id_source: As for `open_backend`.
+        auth_mount: As for `open_backend`.
+
+    Raises:
+        KeyExistsError: The key exists.
+        KeyUriError: The URI names a version, or is not of this form.
+        SignerError: As for `open_backend`.
+    """
+    parsed, mount, key = _read_uri(uri)
+    if "version" in parsed.query:
+        raise KeyUriError("A new key is named without a version.", hint="It begins with 1.")
+    settings = read_settings(address, namespace, ca_file, read_timeout=10.0)
+    tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
+    client = clients(settings, tokens).get()
+    try:
+        if _exists(client, mount, key):
+            raise KeyExistsError(f"The Transit key {key} exists.", hint="Choose another name.")
+        fields: dict[str, object] = {
+            "type": _KEY_TYPE,
+            "exportable": False,
+            "allow_plaintext_backup": False,
+        }
+        client.ask("to make a key", "POST", f"{mount}/keys/{quote(key)}", fields)
+        public_key = _public_key(_described(client, mount, key), 1)
+    finally:
+        client.http.close()
+    return GeneratedKey(uri=f"{uri}{'&' if '?' in uri else '?'}version=1", public_key=public_key)
+
+
+def _exists(client: Client, mount: str, key: str) -> bool:
+    # Vault answers the making of a key that exists as if it had made it.
+    try:
+        client.ask("to look for the key", "GET", f"{mount}/keys/{quote(key)}")
+    except KeyNotFoundError:
+        return False
+    return True
+
+
+def _read_uri(uri: str) -> tuple[KeyUri, str, str]:
+    parsed = KeyUri.parse(uri, query_names=_QUERY)
+    mount = parsed.query.get("mount", "transit")
+    if parsed.path not in {"", "/"} or not _NAME.fullmatch(parsed.authority):
+        raise KeyUriError("The hashivault: URI names no key.", hint="Write hashivault://KEY.")
+    if not _MOUNT.fullmatch(mount):
+        raise KeyUriError("The mount in the hashivault: URI is not a path.")
+    return parsed, mount, parsed.authority
+
+
+def _tokens(
+    parsed: KeyUri,
+    token_source: SecretSource | None,
+    role_id: str | None,
+    secret_id_source: SecretSource | None,
+    auth_mount: str | None,
+) -> GivenTokens | AppRoleTokens:
+    token_source = token_source or parsed.query.get("token-source")
+    role_id = role_id or parsed.query.get("role-id")
+    secret_id_source = secret_id_source or parsed.query.get("secret-id-source")
+    mount = auth_mount or parsed.query.get("auth-mount", "approle")
+    if role_id is None and secret_id_source is None:
+        return GivenTokens(token_source)
+    if role_id is None or secret_id_source is None or token_source is not None:
+        raise ConfigurationError(
+            "Vault's credentials are not clear.",
+            hint="Give a token source, or both a role id and a secret id source.",
+        )
+    if not _MOUNT.fullmatch(mount):
+        raise ConfigurationError("The mount of the AppRole method is not a path.")
+    return AppRoleTokens(role_id, secret_id_source, mount)
+
+
+def _described(client: Client, mount: str, key: str) -> dict[str, Any]:
+    told = client.ask("for the key", "GET", f"{mount}/keys/{quote(key)}")
+    data = told.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("keys"), dict):
+        raise IntegrityError("Vault described the key without its versions.", hint=_ALTERED)
+    if data.get("type") != _KEY_TYPE:
+        raise InvalidKeyError(
+            f"The Transit key {key} is of type {data.get('type')}.",
+            hint=f"D1 takes ES256 only: use a key of type {_KEY_TYPE}.",
+        )
+    return data
+
+
+def _usable_version(described: dict[str, Any], key: str, asked: int | None) -> int:
+    version = described.get("latest_version") if asked is None else asked
+    if not isinstance(version, int) or str(version) not in described["keys"]:
+        raise KeyNotFoundError(
+            f"The Transit key {key} has no version {version}.",
+            hint=f"It has: {', '.join(sorted(described['keys'], key=int)) or 'none'}.",
+        )
+    least = described.get("min_encryption_version")
+    if isinstance(least, int) and version < least:
+        raise KeyDisabledError(
+            f"Version {version} of {key} may not sign: min_encryption_version is {least}.",
+            hint="Lower it, or name a newer version that D1 knows.",
+        )
+    return version
+
+
+def _public_key(described: dict[str, Any], version: int) -> PublicKey:
+    entry = described["keys"].get(str(version))
+    pem = entry.get("public_key") if isinstance(entry, dict) else None
+    if not isinstance(pem, str):
+        raise IntegrityError(
+            f"Vault described the key without the public key of version {version}.",
+            hint=_ALTERED,
+        )
+    return PublicKey.from_pem(pem)
+
+
+def _fact(name: str, value: object) -> Fact:
+    plain: FactValue = value if isinstance(value, bool | int | str) else None
+    return Fact(name=name, value=plain, source="Vault Transit key")

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client of Vault's HTTP API, as much of it as signing needs.
+
+Redirects are not followed: the request holds a token, and the other host may not be trusted with
+it. Proxies and ``.netrc`` of the environment are not used. TLS is verified always.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Timeout
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
+
+from d1_signer.errors import (
+    AccessDeniedError,
+    ConfigurationError,
+    D1SignerError,
+    IntegrityError,
+    KeyDisabledError,
+    KeyNotFoundError,
+    LoginError,
+    SignerError,
+    SignerThrottled,
+    SignerTimeout,
+    SignerUnavailable,
+)
+from d1_signer.remote import check_endpoint
+from d1_signer.secret import Secret
+
+_CONNECTIONS = 128
+_LARGEST_ANSWER = 1 << 20
+_LONGEST = 400
+_ALTERED = "Something between this process and Vault alters answers, or it is not Vault."
+
+_OK = range(200, 300)
+_REDIRECTS = range(300, 400)
+_PRECONDITION, _TOO_MANY = 412, 429
+
+_LOCATION = "Check the key's name, its mount and the namespace."
+# What a status means, by a text in its message where only that tells the causes apart.
+_TEXTS: dict[int, tuple[tuple[str, type[D1SignerError], str], ...]] = {
+    400: (
+        ("not found", KeyNotFoundError, _LOCATION),
+        ("invalid role", LoginError, "Check the AppRole's role id."),
+        ("secret id", LoginError, "Check the AppRole's secret id: wrong, used up or expired."),
+    ),
+    403: (
+        ("invalid token", LoginError, "The token has expired or was revoked."),
+        ("", AccessDeniedError, "Check the token, and its policy on keys/NAME and sign/NAME."),
+    ),
+    404: (("", KeyNotFoundError, _LOCATION),),
+    429: (("", SignerThrottled, "Raise the rate limit quota, or reuse tokens longer."),),
+    500: (("minimum", KeyDisabledError, "The version is below the key's min_encryption_version."),),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Where Vault is.
+
+    Attributes:
+        address: URL of the server, without a path below it as a rule.
+        namespace: Namespace of Vault Enterprise or OpenBao, or None.
+        ca_file: PEM file of the authorities to trust; None: the system's.
+        connect_timeout: Seconds for each attempt to connect.
+        read_timeout: Seconds for each wait for an answer.
+    """
+
+    address: str
+    namespace: str | None
+    ca_file: str | None
+    connect_timeout: float
+    read_timeout: float
+
+
+def read_settings(
+    address: str | None,
+    namespace: str | None,
+    ca_file: str | None,
+    *,
+    connect_timeout: float = 2.0,
+    read_timeout: float = 5.0,
+) -> Settings:
+    """Fill in from the environment what is None, as Vault's command line does.
+
+    Raises:
+        ConfigurationError: The address is not https, nor http on loopback.
+    """
+    address = address or os.environ.get("VAULT_ADDR") or "https://127.0.0.1:8200"
+    check_endpoint(address, "address of Vault")
+    return Settings(
+        address=address,
+        namespace=namespace or os.environ.get("VAULT_NAMESPACE"),
+        ca_file=ca_file or os.environ.get("VAULT_CACERT"),
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
+    )
+
+
+class HttpClient:
+    """Sends requests to one Vault server. Thread-safe; one for each process."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Prepare connections; none is opened yet."""
+        self._settings = settings
+        self._prefix = urlsplit(settings.address).path.rstrip("/") + "/v1/"
+        self._pool = _pool(settings)
+
+    def request(
+        self,
+        doing: str,
+        method: str,
+        path: str,
+        *,
+        token: Secret | None = None,
+        fields: Mapping[str, object] | None = None,
+        secrets: Mapping[str, Secret] | None = None,
+    ) -> dict[str, Any]:
+        """Send one request; again, once, where a kept connection turned out to be closed.
+
+        Args:
+            doing: What is asked for, such as ``"to sign"``.
+            method: HTTP method.
+            path: Path below ``/v1/``.
+            token: Sent as ``X-Vault-Token``.
+            fields: Members of the JSON body.
+            secrets: More members of it, which no error may show.
+
+        Returns:
+            The answer's JSON object; empty for an answer without a body.
+        """
+        outcome = self._exchange(doing, method, path, token, fields, secrets)
+        if isinstance(outcome, ProtocolError):
+            outcome = self._exchange(doing, method, path, token, fields, secrets)
+        if isinstance(outcome, Exception):
+            raise _unreachable(outcome, doing)
+        status, body, location = outcome
+        try:
+            told = json.loads(body) if body else {}
+        except ValueError:
+            told = None
+        if status not in _OK:
+            raise _refused(status, told, doing, location)
+        if not isinstance(told, dict):
+            raise IntegrityError(f"Vault answered {doing} without JSON.", hint=_ALTERED)
+        return told
+
+    def _exchange(  # noqa: PLR0917 (those of `request`)
+        self,
+        doing: str,
+        method: str,
+        path: str,
+        token: Secret | None,
+        fields: Mapping[str, object] | None,
+        secrets: Mapping[str, Secret] | None,
+    ) -> tuple[int, bytes, str] | Exception:
+        """Returns what failed and does not raise it: its traceback would show the secrets."""
+        try:
+            response = self._pool.urlopen(
+                method,
+                self._prefix + path,
+                body=_body(fields, secrets),
+                headers=_headers(self._settings.namespace, token),
+                redirect=False,
+                retries=False,
+                preload_content=False,
+            )
+            body = response.read(_LARGEST_ANSWER + 1)
+            if len(body) > _LARGEST_ANSWER:
+                response.close()
+                return IntegrityError(
+                    f"Vault answered {doing} with more than 1 MiB.", hint=_ALTERED
+                )
+            response.release_conn()
+            return response.status, body, response.headers.get("Location", "")
+        except (HTTPError, OSError, ValueError) as error:
+            return error
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self._pool.close()
+
+
+def _body(
+    fields: Mapping[str, object] | None, secrets: Mapping[str, Secret] | None
+) -> bytes | None:
+    if fields is None and secrets is None:
+        return None
+    revealed = {name: secret.reveal() for name, secret in (secrets or {}).items()}
+    return json.dumps({**(fields or {}), **revealed}).encode()
+
+
+def _headers(namespace: str | None, token: Secret | None) -> dict[str, str]:
+    # X-Vault-Request is what a Vault Agent may ask for, against request forgery.
+    headers = {"X-Vault-Request": "true", "Content-Type": "application/json"}
+    if namespace:
+        headers["X-Vault-Namespace"] = namespace
+    if token is not None:
+        headers["X-Vault-Token"] = token.reveal()
+    return headers
+
+
+def _pool(settings: Settings) -> HTTPConnectionPool:
+    url = urlsplit(settings.address)
+    timeout = Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
+    host = url.hostname or ""
+    if url.scheme == "http":
+        return HTTPConnectionPool(host, url.port, timeout=timeout, maxsize=_CONNECTIONS)
+    # Not create_default_context(): it writes session keys to the file that SSLKEYLOGFILE names.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.ca_file is None:
+        context.load_default_certs()
+    else:
+        try:
+            context.load_verify_locations(settings.ca_file)
+        except (OSError, ssl.SSLError):
+            raise ConfigurationError(
+                f"The CA file for Vault cannot be read: {settings.ca_file}.",
+                hint="It holds certificates in PEM; see VAULT_CACERT.",
+            ) from None
+    return HTTPSConnectionPool(
+        host, url.port, timeout=timeout, maxsize=_CONNECTIONS, ssl_context=context
+    )
+
+
+def _unreachable(error: Exception, doing: str) -> D1SignerError:
+    if isinstance(error, D1SignerError):
+        return error
+    name = type(error).__name__
+    text = f"Vault could not be asked {doing}: {name}."
+    if isinstance(error, SSLError):
+        return SignerUnavailable(
+            text,
+            hint="TLS failed: check VAULT_CACERT and the name in VAULT_ADDR.",
+            retryable=False,
+        )
+    if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
+        return SignerTimeout(text, hint="Check that Vault can be reached.")
+    if isinstance(error, HTTPError | OSError):
+        return SignerUnavailable(text, hint="Check VAULT_ADDR and the network.")
+    return SignerError(text, hint="Check the settings; a token is plain ASCII text.")
+
+
+def _refused(status: int, told: object, doing: str, location: str) -> D1SignerError:
+    if status in _REDIRECTS:
+        host = urlsplit(location).hostname or "nowhere"
+        return SignerUnavailable(
+            f"Vault redirects to {host}; this is not followed, since the token would go there.",
+            hint="Name the active node or its load balancer in VAULT_ADDR.",
+            details={"status": status},
+        )
+    errors = told.get("errors") if isinstance(told, dict) else None
+    message = " ".join(" ".join(map(str, errors)).split()) if isinstance(errors, list) else ""
+    message = message if message.isprintable() and len(message) <= _LONGEST else ""
+    kind, hint = _meaning(status, message.lower())
+    text = f"Vault refused {doing}: status {status}"
+    return kind(
+        f"{text} ({message})." if message else f"{text}.", hint=hint, details={"status": status}
+    )
+
+
+def _meaning(status: int, message: str) -> tuple[type[D1SignerError], str]:
+    for text, kind, hint in _TEXTS.get(status, ()):
+        if text in message:
+            return kind, hint
+    # 412 and 47x: a standby that lags behind; 5xx: sealed, in maintenance, or broken.
+    if status > _TOO_MANY or status == _PRECONDITION:
+        return SignerUnavailable, "Look at the state of Vault: sealed, a standby, failing over."
+    return SignerError, "See the status in the documentation of Vault's API."

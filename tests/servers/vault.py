@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real OpenBao server, in its development mode, with a plain and a TLS listener."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.servers.certificates import self_signed
+from tests.servers.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
+from tests.servers.process import accepts, free_port, running
+
+ROOT_TOKEN = "root-token-of-the-tests"
+
+POLICY = """
+path "transit/keys/*" { capabilities = ["read"] }
+path "transit/sign/+/sha2-256" { capabilities = ["update"] }
+"""
+
+
+@dataclass(frozen=True)
+class Vault:
+    """A running server."""
+
+    port: int
+    tls_port: int
+    ca_file: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def tls_url(self) -> str:
+        return f"https://localhost:{self.tls_port}"
+
+    def api(self, method: str, path: str, **body: object) -> Any:
+        """What an operator does."""
+        headers = {"X-Vault-Token": ROOT_TOKEN}
+        url = f"{self.url}/v1/{path}"
+        answer = requests.request(method, url, json=body or None, headers=headers, timeout=30)
+        answer.raise_for_status()
+        return answer.json() if answer.content else {}
+
+    def make_key(self, name: str, **settings: object) -> str:
+        self.api("POST", f"transit/keys/{name}", **{"type": "ecdsa-p256", **settings})
+        return name
+
+    def make_token(self, policy: str = "signer", **settings: object) -> str:
+        told = self.api("POST", "auth/token/create", policies=[policy], **settings)
+        token: str = told["auth"]["client_token"]
+        return token
+
+    def make_approle(self, name: str, **settings: object) -> tuple[str, str]:
+        """Returns the role id and a secret id."""
+        self.api("POST", f"auth/approle/role/{name}", token_policies=["signer"], **settings)
+        role_id = self.api("GET", f"auth/approle/role/{name}/role-id")["data"]["role_id"]
+        secret = self.api("POST", f"auth/approle/role/{name}/secret-id")["data"]["secret_id"]
+        return role_id, secret
+
+    @contextmanager
+    def proxy(self) -> Iterator[FaultProxy]:
+        with FaultProxy(("127.0.0.1", self.port)) as proxy:
+            yield proxy
+
+
+@contextmanager
+def vault(directory: Path) -> Iterator[Vault]:
+    certificate, key = self_signed(directory)
+    port, tls_port = free_port(), free_port()
+    config = directory / "tls.json"
+    listener = {
+        "address": f"127.0.0.1:{tls_port}",
+        "tls_cert_file": str(certificate),
+        "tls_key_file": str(key),
+    }
+    config.write_text(json.dumps({"listener": {"tcp": listener}}))
+    command = [
+        str(Path(sys.executable).parent / "bao"),
+        "server",
+        "-dev",
+        "-dev-no-store-token",
+        f"-dev-root-token-id={ROOT_TOKEN}",
+        f"-dev-listen-address=127.0.0.1:{port}",
+        f"-config={config}",
+    ]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
+    server = Vault(port, tls_port, certificate)
+
+    def ready() -> bool:
+        if not accepts(port):
+            return False
+        answer = requests.get(f"{server.url}/v1/sys/health", timeout=5)
+        return answer.status_code == 200
+
+    with running(command, env=environment, log=directory / "bao.log", ready=ready):
+        server.api("POST", "sys/mounts/transit", type="transit")
+        server.api("POST", "sys/auth/approle", type="approle")
+        server.api("POST", "sys/policy/signer", policy=POLICY)
+        yield server
+
+
+def calls(proxy: FaultProxy) -> list[str]:
+    """What was asked for, in order: method and path."""
+    return [f"{request.method} {request.path.removeprefix('/v1/')}" for request in proxy.requests]
+
+
+def on_sign(fault: Fault) -> Fault:
+    """Let ``fault`` see the requests to sign only."""
+
+    def seen(request: Request, forward: Forward) -> Answer:
+        return fault(request, forward) if "/sign/" in request.path else forward(request)
+
+    return seen
+
+
+def refusal(status: int, *errors: str, **headers: str) -> Fault:
+    body = json.dumps({"errors": list(errors)}).encode()
+    told = {"Content-Type": "application/json", **headers}
+    return lambda _request, _forward: Answer(status, told, body)
+
+
+def signature(change: Any) -> Fault:
+    """The signature's text is altered on its way back."""
+
+    def alter(request: Request, forward: Forward) -> Answer:
+        answer = forward(request)
+        told = json.loads(answer.body)
+        told["data"]["signature"] = change(told["data"]["signature"])
+        return replace(answer, body=json.dumps(told).encode())
+
+    return alter
+
+
+def asking(path: str | None = None, **other: object) -> Fault:
+    """The request is altered on its way."""
+
+    def alter(request: Request, forward: Forward) -> Answer:
+        body = json.dumps({**json.loads(request.body), **other}).encode()
+        return forward(replace(request, body=body, path=path or request.path))
+
+    return alter
