@@ -85,7 +85,7 @@ def test_a_fault_becomes_our_error(
 
 
 def test_a_huge_body_is_not_read(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
-    sandbox.misbehave(Fault.HUGE_BODY, size=1 << 30)
+    sandbox.misbehave(Fault.HUGE_BODY, size=1 << 40)
     with pytest.raises(TokenError, match="64 KiB"):
         make_fetcher(limits=SHORT).token()
 
