@@ -34,6 +34,8 @@ from importlib.metadata import entry_points
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, final
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
 from d1_signer import es256
 from d1_signer.custody import CustodyPolicy, CustodyReport, Evidence
 from d1_signer.errors import (
@@ -292,6 +294,16 @@ class Signer:
             collected_at=int(time.time()),
             evidence=evidence,
         )
+
+    def as_private_key(self) -> EllipticCurvePrivateKey:
+        """This signer in the shape of a private key of the ``cryptography`` package.
+
+        For signing requests and certificates, PyJWT, MSAL: whatever calls the key's ``sign`` and
+        does not export it. It is good until `close`.
+        """
+        from d1_signer.private_key import SignerPrivateKey
+
+        return SignerPrivateKey(self)
 
     def close(self) -> None:
         """Release the backend; calling it again does nothing."""

@@ -9,6 +9,7 @@ import pytest
 
 from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SignerConformance
+from tests.conformance.interop import PrivateKeyInterop
 from tests.servers import aws
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def uri(endpoint: aws.Aws) -> str:
     return f"awskms:///{key_id}?endpoint={endpoint.url}"
 
 
-class TestAws(SignerConformance):
+class TestAws(PrivateKeyInterop, SignerConformance):
     @pytest.fixture
     def secrets(self) -> tuple[str, ...]:
         return (aws.SECRET_KEY, aws.SESSION_TOKEN)

@@ -9,6 +9,7 @@ import pytest
 
 from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SignerConformance
+from tests.conformance.interop import PrivateKeyInterop
 from tests.servers import gcp
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def server() -> Iterator[gcp.Gcp]:
         yield running
 
 
-class TestGcp(SignerConformance):
+class TestGcp(PrivateKeyInterop, SignerConformance):
     @pytest.fixture
     def signer(self, server: gcp.Gcp) -> Signer:
         return open_signer(f"gcpkms://{gcp.VERSION}", client=server.client)

@@ -9,12 +9,13 @@ import pytest
 
 from d1_signer.signer import Signer, generate_key, open_signer
 from d1_signer.testing import SignerConformance
+from tests.conformance.interop import PrivateKeyInterop
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-class TestPem(SignerConformance):
+class TestPem(PrivateKeyInterop, SignerConformance):
     @pytest.fixture
     def secrets(self) -> tuple[str, ...]:
         return ("correct horse battery staple",)

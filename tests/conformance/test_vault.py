@@ -9,6 +9,7 @@ import pytest
 
 from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SignerConformance
+from tests.conformance.interop import PrivateKeyInterop
 from tests.servers import vault
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def approle(server: vault.Vault) -> tuple[str, str]:
     return server.make_approle("app")
 
 
-class TestVault(SignerConformance):
+class TestVault(PrivateKeyInterop, SignerConformance):
     @pytest.fixture
     def secrets(self, approle: tuple[str, str]) -> tuple[str, ...]:
         return (approle[1],)
