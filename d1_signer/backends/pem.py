@@ -8,8 +8,10 @@ an HSM or a KMS. PKCS#8 (RFC 5958), SEC 1 (RFC 5915), each plain or encrypted.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
+from urllib.parse import quote
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, utils
@@ -25,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from d1_signer.custody import Evidence, Fact
 from d1_signer.errors import (
+    AmbiguousKeyError,
     InvalidKeyError,
     KeyExistsError,
     KeyUriError,
@@ -38,6 +41,8 @@ from d1_signer.secret import Secret, SecretSource, read_private_file, read_secre
 from d1_signer.signer import GeneratedKey, SignatureEncoding
 
 _ALGORITHM = ec.ECDSA(utils.Prehashed(SHA256()))
+_PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")
+_LONGEST_PASSPHRASE = 1023  # bytes that OpenSSL takes
 _PASSPHRASE_SOURCE = "passphrase-source"  # noqa: S105 (the name of a setting)
 
 
@@ -76,7 +81,7 @@ class PemBackend:
             facts.append(Fact(name="mode", value=mode, source="operating system"))
             facts.append(Fact(name="owner uid", value=status.st_uid, source="operating system"))
         return Evidence(
-            location=f"file://{self._path}",
+            location=f"file://{quote(self._path)}",
             exportable=True,
             generated_in_place=None,
             hardware=False,
@@ -101,6 +106,7 @@ def open_backend(uri: str, *, passphrase_source: SecretSource | None = None) -> 
         SecretSourceError: The file or the passphrase cannot be read, the file is open to other
             users, or the passphrase is missing, wrong or not needed.
         InvalidKeyError: Not a P-256 private key in PEM.
+        AmbiguousKeyError: More than one private key in the file.
     """
     path, source = _read_uri(uri, passphrase_source)
     pem = read_private_file(path, what="key file")
@@ -108,6 +114,11 @@ def open_backend(uri: str, *, passphrase_source: SecretSource | None = None) -> 
         raise InvalidKeyError(
             f"The key file holds no PEM: {path}.",
             hint="Convert it with: openssl pkcs8 -topk8 -inform DER -outform PEM.",
+        )
+    if len(_PRIVATE_KEY.findall(pem)) > 1:
+        raise AmbiguousKeyError(
+            f"The key file holds more than one private key: {path}.",
+            hint="Give each key a file of its own.",
         )
     passphrase = None if source is None else read_secret(source, what="passphrase")
     return PemBackend(path, _load(pem, passphrase, path))
@@ -123,12 +134,18 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
     Raises:
         KeyExistsError: The file exists.
         KeyUriError: The URI names no absolute path.
-        SecretSourceError: The file cannot be written, or the passphrase cannot be read.
+        SecretSourceError: The file cannot be written, or the passphrase cannot be read or is longer
+            than 1023 bytes.
     """
     path, source = _read_uri(uri, passphrase_source)
     encryption: KeySerializationEncryption = NoEncryption()
     if source is not None:
         passphrase = read_secret(source, what="passphrase")
+        if len(passphrase.reveal().encode()) > _LONGEST_PASSPHRASE:
+            raise SecretSourceError(
+                f"The passphrase is longer than {_LONGEST_PASSPHRASE} bytes.",
+                hint="Choose a shorter one.",
+            )
         encryption = BestAvailableEncryption(passphrase.reveal().encode())
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
@@ -151,7 +168,8 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
 
 def _read_uri(uri: str, source: SecretSource | None) -> tuple[str, SecretSource | None]:
     parsed = KeyUri.parse(uri, query_names=frozenset({_PASSPHRASE_SOURCE}))
-    if parsed.authority not in {"", "localhost"} or not parsed.path.startswith("/"):
+    local = parsed.authority in {"", "localhost"}
+    if not local or not parsed.path.startswith("/") or "\0" in parsed.path:
         raise KeyUriError(
             "The file: URI does not name an absolute path on this machine.",
             hint="Write file:///absolute/path/key.pem.",
@@ -160,20 +178,22 @@ def _read_uri(uri: str, source: SecretSource | None) -> tuple[str, SecretSource 
 
 
 def _load(pem: bytes, passphrase: Secret | None, path: str) -> ec.EllipticCurvePrivateKey:
-    password = None if passphrase is None else passphrase.reveal().encode()
     encrypted = b"ENCRYPTED" in pem
-    if encrypted and password is None:
+    if encrypted and passphrase is None:
         raise SecretSourceError(
             f"The key file is encrypted: {path}.",
             hint="Name its passphrase's source: passphrase-source=file:PATH or env:NAME.",
         )
-    if not encrypted and password is not None:
+    if not encrypted and passphrase is not None:
         raise SecretSourceError(
             f"The key file is not encrypted, and a passphrase was given: {path}.",
             hint="Encrypt the file, or leave the passphrase source out.",
         )
     try:
-        key = load_pem_private_key(pem, password)
+        # The passphrase itself never is a local variable of a frame that raises.
+        key = load_pem_private_key(
+            pem, None if passphrase is None else passphrase.reveal().encode()
+        )
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise _unreadable(pem, path, encrypted=encrypted) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -201,4 +221,7 @@ def _unreadable(pem: bytes, path: str, *, encrypted: bool) -> SignerError | Secr
             f"The key file cannot be decrypted: {path}.",
             hint="Check the passphrase; if it is right, the file is damaged.",
         )
-    return InvalidKeyError(f"The key file's private key cannot be read: {path}.")
+    return InvalidKeyError(
+        f"The key file's private key cannot be read: {path}.",
+        hint="Use PKCS#8 or SEC 1; ssh-keygen -p -m PKCS8 converts a key of OpenSSH.",
+    )
