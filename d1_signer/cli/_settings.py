@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from d1_signer.assertion import sign_assertion
-from d1_signer.cli._output import Command, Output
+from d1_signer.cli._output import Command, Output, printable
 from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.errors import ConfigurationError, SignerError
 from d1_signer.secret import Secret
@@ -105,7 +105,7 @@ class Keys:
             if not signers:
                 raise failures[0].fresh()
             for failure in failures:
-                output.note(f"Warning: a key is passed over: {failure}")
+                output.note(f"Warning: a key is passed over: {printable(str(failure))}")
             yield SignerSet(signers)
 
 

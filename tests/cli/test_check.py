@@ -63,10 +63,10 @@ def test_stops_at_the_key(run: Run, settings: dict[str, str], tmp_path: Path) ->
     result = run("check", "--json", **settings)
     assert result.status == 1
     assert result.document["ok"] is False
-    assert result.document["stopped_at"]["step"] == "open"
+    assert result.document["stopped_at"]["step"] == "key"
     assert result.document["stopped_at"]["error"]["code"] == "secret_source"
     assert statuses(result) == [
-        ("open", "failed"),
+        ("key", "failed"),
         ("signature", "skipped"),
         ("custody", "skipped"),
         ("client-certificate", "ok"),
@@ -76,7 +76,7 @@ def test_stops_at_the_key(run: Run, settings: dict[str, str], tmp_path: Path) ->
     text = run("check")
     assert text.status == 1
     assert "Check the path" in text.out
-    assert f"Stopped at open of {settings['D1_SIGNER_KEY']}" in text.out
+    assert f"Stopped at key of {settings['D1_SIGNER_KEY']}" in text.out
 
 
 def test_stops_at_a_key_that_fits_another_certificate(
