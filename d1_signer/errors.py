@@ -19,7 +19,7 @@ The tree (``code`` in brackets; *retryable* where trying again later can help)::
     │   ├── KeyMismatchError [key_mismatch]               the key is not the one that was pinned
     │   ├── LoginError [login]                            the PIN or the credentials were refused
     │   ├── AccessDeniedError [access_denied]             known to the service, not allowed to sign
-    │   ├── IntegrityError [integrity]                    an answer was altered on its way; retryable
+    │   ├── IntegrityError [integrity]                    an answer was altered; retryable
     │   ├── SignerUnavailable [signer_unavailable]        does not answer; retryable
     │   │   ├── SignerTimeout [signer_timeout]          no answer in time; retryable
     │   │   └── SignerThrottled [signer_throttled]        asked to slow down; retryable
