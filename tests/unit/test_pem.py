@@ -154,8 +154,12 @@ def test_wrong_and_missing_passphrase(made: Path, name: str) -> None:
     refuse(made, name, SecretSourceError, "cannot be decrypted", lambda: WRONG * 100)
     error = refuse(made, name, SecretSourceError, "is encrypted")
     assert "passphrase-source" in error.hint
+
+    def fails() -> str:
+        raise KeyError(PASSPHRASE)
+
     with pytest.raises(SecretSourceError, match="callable"):
-        open_signer(f"file://{made}/{name}", passphrase_source=lambda: {}["x"])
+        open_signer(f"file://{made}/{name}", passphrase_source=fails)
 
 
 @pytest.mark.parametrize("name", PLAIN)

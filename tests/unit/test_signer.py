@@ -8,7 +8,6 @@ import copy
 import hashlib
 import importlib.util
 import math
-import os
 import pickle
 import subprocess
 import sys
@@ -526,9 +525,9 @@ NEEDS = {
         "google",
         "gcp",
     ),
-    "hashivault": ("hashivault://d1", "hvac", "vault"),
     "pkcs11": ("pkcs11:token=t;object=d1?module-path=/nowhere.so", "pkcs11", "pkcs11"),
 }
+NEEDS_NOTHING = {"file", "hashivault"}  # Vault speaks HTTP, which requests brings
 BLOCKED = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -551,21 +550,19 @@ PRESENT = [scheme for scheme in NEEDS if importlib.util.find_spec(signer_module.
 @pytest.mark.parametrize("scheme", PRESENT)
 def test_missing_extra_says_what_to_install(scheme: str) -> None:
     uri, library, extra = NEEDS[scheme]
-    environment = {**os.environ, "VAULT_ADDR": "http://127.0.0.1:9", "VAULT_TOKEN": "t"}
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, uri, library],
         capture_output=True,
         text=True,
         check=False,
         timeout=30,
-        env=environment,
     )
     assert done.stdout.startswith("missing_extra"), done.stderr
     assert f'pip install "d1-signer[{extra}]"' in done.stdout
 
 
 def test_every_built_in_scheme_is_accounted_for() -> None:
-    assert set(signer_module._BUILT_IN) == {*NEEDS, "file"}
+    assert set(signer_module._BUILT_IN) == {*NEEDS, *NEEDS_NOTHING}
 
 
 def test_a_key_error_of_the_backend_keeps_its_kind() -> None:
