@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 Clock = Callable[[], float]
-"""Seconds from some fixed moment, never running backwards."""
+"""Seconds from some fixed moment."""
 
 # CLOCK_BOOTTIME goes on while the machine is suspended, and a token dies then too. Elsewhere
 # CLOCK_MONOTONIC does the same (macOS) or there is nothing better.

@@ -42,6 +42,7 @@ class FleetRenewal:
         environment: Environment,
         limits: Limits,
         clock: Clock,
+        wall: Clock,
     ) -> None:
         """Put a store in front of a renewal.
 
@@ -52,6 +53,7 @@ class FleetRenewal:
         self._store = store
         self._sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
         self._clock = clock
+        self._wall = wall
         # Above the total deadline: a lease never ends under a holder who still works.
         self._lease_life = limits.total + _LEASE_MARGIN
         # A store is often shared with others, who need not read who our issuer is.
@@ -96,7 +98,7 @@ class FleetRenewal:
             look = min(2 * look, _LONGEST_LOOK)
 
     def _from_d1(self, deadline: float, stopped: threading.Event) -> tuple[HeldToken, float]:
-        asked_at = time.time()
+        asked_at = self._wall()
         return self._renewal.obtain(deadline=deadline, stopped=stopped), asked_at
 
     def _shared(self, refused: str | None) -> HeldToken | None:
@@ -105,7 +107,7 @@ class FleetRenewal:
         token = None if found is None else self._sealer.open(found[0])
         if found is None or token is None or token.value == refused:
             return None
-        now, wall = self._clock(), time.time()
+        now, wall = self._clock(), self._wall()
         life = token.expires_at - token.requested_at
         # The store's own count does not depend on the clocks of two machines being alike.
         remaining = min(token.expires_at - wall, found[1])
@@ -140,7 +142,7 @@ class FleetRenewal:
             expires_at=held.token.expires_at,
         )
         try:
-            life = token.expires_at - time.time()
+            life = token.expires_at - self._wall()
             if life > 0:
                 self._store.save(self._name, self._sealer.seal(token), life=life)
         except StoreUnavailable as error:

@@ -85,6 +85,7 @@ class Renewal:
         *,
         limits: Limits,
         clock: Clock,
+        wall: Clock,
         correlation_id: Callable[[], str] | None,
         observers: Sequence[Observer],
     ) -> None:
@@ -94,6 +95,7 @@ class Renewal:
         self._endpoint = endpoint
         self._limits = limits
         self._clock = clock
+        self._wall = wall
         self._correlation_id = correlation_id
         self._observers = tuple(observers)
         self._clock_offset = 0.0
@@ -122,7 +124,7 @@ class Renewal:
         attempt = 0
         while True:
             attempt += 1
-            started = (self._clock(), time.time())
+            started = (self._clock(), self._wall())
             kid, reply = self._try_once(deadline, refused_kids)
             if isinstance(reply.outcome, Grant):
                 return self._held(reply.outcome, *started)

@@ -55,6 +55,8 @@ from d1_signer.tls import ClientCertificate, TlsAdapter, client_context, new_ses
 _log = logging.getLogger("d1_signer.token")
 
 _LONGEST_BACK_OFF = 15.0
+# A server that asks for more would let a token expire which the next attempt may well save.
+_MOST_RETRY_AFTER = 60.0
 _ABORT_GRACE = 0.5
 _EXIT_GRACE = 1.0
 _NEVER = float("-inf")
@@ -87,11 +89,11 @@ class _Flight:
     def wait(self, timeout: float) -> bool:
         return self._ended.wait(timeout)
 
-    def token(self) -> AccessToken:
+    def held(self) -> HeldToken:
         if isinstance(self._result, D1SignerError):
             # One object raised in many threads would collect all their tracebacks.
             raise self._result.fresh()
-        return self._result.token
+        return self._result
 
 
 @final
@@ -142,7 +144,8 @@ class TokenFetcher:
             correlation_id: Gives the ``x-correlation-id`` of each request; D1 logs it in clear.
                 None: a random one.
             limits: Time limits of a renewal.
-            retry_interval: Seconds between two requests at least, after a failure doubling to 15.
+            retry_interval: Seconds between two renewals at least; after failures doubling to 15,
+                or what D1's ``Retry-After`` says, up to 60.
             store: Shares tokens and one renewal among processes; None: each has its own.
             store_key: 32 bytes, the same in all of the fleet: tokens in the store are encrypted.
             observers: Told of each request and renewal, see `RequestEvent` and `RenewalEvent`.
@@ -190,6 +193,7 @@ class TokenFetcher:
             self._endpoint,
             limits=self._limits,
             clock=self._clock,
+            wall=self._wall,
             correlation_id=correlation_id,
             observers=observers,
         )
@@ -204,6 +208,7 @@ class TokenFetcher:
                 environment=self._environment,
                 limits=self._limits,
                 clock=self._clock,
+                wall=self._wall,
             )
         )
         self._observers = tuple(observers)
@@ -271,7 +276,7 @@ class TokenFetcher:
         """
         with self._lock:
             self._require_open()
-            if self._state() is not State.FRESH and self._clock() >= self._not_before:
+            if self._state(self._held) is not State.FRESH and self._clock() >= self._not_before:
                 self._join_or_start()
 
     def close(self) -> None:
@@ -295,23 +300,35 @@ class TokenFetcher:
         self._endpoint.close()
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
-        held = self._held
-        if held is not None and self._state() is not State.EXPIRED:
-            self._renew_in_background()
-            return held.token
-        with self._lock:
-            self._require_open()
+        patience = self._limits.total if timeout is None else timeout
+        until = time.monotonic() + patience
+        remaining = timeout
+        while True:
             held = self._held
-            if held is not None and self._state() is not State.EXPIRED:
+            if held is not None and self._state(held) is not State.EXPIRED:
+                self._renew_in_background()
                 return held.token
-            if self._flight is None and self._last_failure and self._clock() < self._not_before:
-                raise self._last_failure.fresh()
-            flight = self._join_or_start()
-        self._wait(flight, timeout)
-        return flight.token()
+            with self._lock:
+                self._require_open()
+                held = self._held
+                if held is not None and self._state(held) is not State.EXPIRED:
+                    return held.token
+                if self._flight is None and self._last_failure and self._clock() < self._not_before:
+                    raise self._last_failure.fresh()
+                flight = self._join_or_start()
+            self._wait(flight, remaining)
+            held = flight.held()
+            if self._state(held) is not State.EXPIRED:
+                return held.token
+            # It lived for a moment only, or the wall clock was set: it died while we woke up.
+            remaining = until - time.monotonic()
+            if remaining <= 0:
+                raise TokenTimeout(
+                    f"No token that still lives within {patience:g} seconds.",
+                    hint="D1's tokens live too short, or this machine's clock is being set.",
+                )
 
-    def _state(self) -> State:
-        held = self._held
+    def _state(self, held: HeldToken | None) -> State:
         if held is None or self._wall() >= held.token.expires_at:
             return State.EXPIRED
         return held.state(self._clock())
@@ -324,8 +341,11 @@ class TokenFetcher:
         if self._clock() < self._not_before or not self._lock.acquire(blocking=False):
             return
         try:
-            if not self._closed and self._state() is not State.FRESH:
+            if not self._closed and self._state(self._held) is not State.FRESH:
                 self._join_or_start()
+        except TokenError as error:
+            # The caller has a valid token and need not know.
+            self._note_failure(error)
         finally:
             self._lock.release()
 
@@ -376,8 +396,8 @@ class TokenFetcher:
 
     def _fly(self, flight: _Flight) -> None:
         result: HeldToken | D1SignerError
-        if flight.starts_in:
-            flight.stopped.wait(flight.starts_in)
+        if flight.starts_in and flight.stopped.wait(flight.starts_in):
+            return  # whoever stopped it has told those who wait
         started = time.perf_counter()
         try:
             result = self._renewal.obtain(
@@ -424,7 +444,8 @@ class TokenFetcher:
         self._last_failure = error
         back_off = min(self._retry_interval * 2.0 ** min(self._failures - 1, 10), _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
-        self._not_before = self._clock() + back_off * jitter
+        asked_for = min(float(error.details.get("retry_after", 0.0)), _MOST_RETRY_AFTER)
+        self._not_before = self._clock() + max(back_off * jitter, asked_for)
         _log.warning("token.failed code=%s failures=%d: %s", error.code, self._failures, error)
 
     def _after_fork(self) -> None:
