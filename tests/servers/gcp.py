@@ -95,7 +95,9 @@ class _Kms:
             fault = faults[0]
             faults.insert(0, "always")
         if self.random is not None and method == "AsymmetricSign":
-            fault = self.random.choice(["", *SIGN_FAULTS, "other_key", "other_digest", "UNKNOWN:x"])
+            others = ["other_key", "other_digest", "RESOURCE_EXHAUSTED:x", "PERMISSION_DENIED:x"]
+            faults = [*SIGN_FAULTS, *others]
+            fault = "" if self.random.random() < 0.5 else self.random.choice(faults)
         if fault == "hold":
             self.released.wait(30)
         status, colon, text = fault.partition(":")
