@@ -362,7 +362,7 @@ def test_deadline_bounds_a_slow_answer(signer: Signer, proxy: FaultProxy) -> Non
     started = time.monotonic()
     with pytest.raises(errors.SignerTimeout):
         signer.sign(b"m", timeout=0.2)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2.0
     release.set()
     proxy.fault = None
     signer.public_key.verify(signer.sign(b"m", timeout=5), b"m")

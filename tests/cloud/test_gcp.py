@@ -238,7 +238,7 @@ def test_deadline_bounds_a_slow_answer(server: gcp.Gcp, signer: Signer) -> None:
     started = time.monotonic()
     with pytest.raises(errors.SignerTimeout):
         signer.sign(b"m", timeout=0.2)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2.0
     server.tell(release=True)
 
 
@@ -250,7 +250,7 @@ def test_time_limit_bounds_all_attempts_together(
         started = time.monotonic()
         with pytest.raises(errors.SignerTimeout):
             signer.sign(b"m")
-        assert time.monotonic() - started < 0.6
+        assert time.monotonic() - started < 2.0
         server.tell(release=True)
 
 
@@ -260,7 +260,7 @@ def test_server_that_is_gone_is_unavailable_within_the_limit() -> None:
     started = time.monotonic()
     with pytest.raises(errors.SignerUnavailable):
         signer.sign(b"m")
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 3.0
     signer.close()
 
 
@@ -276,7 +276,7 @@ def test_rest_client_is_bounded_too() -> None:
         started = time.monotonic()
         with pytest.raises(errors.SignerTimeout):
             open_signer(f"gcpkms://{gcp.VERSION}", client=rest, timeout=0.2)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 3.0
     for thread in threading.enumerate():
         if thread.name == "d1-signer-call":
             thread.join(10)

@@ -39,7 +39,7 @@ from d1_signer.es256 import PublicKey
 from d1_signer.key_uri import KeyUri
 from d1_signer.remote import PerProcess, within
 from d1_signer.secret import SecretSource
-from d1_signer.signer import GeneratedKey, SignatureEncoding
+from d1_signer.backend import GeneratedKey, SignatureEncoding
 
 try:
     from d1_signer.backends.vault.http import read_settings

@@ -177,8 +177,12 @@ class HttpClient:
                 redirect=False,
                 retries=False,
                 preload_content=False,
+                decode_content=False,
             )
-            body = response.read(_LARGEST_ANSWER + 1)
+            length = response.headers.get("Content-Length", "")
+            bounded = length.isdecimal() and int(length) <= _LARGEST_ANSWER
+            # A read with a limit of its own takes much longer: for answers of no known length.
+            body = response.read() if bounded else response.read(_LARGEST_ANSWER + 1)
             if len(body) > _LARGEST_ANSWER:
                 response.close()
                 return IntegrityError(
