@@ -20,8 +20,10 @@ from d1_signer.clock import Clock
 from d1_signer.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.endpoint import Reply, TokenEndpoint
 from d1_signer.errors import (
+    ConfigurationError,
     D1SignerError,
     FetcherClosedError,
+    SignerError,
     TokenRefusedError,
     TokenResponseError,
     TokenTimeout,
@@ -120,12 +122,19 @@ class Renewal:
             FetcherClosedError: ``stopped`` was set.
         """
         refused_kids: frozenset[str] = frozenset()
+        refusal: D1SignerError | None = None
         skew_corrected = False
         attempt = 0
         while True:
             attempt += 1
             started = (self._clock(), self._wall())
-            kid, reply = self._try_once(deadline, refused_kids)
+            try:
+                kid, reply = self._try_once(deadline, refused_kids)
+            except (SignerError, ConfigurationError):
+                if refusal is None:
+                    raise
+                # That another key cannot sign hides nothing: D1 refused the one that can.
+                raise refusal.fresh() from None
             if isinstance(reply.outcome, Grant):
                 return self._held(reply.outcome, *started)
             # The two attempts below do not repeat what was refused: each sends another assertion
@@ -134,7 +143,7 @@ class Renewal:
                 skew_corrected = True
                 continue
             if not refused_kids and self._has_another_kid(reply, kid):
-                refused_kids = frozenset({kid})
+                refused_kids, refusal = frozenset({kid}), reply.outcome
                 continue
             pause = pause_before(
                 attempt,

@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar, final
 
 from d1_signer.errors import (
     ConfigurationError,
+    D1SignerError,
     InvalidInputError,
     KeyMismatchError,
     SignerClosedError,
@@ -157,7 +158,7 @@ class _Member:
         if recovered:
             _log.info("signer_set.recovered kid=%s", self.kid)
 
-    def failed(self, ticket: object, error: SignerError, now: float) -> None:
+    def failed(self, ticket: object, error: D1SignerError, now: float) -> None:
         with self._lock:
             self._failures += 1
             self._last_error = error.code
@@ -250,7 +251,8 @@ class SignerSet:
         """Do work with the first member that can.
 
         Args:
-            work: Called with one signer after the other until it does not raise `SignerError`.
+            work: Called with one signer after the other until it raises neither `SignerError` nor
+                `ConfigurationError`.
             without: Kids that are not asked this time.
 
         Returns:
@@ -258,12 +260,13 @@ class SignerSet:
 
         Raises:
             SignerError: Of the first member that was asked, when none could do it.
+            ConfigurationError: As above: that member's PIN or key file cannot be read.
             SignerUnavailable: All members rest after failures.
             SignerClosedError: The set is closed.
         """
         if self._closed:
             raise SignerClosedError("The SignerSet is closed.", hint="Make a new one.")
-        first: SignerError | None = None
+        first: SignerError | ConfigurationError | None = None
         for member in self._members:
             if member.kid in without:
                 continue
@@ -272,7 +275,8 @@ class SignerSet:
                 continue
             try:
                 result = work(member.signer())
-            except SignerError as error:
+            # A PIN file that cannot be read is one device's trouble, like a device that is down.
+            except (SignerError, ConfigurationError) as error:
                 member.failed(ticket, error, self._clock())
                 notify(self._observers, FailoverEvent(kid=member.kid, error=error.code))
                 first = first or error

@@ -8,7 +8,16 @@ import time
 
 import pytest
 
-from d1_signer import Limits, TokenTimeout, TokenUnavailable
+from d1_signer import (
+    LazySigner,
+    Limits,
+    Signer,
+    SignerSet,
+    TokenRefusedError,
+    TokenTimeout,
+    TokenUnavailable,
+    open_signer,
+)
 from d1_signer.access_token import HeldToken, State
 from d1_signer.sandbox import Fault, Sandbox
 from tests.token.conftest import FetcherMaker
@@ -122,3 +131,17 @@ def test_retry_after_cannot_hold_the_fetcher_for_ever(
     assert time.monotonic() - started < 2
     age(fetcher, 61)
     assert fetcher.token().value
+
+
+def test_a_second_key_that_cannot_sign_does_not_hide_what_d1_refused(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, pem_uri: str, signer: Signer
+) -> None:
+    down = LazySigner(
+        lambda: open_signer("file:///gone.pem"), kid="b", public_key=signer.public_key
+    )
+    with open_signer(pem_uri, kid="a") as unknown:
+        fetcher = make_fetcher(signer=SignerSet([unknown, down]))
+        with pytest.raises(TokenRefusedError) as failure:
+            fetcher.token()
+    assert failure.value.status == 400
+    assert sandbox.counters.token_requests == 1

@@ -30,6 +30,7 @@ from d1_signer.errors import (
     SignerError,
     SignerThrottled,
     SignerUnavailable,
+    TokenTimeout,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.signer import Signer
@@ -122,13 +123,18 @@ def test_first_error_is_told_when_none_can(two: SignerSet) -> None:
     assert caught.value is not first  # a copy: the original may be raised in another thread
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SecretSourceError("x")])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), TokenTimeout("x")])
 def test_other_errors_say_nothing_about_a_member(two: SignerSet, error: Exception) -> None:
     work = Work(k0=error)
     with pytest.raises(type(error)):
         two.attempt(work)
     assert work.asked == ["k0"]
     assert states(two) == [Health.WORKING] * 2
+
+
+def test_a_pin_that_cannot_be_read_is_one_members_trouble(two: SignerSet) -> None:
+    assert two.attempt(Work(k0=SecretSourceError("no file"))) == "k1"
+    assert [state.last_error for state in two.health()] == ["secret_source", None]
 
 
 def test_some_kids_can_be_left_out(two: SignerSet) -> None:
