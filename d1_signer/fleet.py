@@ -24,7 +24,10 @@ from d1_signer.stores import Lease, Sealer, SharedToken, TokenStore
 
 _log = logging.getLogger("d1_signer.fleet")
 
-_LEASE_MARGIN = 5.0
+# Of the total time limit: what the holder of the lease has for its work, and how long the lease
+# lives. It outlives the work; and whoever waits for a holder that died has time for its own turn.
+_TURN = 1 / 2
+_LEASE = 2 / 3
 _FIRST_LOOK = 0.01
 _LONGEST_LOOK = 0.25
 
@@ -54,11 +57,12 @@ class FleetRenewal:
         self._sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
         self._clock = clock
         self._wall = wall
-        # Above the total deadline: a lease never ends under a holder who still works.
-        self._lease_life = limits.total + _LEASE_MARGIN
+        self._turn = limits.total * _TURN
+        self._lease_life = limits.total * _LEASE
         # A store is often shared with others, who need not read who our issuer is.
         identity = hashlib.sha256(f"{issuer_id}\0{environment.base_url}".encode()).hexdigest()
         self._name = f"d1-signer:{{{identity[:32]}}}"
+        self._kept: Lease | None = None
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -73,6 +77,7 @@ class FleetRenewal:
         look = _FIRST_LOOK
         while True:
             try:
+                self._give_back()
                 shared = self._shared(refused)
                 if shared is not None:
                     return shared
@@ -82,7 +87,8 @@ class FleetRenewal:
                     if shared is not None:
                         return shared
                     if mine:
-                        held, asked_at = self._from_d1(deadline, stopped)
+                        turn = min(deadline, time.monotonic() + self._turn)
+                        held, asked_at = self._from_d1(turn, stopped)
                         self._share(held, asked_at)
                         return held
             except StoreUnavailable as error:
@@ -124,15 +130,22 @@ class FleetRenewal:
 
     @contextmanager
     def _leased(self) -> Iterator[bool]:
-        lease: Lease | None = self._store.lease(self._name, life=self._lease_life)
+        lease = self._store.lease(self._name, life=self._lease_life)
         try:
             yield lease is not None
         finally:
-            if lease is not None:
-                try:
+            try:
+                if lease is not None:
                     lease.release()
-                except StoreUnavailable as error:
-                    _log.warning("fleet.lease_not_released: %s", error.message)
+            except StoreUnavailable as error:
+                self._kept = lease
+                _log.warning("fleet.lease_not_released: %s", error.message)
+
+    def _give_back(self) -> None:
+        """Release what could not be released when its work was done."""
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
 
     def _share(self, held: HeldToken, asked_at: float) -> None:
         token = SharedToken(

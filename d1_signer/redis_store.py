@@ -12,19 +12,29 @@ Any client of the redis package serves: ``Redis.from_url``, ``RedisCluster.from_
 
 from __future__ import annotations
 
+import secrets
 from typing import Any, Final, final
 
 from d1_signer.errors import MissingExtraError, StoreUnavailable
 from d1_signer.stores import Lease
 
 try:
+    from redis.backoff import NoBackoff
     from redis.cluster import RedisCluster
-    from redis.exceptions import LockError, RedisError
-    from redis.lock import Lock
+    from redis.exceptions import RedisError
+    from redis.retry import Retry
 except ModuleNotFoundError:
     raise MissingExtraError.of("redis", "redis") from None
 
 from redis import Redis
+
+# A Redis that hung executes later what nobody waits for any more: a lease is taken for a moment
+# first, so that one which its asker never heard of does not hold up the fleet.
+_CLAIM = 2000  # milliseconds
+
+_IF_MINE = "if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end "
+_EXTEND = _IF_MINE + "return redis.call('pexpire', KEYS[1], ARGV[2])"
+_RELEASE = _IF_MINE + "return redis.call('del', KEYS[1])"
 
 
 @final
@@ -34,13 +44,23 @@ class RedisTokenStore:
     Its user needs the commands GET, PTTL, SET and EVALSHA, EVAL or SCRIPT LOAD on these keys.
     """
 
-    CLIENT_SETTINGS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
-    """Settings that keep a Redis which hangs from holding up a renewal for longer."""
+    CLIENT_SETTINGS: Final[dict[str, Any]] = {
+        "socket_timeout": 1.0,
+        "socket_connect_timeout": 1.0,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    """Settings for each client, so that a Redis which hangs does not hold up a renewal for longer.
+
+    The client's own default repeats each command for up to half a minute. A lease that is asked
+    for twice looks like another's, too; what is not answered at once is done without.
+    """
 
     def __init__(self, client: Redis | RedisCluster) -> None:
         """Use a client, which stays the caller's to close."""
         # The package types its clients for sync and async use at once.
         self._client: Any = client
+        self._extend = self._client.register_script(_EXTEND)
+        self._release = self._client.register_script(_RELEASE)
 
     def load(self, name: str) -> tuple[bytes, float] | None:
         """See `TokenStore.load`."""
@@ -64,22 +84,25 @@ class RedisTokenStore:
 
     def lease(self, name: str, *, life: float) -> Lease | None:
         """See `TokenStore.lease`."""
+        key, owner = f"{name}:lease", secrets.token_hex(16)
         try:
-            lock = Lock(self._client, f"{name}:lease", timeout=life, thread_local=False)
-            return _Lease(lock) if lock.acquire(blocking=False) else None
+            if not self._client.set(key, owner, nx=True, px=_CLAIM):
+                return None
+            mine = self._extend(keys=[key], args=[owner, int(life * 1000)])
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
+        return _Lease(self._release, key, owner) if mine else None
 
 
 class _Lease:
-    def __init__(self, lock: Lock) -> None:
-        self._lock: Any = lock
+    def __init__(self, release: Any, key: str, owner: str) -> None:
+        self._release = release
+        self._key = key
+        self._owner = owner
 
     def release(self) -> None:
         try:
-            self._lock.release()
-        except LockError:
-            return  # it ran out, and may be another's by now
+            self._release(keys=[self._key], args=[self._owner])
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
 
