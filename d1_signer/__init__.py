@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from d1_signer.auth import (
         D1Auth as D1Auth,
     )
+    from d1_signer.backend import (
+        Backend as Backend,
+    )
+    from d1_signer.backend import (
+        GeneratedKey as GeneratedKey,
+    )
+    from d1_signer.backend import (
+        SignatureEncoding as SignatureEncoding,
+    )
     from d1_signer.custody import (
         Assurance as Assurance,
     )
@@ -164,15 +173,6 @@ if TYPE_CHECKING:
         Limits as Limits,
     )
     from d1_signer.signer import (
-        Backend as Backend,
-    )
-    from d1_signer.signer import (
-        GeneratedKey as GeneratedKey,
-    )
-    from d1_signer.signer import (
-        SignatureEncoding as SignatureEncoding,
-    )
-    from d1_signer.signer import (
         Signer as Signer,
     )
     from d1_signer.signer import (
@@ -213,6 +213,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "access_token": ["AccessToken"],
     "auth": ["D1Auth"],
+    "backend": ["Backend", "GeneratedKey", "SignatureEncoding"],
     "custody": ["Assurance", "CustodyPolicy", "CustodyReport", "Evidence", "Fact"],
     "d1": ["Environment"],
     "errors": [
@@ -251,9 +252,6 @@ _HOMES = {
     "events": ["FailoverEvent", "Observer", "RenewalEvent", "RequestEvent", "SignEvent", "Use"],
     "renewal": ["Limits"],
     "signer": [
-        "Backend",
-        "GeneratedKey",
-        "SignatureEncoding",
         "Signer",
         "generate_key",
         "open_signer",

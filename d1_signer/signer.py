@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key side's interface: `Signer`, the `Backend` protocol under it, and `open_signer`.
+"""The key side's interface: `Signer`, `open_signer` and `generate_key`.
 
 Plain use::
 
@@ -23,106 +23,29 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from importlib.metadata import entry_points
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, final
+from typing import Any, NoReturn, Self, final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
-from d1_signer.custody import CustodyPolicy, CustodyReport, Evidence
+from d1_signer.backend import Backend, GeneratedKey, SignatureEncoding, guarded
+from d1_signer.custody import CustodyPolicy, CustodyReport
 from d1_signer.errors import (
-    ConfigurationError,
     D1SignerError,
     InvalidInputError,
     InvalidSignatureError,
     KeyMismatchError,
     KeyUriError,
     SignerClosedError,
-    SignerError,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Observer, SignEvent, Use, notify
-from d1_signer.key_uri import scheme_of, split_fragment, without_secrets
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-ENTRY_POINT_GROUP = "d1_signer.backends"
-
-_BUILT_IN = {
-    "awskms": "d1_signer.backends.aws_kms",
-    "file": "d1_signer.backends.pem",
-    "gcpkms": "d1_signer.backends.gcp_kms",
-    "hashivault": "d1_signer.backends.vault",
-    "pkcs11": "d1_signer.backends.pkcs11",
-}
-
-
-class SignatureEncoding(StrEnum):
-    """How a backend answers a signature; declared by the backend, never guessed."""
-
-    RAW = "raw"
-    DER = "der"
-
-
-class Backend(Protocol):
-    """What a place that holds a key must be able to do. All methods may be called by any thread.
-
-    Every failure is raised as an error of `d1_signer.errors` that repeats no secret. A backend
-    works in a forked child as in its parent.
-
-    """
-
-    @property
-    def name(self) -> str:
-        """Short name for logs and reports, such as ``"pkcs11"``."""
-        ...
-
-    @property
-    def encoding(self) -> SignatureEncoding:
-        """Declared form of the answers of `sign_digest`."""
-        ...
-
-    def public_key(self) -> PublicKey:
-        """The public key, pinned when the backend was opened: always the same one."""
-        ...
-
-    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
-        """Sign a digest.
-
-        Args:
-            digest: SHA-256 digest, 32 bytes (checked by the caller).
-            deadline: Moment on ``time.monotonic()`` by which to answer or raise; None: the
-                backend's own time limit.
-
-        Returns:
-            The signature in the declared encoding.
-        """
-        ...
-
-    def custody(self) -> Evidence:
-        """Collect what is known about where the private key lives."""
-        ...
-
-    def close(self) -> None:
-        """Release what is held; calling it again does nothing."""
-        ...
-
-
-class BackendModule(Protocol):
-    """What an entry point of the group ``d1_signer.backends`` refers to."""
-
-    def open_backend(self, uri: str, **options: Any) -> Backend:
-        """Open the key that ``uri``, without its fragment, names."""
-        ...
+from d1_signer.key_uri import scheme_of, split_fragment
+from d1_signer.registry import call_backend, load_backend_module
 
 
 @final
@@ -162,8 +85,8 @@ class Signer:
         """
         self._backend = backend
         self._kid = ""  # for the repr in a crash report, should a step below fail
-        self._encoding = _guarded(backend.name, SignatureEncoding, backend.encoding)
-        self._public_key = _guarded(backend.name, backend.public_key)
+        self._encoding = guarded(backend.name, SignatureEncoding, backend.encoding)
+        self._public_key = guarded(backend.name, backend.public_key)
         self._verify = verify
         self._observers = tuple(observers)
         self._closed = False
@@ -175,7 +98,7 @@ class Signer:
                 hint="Check which key the URI names, and the thumbprint that was registered.",
             )
         if custody_policy is not None:
-            custody_policy.check(_guarded(backend.name, backend.custody))
+            custody_policy.check(guarded(backend.name, backend.custody))
 
     @property
     def public_key(self) -> PublicKey:
@@ -263,7 +186,7 @@ class Signer:
 
     def _sign(self, digest: bytes, timeout: float | None) -> bytes:
         deadline = None if timeout is None else time.monotonic() + timeout
-        answer = _guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
+        answer = guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
         if self._verify:
@@ -286,7 +209,7 @@ class Signer:
             SignerUnavailable: The device or service does not answer; retryable.
             SignerError: Anything else that keeps the backend from asking.
         """
-        evidence = _guarded(self._backend.name, self._backend.custody)
+        evidence = guarded(self._backend.name, self._backend.custody)
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,
@@ -308,7 +231,7 @@ class Signer:
     def close(self) -> None:
         """Release the backend; calling it again does nothing."""
         self._closed = True
-        _guarded(self._backend.name, self._backend.close)
+        guarded(self._backend.name, self._backend.close)
 
     def __enter__(self) -> Self:
         return self
@@ -361,7 +284,7 @@ def open_signer(
         SignerError: The key cannot be opened.
     """
     rest, fragment = split_fragment(uri)
-    backend = _call(load_backend_module(rest), "open_backend", rest, options)
+    backend = call_backend(load_backend_module(rest), "open_backend", rest, options)
     try:
         return Signer(
             backend,
@@ -375,19 +298,6 @@ def open_signer(
         with contextlib.suppress(Exception):  # the first error is the one to tell
             backend.close()
         raise
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedKey:
-    """A key that was just made.
-
-    Attributes:
-        uri: The URI that `open_signer` takes for it, without secrets.
-        public_key: The public half.
-    """
-
-    uri: str
-    public_key: PublicKey
 
 
 def generate_key(uri: str, **options: Any) -> GeneratedKey:
@@ -406,82 +316,8 @@ def generate_key(uri: str, **options: Any) -> GeneratedKey:
     module = load_backend_module(rest)
     if not hasattr(module, "generate_key"):
         raise KeyUriError(f"The scheme {scheme_of(uri)}: does not make keys.")
-    generated: GeneratedKey = _call(module, "generate_key", rest, options)
+    generated: GeneratedKey = call_backend(module, "generate_key", rest, options)
     return generated
-
-
-def load_backend_module(uri: str) -> BackendModule:
-    """Find the module that serves a URI's scheme: a built-in one, else a plug-in's.
-
-    Raises:
-        KeyUriError: Nothing serves the scheme.
-        MissingExtraError: The backend's optional dependency is not installed.
-        ConfigurationError: Two plug-ins serve the scheme, or the plug-in cannot be loaded.
-    """
-    scheme = scheme_of(uri)
-    if scheme in _BUILT_IN:
-        return importlib.import_module(_BUILT_IN[scheme])
-    found = list(entry_points(group=ENTRY_POINT_GROUP, name=scheme)) if scheme else []
-    if len(found) == 1:
-        try:
-            module: BackendModule = found[0].load()
-        except D1SignerError:
-            raise
-        except Exception as error:
-            raise ConfigurationError(
-                f"The plug-in {found[0].value} for {scheme}: cannot be loaded "
-                f"({type(error).__name__}).",
-                hint="Check its installation.",
-            ) from error
-        return module
-    if found:
-        values = ", ".join(sorted(point.value for point in found))
-        raise ConfigurationError(
-            f"More than one plug-in serves {scheme}: {values}.", hint="Uninstall all but one."
-        )
-    plugged = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
-    known = ", ".join(f"{name}:" for name in sorted({*_BUILT_IN, *plugged}))
-    raise KeyUriError(
-        f"Nothing serves the key URI {without_secrets(uri)!r}.", hint=f"Known schemes: {known}."
-    )
-
-
-def _call(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigurationError(
-            f"The plug-in for {scheme_of(uri)}: has no {name}().", hint="Check its installation."
-        )
-    try:
-        inspect.signature(function).bind(uri, **options)
-    except TypeError:
-        known = [
-            parameter.name
-            for parameter in inspect.signature(function).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
-        unknown = ", ".join(sorted(set(options) - set(known))) or "a required one is missing"
-        raise ConfigurationError(
-            f"Options that do not fit {scheme_of(uri)}: {unknown}.",
-            hint=f"Known here: {', '.join(known) or 'none'}.",
-        ) from None
-    return _guarded(f"{scheme_of(uri)}:", function, uri, **options)
-
-
-def _guarded(backend: str, function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
-    """Call what may be a plug-in's; whatever it raises becomes our error."""
-    try:
-        return function(*args, **options)
-    except D1SignerError:
-        raise
-    except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
-        kind = type(failure).__name__
-    # Its text and its attributes may carry a secret: only its type is told, and it is over here, so
-    # that it does not become the context of ours.
-    raise SignerError(
-        f"The {backend} backend failed with {kind}.",
-        hint="This is a defect of the backend; report it to its maintainers.",
-    )
 
 
 def _checked_kid(kid: str) -> str:

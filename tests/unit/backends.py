@@ -8,9 +8,9 @@ from collections.abc import Callable
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from d1_signer.backend import SignatureEncoding
 from d1_signer.custody import Evidence, Fact
 from d1_signer.es256 import PublicKey
-from d1_signer.signer import SignatureEncoding
 
 
 class KeyBackend:

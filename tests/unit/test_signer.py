@@ -20,7 +20,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from d1_signer import signer as signer_module
+from d1_signer import registry
+from d1_signer.backend import SignatureEncoding
 from d1_signer.custody import CustodyPolicy, Evidence
 from d1_signer.errors import (
     ConfigurationError,
@@ -38,7 +39,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Event, SignEvent, Use
-from d1_signer.signer import SignatureEncoding, Signer, generate_key, open_signer
+from d1_signer.signer import Signer, generate_key, open_signer
 
 from .backends import AnsweringBackend, KeyBackend
 from .secrecy import assert_hidden
@@ -103,6 +104,7 @@ def test_unknown_encoding_is_refused(encoding: object) -> None:
         *(b"", bytes(63), bytes(64), bytes(65), raw(0, 1), raw(1, 0), raw(N, 1), raw(1, N)),
         *(der_by(KEY, DIGEST), None, "text", bytearray(raw(1, 1)), memoryview(raw(1, 1)), 7),
     ],
+    ids=lambda answer: type(answer).__name__,  # fresh signatures would make new names each time
 )
 def test_raw_answer_of_wrong_form_is_refused(answer: bytes, verify: bool) -> None:
     signer = Signer(AnsweringBackend(KEY, lambda _: answer), verify=verify)
@@ -117,6 +119,7 @@ def test_raw_answer_of_wrong_form_is_refused(answer: bytes, verify: bool) -> Non
         *(b"", raw(5, 5), der_by(KEY, DIGEST) + b"\0", utils.encode_dss_signature(N, 1)),
         *(utils.encode_dss_signature(0, 1), None, "text", bytearray(der_by(KEY, DIGEST))),
     ],
+    ids=lambda answer: type(answer).__name__,
 )
 def test_der_answer_of_wrong_form_is_refused(answer: bytes, verify: bool) -> None:
     backend = AnsweringBackend(KEY, lambda _: answer, SignatureEncoding.DER)
@@ -544,7 +547,7 @@ try:
 except MissingExtraError as error:
     print(error.code, error.hint)
 """
-PRESENT = [scheme for scheme in NEEDS if importlib.util.find_spec(signer_module._BUILT_IN[scheme])]
+PRESENT = [scheme for scheme in NEEDS if importlib.util.find_spec(registry.BUILT_IN[scheme])]
 
 
 @pytest.mark.parametrize("scheme", PRESENT)
@@ -562,7 +565,7 @@ def test_missing_extra_says_what_to_install(scheme: str) -> None:
 
 
 def test_every_built_in_scheme_is_accounted_for() -> None:
-    assert set(signer_module._BUILT_IN) == {*NEEDS, *NEEDS_NOTHING}
+    assert set(registry.BUILT_IN) == {*NEEDS, *NEEDS_NOTHING}
 
 
 def test_a_key_error_of_the_backend_keeps_its_kind() -> None:

@@ -35,7 +35,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.remote import PerProcess, within
-from d1_signer.signer import GeneratedKey, SignatureEncoding
+from d1_signer.backend import GeneratedKey, SignatureEncoding
 
 try:
     from d1_signer.backends.aws_kms.client import clients, read_settings, set_deadline

@@ -20,7 +20,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.key_uri import KeyUri
-from d1_signer.signer import GeneratedKey, SignatureEncoding
+from d1_signer.backend import GeneratedKey, SignatureEncoding
 
 _TIME_LIMIT = 10.0  # seconds, where the caller gives no deadline
 
