@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages on cloud keys say what is so, and their commands work."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from d1_signer import errors
+from d1_signer.es256 import PublicKey
+from tests.servers import aws, vault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [*sorted((DOCS / "cloud").glob("*.md")), DOCS / "backends.md"]
+CODES = {
+    error.code
+    for error in vars(errors).values()
+    if isinstance(error, type) and issubclass(error, errors.D1SignerError)
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_error_codes_are_those_that_exist(page: Path) -> None:
+    table = page.read_text().partition("## What the errors mean")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
+    assert named <= CODES
+    assert len(named) >= 10 or page.stem == "backends"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_policy_for_aws_is_json_with_the_permissions_that_are_used() -> None:
+    text = (DOCS / "cloud" / "aws.md").read_text()
+    policy = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    actions = [statement["Action"] for statement in policy["Statement"]]
+    assert actions == [["kms:DescribeKey", "kms:GetPublicKey"], "kms:Sign"]
+
+
+def _d1_signer(*arguments: str, **environment: str) -> str:
+    ran = subprocess.run(
+        [str(Path(sys.executable).parent / "d1-signer"), *arguments],
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def bao(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vault.Vault]:
+    with vault.vault(tmp_path_factory.mktemp("vault")) as running:
+        yield running
+
+
+def test_commands_of_the_vault_page(bao: vault.Vault, tmp_path: Path) -> None:
+    environment = {
+        "VAULT_ADDR": bao.tls_url,
+        "VAULT_CACERT": str(bao.ca_file),
+        "VAULT_TOKEN": vault.ROOT_TOKEN,
+        "HOME": str(tmp_path),
+    }
+    made = _d1_signer("generate-key", "--key", "hashivault://d1", **environment)
+    assert "hashivault://d1?version=1" in made
+    key = ("--key", "hashivault://d1?version=1")
+    pem = _d1_signer("public-key", *key, "--format", "pem", **environment)
+    told = bao.api("GET", "transit/keys/d1")["data"]["keys"]["1"]["public_key"]
+    assert PublicKey.from_pem(pem) == PublicKey.from_pem(told)
+    custody = json.loads(_d1_signer("custody", *key, "--json", **environment))
+    assert '"exportable": false' in json.dumps(custody)
+
+
+def test_commands_of_the_aws_page(tmp_path: Path) -> None:
+    with aws.aws_kms(tmp_path) as endpoint:
+        uri = f"awskms:///alias/d1?region={aws.REGION}&endpoint={endpoint.url}"
+        _d1_signer("generate-key", "--key", uri, **aws.ENVIRONMENT)
+        pem = _d1_signer("public-key", "--key", uri, "--format", "pem", **aws.ENVIRONMENT)
+        der = endpoint.client().get_public_key(KeyId="alias/d1")["PublicKey"]
+        assert PublicKey.from_pem(pem).der() == der
