@@ -103,6 +103,8 @@ def moment(seconds: float) -> str:
     """Seconds since the epoch as a UTC time, and how far away that is."""
     away = round(seconds - time.time())
     text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    if away == 0:
+        return f"{text} (now)"
     return f"{text} (in {away} s)" if away >= 0 else f"{text} ({-away} s ago)"
 
 

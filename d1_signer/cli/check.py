@@ -244,7 +244,7 @@ def _check_d1(
     if environment is None or tls is None:
         reason = "the TLS settings failed" if environment else "no environment is given"
         checklist.skipped("endpoint", reason)
-        checklist.skipped("token", reason)
+        checklist.skipped("access-token", reason)
         return
     with checklist.step("endpoint") as detail:
         detail(_reach(environment, tls, connection.proxy))
@@ -252,9 +252,12 @@ def _check_d1(
     for signer in signers:
         if signer is None or not reached or issuer.issuer_id is None:
             missing = "no issuer id is given" if issuer.issuer_id is None else "an earlier step"
-            checklist.skipped("token", missing)
+            checklist.skipped("access-token", missing)
             continue
-        with checklist.step("token") as detail, connection.fetcher(signer, issuer) as fetcher:
+        with (
+            checklist.step("access-token") as detail,
+            connection.fetcher(signer, issuer) as fetcher,
+        ):
             token = fetcher.token()
             detail(f"kid {signer.kid}, scope {token.scope!r}, expires {moment(token.expires_at)}")
 

@@ -127,5 +127,5 @@ def custody_text(report: CustodyReport) -> str:
             "Collected": moment(report.collected_at),
         }
     )
-    rows = [(fact.name, fact.value, fact.source, str(fact.assurance)) for fact in evidence.facts]
-    return f"{head}\n\n{indented(table(('FACT', 'VALUE', 'SOURCE', 'ASSURANCE'), rows))}"
+    rows = [(fact.name, str(fact.assurance), fact.source, fact.value) for fact in evidence.facts]
+    return f"{head}\n\n{indented(table(('FACT', 'ASSURANCE', 'SOURCE', 'VALUE'), rows))}"

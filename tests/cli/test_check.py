@@ -15,7 +15,7 @@ from d1_signer.sandbox import Fault, Sandbox
 from tests.cli.conftest import Result, Run
 
 KEY_STEPS = ["key", "signature", "custody"]
-D1_STEPS = ["client-certificate", "endpoint", "token"]
+D1_STEPS = ["client-certificate", "endpoint", "access-token"]
 
 
 def statuses(result: Result) -> list[tuple[str, str]]:
@@ -32,7 +32,7 @@ def test_with_a_key_alone(run: Run, key_uri: str) -> None:
     assert text.status == 0
     assert "verified by cryptography" in text.out
     assert "exportable: yes" in text.out
-    assert "Passed; not checked: client-certificate, endpoint, token." in text.out
+    assert "Passed; not checked: client-certificate, endpoint, access-token." in text.out
 
 
 def test_with_all_settings(run: Run, sandbox: Sandbox, settings: dict[str, str]) -> None:
@@ -42,7 +42,7 @@ def test_with_all_settings(run: Run, sandbox: Sandbox, settings: dict[str, str])
     details = {step["step"]: step["detail"] for step in result.document["steps"]}
     assert details["client-certificate"].startswith("valid until ")
     assert details["endpoint"] == "HTTP 400, D1's clock agrees"
-    assert "scope 'd1-api:account:full" in details["token"]
+    assert "scope 'd1-api:account:full" in details["access-token"]
     assert sandbox.counters.tokens_issued == 1
     assert run("check").out.endswith("\nAll steps passed.\n")
 
@@ -53,8 +53,11 @@ def test_each_key_is_checked_and_tried_at_d1(
     settings["D1_SIGNER_KEY"] += f" {other_uri}"
     result = run("check", "--json", **settings)
     assert result.status == 1
-    assert [name for name, _ in statuses(result)] == [*KEY_STEPS * 2, *D1_STEPS, "token"]
-    assert statuses(result)[-2:] == [("token", "ok"), ("token", "failed")]  # D1 knows the first
+    assert [name for name, _ in statuses(result)] == [*KEY_STEPS * 2, *D1_STEPS, "access-token"]
+    assert statuses(result)[-2:] == [
+        ("access-token", "ok"),
+        ("access-token", "failed"),
+    ]  # D1 knows the first
     assert result.document["stopped_at"]["error"]["code"] == "token_refused"
 
 
@@ -71,7 +74,7 @@ def test_stops_at_the_key(run: Run, settings: dict[str, str], tmp_path: Path) ->
         ("custody", "skipped"),
         ("client-certificate", "ok"),
         ("endpoint", "ok"),
-        ("token", "skipped"),
+        ("access-token", "skipped"),
     ]
     text = run("check")
     assert text.status == 1
@@ -87,7 +90,7 @@ def test_stops_at_a_key_that_fits_another_certificate(
     assert result.status == 1
     assert result.document["stopped_at"]["step"] == "client-certificate"
     assert "does not belong" in result.document["stopped_at"]["detail"]
-    assert statuses(result)[-2:] == [("endpoint", "skipped"), ("token", "skipped")]
+    assert statuses(result)[-2:] == [("endpoint", "skipped"), ("access-token", "skipped")]
 
 
 @pytest.mark.parametrize("days", [(-20, -10), (10, 20)], ids=["expired", "not yet valid"])
@@ -133,7 +136,7 @@ def test_stops_at_an_endpoint_that_is_down(
     assert result.status == 1
     assert result.document["stopped_at"]["step"] == "endpoint"
     assert result.document["stopped_at"]["error"]["retryable"] is True
-    assert statuses(result)[-1] == ("token", "skipped")
+    assert statuses(result)[-1] == ("access-token", "skipped")
 
 
 def test_stops_at_a_url_that_is_no_token_endpoint(run: Run, settings: dict[str, str]) -> None:
@@ -155,16 +158,16 @@ def test_stops_at_the_token(run: Run, settings: dict[str, str]) -> None:
     settings["D1_ISSUER_ID"] = "somebody-else"
     result = run("check", **settings)
     assert result.status == 1
-    assert "  failed   token" in result.out
+    assert "  failed   access-token" in result.out
     assert "Check the issuer id" in result.out
-    assert "Stopped at token of D1 https://127.0.0.1" in result.out
+    assert "Stopped at access-token of D1 https://127.0.0.1" in result.out
 
 
 def test_without_an_issuer_id_there_is_no_token(run: Run, settings: dict[str, str]) -> None:
     del settings["D1_ISSUER_ID"]
     result = run("check", "--json", **settings)
     assert result.status == 0
-    assert statuses(result)[-2:] == [("endpoint", "ok"), ("token", "skipped")]
+    assert statuses(result)[-2:] == [("endpoint", "ok"), ("access-token", "skipped")]
 
 
 def test_plain_http_needs_no_certificate(run: Run, key_uri: str) -> None:
@@ -177,7 +180,7 @@ def test_plain_http_needs_no_certificate(run: Run, key_uri: str) -> None:
     assert statuses(result)[-3:] == [
         ("client-certificate", "skipped"),
         ("endpoint", "ok"),
-        ("token", "ok"),
+        ("access-token", "ok"),
     ]
 
 

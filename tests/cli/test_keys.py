@@ -163,7 +163,7 @@ def test_custody_for_people_and_machines(run: Run, key_uri: str, other_uri: str)
     assert {"name": "mode", "value": "0600"}.items() <= reports[0]["facts"][1].items()
     text = run("custody").out
     assert "Exportable          yes\nGenerated in place  not known\n" in text
-    assert "mode       0600" in text
+    assert "  mode       claimed    operating system  0600\n" in text
     assert text.index("bank-2026") < text.index("next-2027")
 
 

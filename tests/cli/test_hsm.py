@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command on SoftHSM, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jwt
+import pytest
+
+from d1_signer.sandbox import Sandbox
+from d1_signer.testing import SoftHsmToken
+from tests.cli.conftest import ISSUER, Result, run_process
+from tests.cli.test_process import AtTerminal
+
+PKCS11_STEPS = ["module", "token", "login", "key"]
+
+
+@pytest.fixture
+def uri(softhsm_token: SoftHsmToken) -> str:
+    made = run_process("generate-key", "--json", D1_SIGNER_KEY=softhsm_token.uri)
+    assert made.status == 0, made.out
+    assert softhsm_token.pin not in made.out + made.err
+    return softhsm_token.uri + "#hsm-2026"
+
+
+def key_steps(result: Result) -> dict[str, str]:
+    steps = result.document["steps"]
+    return {step["step"]: step["status"] for step in steps if step["step"] in PKCS11_STEPS}
+
+
+def test_generated_key_is_found_by_what_was_printed(softhsm_token: SoftHsmToken) -> None:
+    made = run_process("generate-key", "--json", D1_SIGNER_KEY=softhsm_token.uri).document
+    opened = run_process("public-key", "--json", "--key", made["uri"]).document
+    assert opened["public_key"] == made["public_key"]
+    again = run_process("generate-key", "--json", D1_SIGNER_KEY=softhsm_token.uri)
+    assert (again.status, again.document["code"]) == (1, "key_exists")
+
+
+def test_custody_tells_where_the_key_lives(uri: str) -> None:
+    result = run_process("custody", "--json", "--key", uri)
+    report = result.document["keys"][0]
+    assert (report["backend"], report["kid"]) == ("pkcs11", "hsm-2026")
+    assert (report["exportable"], report["generated_in_place"]) == (False, True)
+    facts = {fact["name"]: fact["value"] for fact in report["facts"]}
+    assert facts["CKA_SENSITIVE"] is True
+    assert facts["CKA_EXTRACTABLE"] is False
+    assert facts["CKA_LOCAL"] is True
+
+
+def test_from_the_hsm_to_a_token(uri: str, softhsm_token: SoftHsmToken) -> None:
+    jwk = run_process("public-key", "--format", "jwk", "--key", uri).out
+    with Sandbox(ISSUER) as sandbox:
+        sandbox.register_key("hsm-2026", json.loads(jwk))
+        settings = {
+            "D1_SIGNER_KEY": uri,
+            "D1_ISSUER_ID": ISSUER,
+            "D1_ENVIRONMENT": sandbox.base_url,
+            "D1_CLIENT_CERT": str(sandbox.client_certificate),
+            "D1_CLIENT_KEY": str(sandbox.client_key),
+            "D1_CA_FILE": str(sandbox.ca_file),
+        }
+        signed = run_process("assertion", "--show-assertion", "--no-audience", **settings).out
+        token = run_process("token", "--json", "-vv", **settings)
+        checked = run_process("check", "-vv", **settings)
+    claims = jwt.decode(signed.strip(), jwt.PyJWK.from_json(jwk).key, algorithms=["ES256"])
+    assert claims["iss"] == ISSUER
+    assert token.document["token_type"] == "Bearer"
+    assert checked.out.endswith("\nAll steps passed.\n")
+    for result in (token, checked):
+        assert softhsm_token.pin not in result.out + result.err
+
+
+def test_check_passes_each_step(uri: str) -> None:
+    result = run_process("check", "--json", "--key", uri)
+    assert result.status == 0
+    assert key_steps(result) == dict.fromkeys(PKCS11_STEPS, "ok")
+
+
+@pytest.mark.parametrize("step", PKCS11_STEPS)
+def test_check_says_at_which_step_it_stops(
+    uri: str, softhsm_token: SoftHsmToken, tmp_path: Path, step: str
+) -> None:
+    if step == "module":
+        uri = uri.replace(softhsm_token.module_path, "/none/libsofthsm2.so")
+    elif step == "token":
+        uri = uri.replace(f"token={softhsm_token.label}", "token=another")
+    elif step == "login":
+        wrong = tmp_path / "wrong-pin"
+        wrong.touch(mode=0o600)
+        wrong.write_text("0000")
+        uri = uri.replace(str(softhsm_token.pin_file), str(wrong))
+    else:
+        uri = uri.replace("object=d1", "object=other")
+    result = run_process("check", "--json", "--key", uri)
+    assert result.status == 1
+    assert result.document["stopped_at"]["step"] == step
+    assert result.document["stopped_at"]["error"]["hint"]
+    at = PKCS11_STEPS.index(step)
+    states = ["ok"] * at + ["failed"] + ["skipped"] * (len(PKCS11_STEPS) - at - 1)
+    assert key_steps(result) == dict(zip(PKCS11_STEPS, states, strict=True))
+
+
+def test_a_pin_in_the_variable_is_taken_with_a_warning(
+    uri: str, softhsm_token: SoftHsmToken
+) -> None:
+    source = f"pin-source=file:{softhsm_token.pin_file}"
+    with_pin = uri.replace(source, f"pin-value={softhsm_token.pin}")
+    assert with_pin != uri
+    result = run_process("custody", D1_SIGNER_KEY=with_pin)
+    assert result.status == 0, result.err
+    assert "Warning: " in result.err
+    assert softhsm_token.pin not in result.out + result.err
+
+
+def test_pin_at_the_prompt(uri: str, softhsm_token: SoftHsmToken) -> None:
+    prompting = uri.replace(f"file:{softhsm_token.pin_file}", "prompt")
+    terminal = AtTerminal("public-key", "--key", prompting)
+    terminal.wait_for("PIN: ")
+    terminal.type(softhsm_token.pin + "\n")
+    status, out = terminal.end()
+    assert status == 0, terminal.shown
+    assert out.startswith("-----BEGIN PUBLIC KEY-----")
+    assert softhsm_token.pin not in out + terminal.shown
