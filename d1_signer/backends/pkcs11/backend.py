@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A key in a PKCS#11 token, with the module loaded into this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pkcs11
+from pkcs11 import exceptions as sdk
+
+from d1_signer.backend import SignatureEncoding
+from d1_signer.backends.pkcs11 import keys
+from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
+from d1_signer.backends.pkcs11.keys import FoundKey
+from d1_signer.backends.pkcs11.login import CKU_USER, Login, Pin
+from d1_signer.backends.pkcs11.module import Module
+from d1_signer.backends.pkcs11.pool import Pool, Worker
+from d1_signer.backends.pkcs11.recovery import Circuit
+from d1_signer.backends.pkcs11.uri import Pkcs11Uri
+from d1_signer.custody import Evidence
+from d1_signer.errors import (
+    D1SignerError,
+    InvalidSignatureError,
+    KeyMismatchError,
+    KeyNotFoundError,
+    SignerTimeout,
+    SignerUnavailable,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.remote import within
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+_PROOF = b"d1_signer/pkcs11/proof-of-key/v1\0"  # no JWT and no TLS handshake begins so
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a backend is opened with; see `d1_signer.backends.pkcs11.open_backend`."""
+
+    uri: Pkcs11Uri
+    module_path: str
+    max_sessions: int = 4
+    session_timeout: float = 10.0
+    timeout: float | None = None
+    user_type: int = CKU_USER
+    locking: str = "auto"
+    pin_pad: bool = False
+    public_key: PublicKey | None = None
+    init_reserved: str | None = None
+
+
+class Pkcs11Backend:
+    """A key in a PKCS#11 token; safe in threads and after fork."""
+
+    name = "pkcs11"
+    encoding = SignatureEncoding.RAW
+
+    def __init__(self, settings: Settings, pin: Pin) -> None:
+        """Open the key.
+
+        Raises:
+            D1SignerError: It cannot be opened; ``details["step"]`` names the step that failed.
+        """
+        self._settings = settings
+        self._pin = pin
+        self._closed = False
+        self._token: pkcs11.Token | None = None
+        self._token_generation = -1
+        self._login: Login | None = None
+        self._pinned: PublicKey | None = settings.public_key
+        self._pool = Pool(settings.max_sessions, settings.session_timeout)
+        self._circuit = Circuit(settings.uri.token_location())
+        self._module = Module.acquire(
+            settings.module_path, locking=settings.locking, reserved=settings.init_reserved
+        )
+        _all.add(self)
+        try:
+            self._bounded(self._deadline(None), self._open)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- the Backend protocol -----------------------------------------------------------------
+
+    def public_key(self) -> PublicKey:
+        """The public key, pinned at opening."""
+        assert self._pinned is not None  # noqa: S101 (set by _open)
+        return self._pinned
+
+    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
+        """Sign a digest of 32 bytes; the answer is r||s, 64 bytes."""
+        deadline = self._deadline(deadline)
+        if deadline is None:
+            return self._sign(digest, None)
+        return self._bounded(deadline, lambda: self._sign(digest, deadline))
+
+    def custody(self) -> Evidence:
+        """Ask the token what it claims about the key."""
+        deadline = self._deadline(None)
+        return self._bounded(deadline, lambda: self._served(self._ask, deadline))
+
+    def close(self) -> None:
+        """Close all sessions and give the module back; calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        free = self._pool.close()
+        with contextlib.suppress(D1SignerError):
+            deadline = time.monotonic() + 1.0
+            with self._module.calling(deadline):
+                for worker in free:
+                    worker.drop(self._module.generation)
+                self._release_login()
+        self._module.release()
+
+    # -- signing ------------------------------------------------------------------------------
+
+    def _deadline(self, deadline: float | None) -> float | None:
+        if deadline is None and self._settings.timeout is not None:
+            return time.monotonic() + self._settings.timeout
+        return deadline
+
+    def _bounded(self, deadline: float | None, work: Callable[[], T]) -> T:
+        """Do it here, or with a deadline in a thread that is left behind when the call hangs.
+
+        A session whose call was left behind stays out of the pool until the call returns, so that
+        at most ``max_sessions`` calls can hang.
+        """
+        if deadline is None:
+            return work()
+        try:
+            return within(deadline, work)
+        except SignerTimeout as error:
+            error.details.setdefault("busy_sessions", self._pool.busy)
+            raise
+
+    def _sign(self, digest: bytes, deadline: float | None) -> bytes:
+        pin = self._pin
+        return self._served(lambda worker: worker.sign(digest, pin.kept), deadline)
+
+    def _served(self, work: Callable[[Worker], T], deadline: float | None) -> T:
+        """Give work a worker whose session is open; recover and repeat it once where that helps."""
+        self._circuit.check()
+        worker = self._pool.take(deadline)
+        try:
+            try:
+                result = self._attempt(worker, work, deadline)
+            except sdk.PKCS11Error as failure:
+                result = self._recovered(worker, work, deadline, failure)
+            self._circuit.closed_by_success()
+            return result
+        finally:
+            if not self._pool.give(worker):
+                self._drop(worker)
+
+    def _attempt(self, worker: Worker, work: Callable[[Worker], T], deadline: float | None) -> T:
+        module = self._module
+        if worker.generation != module.generation:
+            self._pin.read()  # outside the module: it may run the caller's code
+        module.enter(deadline)
+        try:
+            if worker.generation != module.generation:
+                self._open_worker(worker)
+            return work(worker)
+        finally:
+            module.leave()
+
+    def _recovered(
+        self,
+        worker: Worker,
+        work: Callable[[Worker], T],
+        deadline: float | None,
+        failure: sdk.PKCS11Error,
+    ) -> T:
+        """Make anew what a failure asks for, as little as suffices, and repeat the work once.
+
+        The first level renews the session, and on the way the login and the key; the second one
+        the module's initialisation. What fails while it is being made anew takes the next level; a
+        failure of the repeated work itself does not.
+        """
+        level = recovery_for(failure)
+        if level is Recovery.NONE:
+            raise translated(failure, step="signature") from None
+        seen = self._module.generation
+        step = "signature"
+        for current in range(level, Recovery.MODULE + 1):
+            _log.debug("pkcs11.recovering level=%d after=%s", current, told(failure))
+            step = "token"
+            try:
+                if current == Recovery.MODULE:
+                    self._module.reinitialize(seen, deadline)
+                else:
+                    self._drop(worker)
+                self._attempt(worker, lambda _: None, deadline)
+                step = "signature"
+                return self._attempt(worker, work, deadline)
+            except sdk.PKCS11Error as again:
+                failure = again
+                if step == "signature" or recovery_for(again) is Recovery.NONE:
+                    break
+            except KeyNotFoundError as missing:
+                if missing.details.get("step") != "token":
+                    raise
+                failure = sdk.TokenNotPresent()
+        raise self._away(failure, step)
+
+    def _away(self, failure: sdk.PKCS11Error, step: str) -> D1SignerError:
+        error = translated(failure, step=step)
+        if isinstance(error, SignerUnavailable):
+            self._circuit.opened_by(error)
+        return error
+
+    def _drop(self, worker: Worker) -> None:
+        with contextlib.suppress(D1SignerError), self._module.calling(time.monotonic() + 1.0):
+            worker.drop(self._module.generation)
+
+    # -- opening ------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Take every step once, so that a wrong setting shows at opening."""
+        try:
+            found = self._opened()
+        except sdk.PKCS11Error as failure:
+            raise translated(failure, step="key") from None
+        self._pinned = found.public
+        digest = _digest_to_prove()
+        try:
+            self._pinned.verify_digest(self._sign(digest, None), digest)
+        except InvalidSignatureError:
+            raise KeyMismatchError(
+                "The private key does not fit its public key: "
+                f"{self._settings.uri.location(found.id)}.",
+                hint="Store the right public key or certificate under the private key's id.",
+                details={"step": "signature"},
+            ) from None
+        except D1SignerError as error:
+            error.details["step"] = "signature"
+            raise
+
+    def _opened(self) -> FoundKey:
+        self._pin.read()
+        try:
+            with self._module.calling(None):
+                token = self._current_token()
+        except (KeyNotFoundError, sdk.GeneralError):
+            # A SoftHSM module that starts while another process logs in may miss its tokens.
+            self._module.reinitialize(self._module.generation, None)
+            self._pin.read()
+            with self._module.calling(None):
+                token = self._current_token()
+        with self._module.calling(None):
+            self._ensure_login(token)
+            with token.open() as session:
+                return keys.find_key(session, self._settings.uri, self._settings.public_key)
+
+    def _open_worker(self, worker: Worker) -> None:
+        """Open a session and find the key through it; inside the module."""
+        generation = self._module.generation
+        worker.drop(generation)
+        token = self._current_token()
+        self._ensure_login(token)
+        session = token.open()
+        try:
+            found = keys.find_key(session, self._settings.uri, self._pinned)
+        except BaseException:
+            with contextlib.suppress(sdk.PKCS11Error):
+                session.close()
+            raise
+        worker.use(
+            session, found.private, generation, always_authenticate=found.always_authenticate
+        )
+
+    def _current_token(self) -> pkcs11.Token:
+        """The token, looked up once in each generation: slot numbers move."""
+        generation = self._module.generation
+        if self._token is None or self._token_generation != generation:
+            self._token = keys.find_token(self._module, self._settings.uri)
+            self._login = None
+            self._token_generation = generation
+        return self._token
+
+    def _ensure_login(self, token: pkcs11.Token) -> None:
+        login = self._login
+        if login is None:
+            login = Login.shared(self._module, token, self._settings.user_type)
+            try:
+                login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=False)
+            except BaseException:
+                login.release()
+                raise
+            self._login = login
+        else:
+            login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=True)
+
+    def _release_login(self) -> None:
+        if self._login is not None and self._token_generation == self._module.generation:
+            self._login.release()
+        self._login = None
+
+    def _ask(self, _: Worker) -> Evidence:
+        token = self._current_token()
+        with token.open() as session:
+            found = keys.find_key(session, self._settings.uri, self._pinned)
+            return keys.evidence(self._module, token, found, self._settings.uri)
+
+    # -- forks --------------------------------------------------------------------------------
+
+    def renew_in_child(self) -> None:
+        """Forget everything inherited; the first signature opens it anew."""
+        self._token = None
+        self._login = None
+        self._circuit.renew()
+        if not self._closed:
+            self._pool.renew()
+
+    def __repr__(self) -> str:
+        return f"<Pkcs11Backend {self._settings.uri.location()}>"
+
+
+_all: weakref.WeakSet[Pkcs11Backend] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for backend in list(_all):
+        backend.renew_in_child()
+
+
+os.register_at_fork(after_in_child=_renew_all)
+
+
+def _digest_to_prove() -> bytes:
+    import hashlib
+
+    return hashlib.sha256(_PROOF + os.urandom(32)).digest()

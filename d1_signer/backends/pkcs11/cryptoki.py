@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few C calls of PKCS#11 that python-pkcs11 does not offer as needed here, through ctypes.
+
+`C_Initialize` with arguments (the binding promises the module a single thread), `C_Finalize`
+without holding the GIL, `C_Login` on a session that is closed when the login fails (the binding
+leaks it), and `C_GetSessionInfo`. PKCS#11 v2.40 base specification, sections 5.4 to 5.6.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from pkcs11 import exceptions as sdk
+
+CKF_OS_LOCKING_OK = 0x2
+CKR_OK = 0x0
+CKR_ARGUMENTS_BAD = 0x7
+CKR_NEED_TO_CREATE_THREADS = 0x9
+CKR_CANT_LOCK = 0xA
+CKR_CRYPTOKI_NOT_INITIALIZED = 0x190
+CKR_CRYPTOKI_ALREADY_INITIALIZED = 0x191
+
+_LOGGED_IN_STATES = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
+
+# What the calls made here may answer; python-pkcs11's own table is not reachable from Python.
+_ERRORS: dict[int, type[sdk.PKCS11Error]] = {
+    0x02: sdk.HostMemory,
+    0x03: sdk.SlotIDInvalid,
+    0x05: sdk.GeneralError,
+    0x06: sdk.FunctionFailed,
+    0x07: sdk.ArgumentsBad,
+    0x30: sdk.DeviceError,
+    0x31: sdk.DeviceMemory,
+    0x32: sdk.DeviceRemoved,
+    0x50: sdk.FunctionCancelled,
+    0x54: sdk.FunctionNotSupported,
+    0xA0: sdk.PinIncorrect,
+    0xA1: sdk.PinInvalid,
+    0xA2: sdk.PinLenRange,
+    0xA3: sdk.PinExpired,
+    0xA4: sdk.PinLocked,
+    0xB0: sdk.SessionClosed,
+    0xB3: sdk.SessionHandleInvalid,
+    0xE0: sdk.TokenNotPresent,
+    0xE1: sdk.TokenNotRecognised,
+    0x100: sdk.UserAlreadyLoggedIn,
+    0x101: sdk.UserNotLoggedIn,
+    0x102: sdk.UserPinNotInitialized,
+    0x104: sdk.AnotherUserAlreadyLoggedIn,
+    0x105: sdk.UserTooManyTypes,
+}
+
+
+def _structure(name: str, **fields: Any) -> Any:
+    packed = {"_pack_": 1} if sys.platform == "win32" else {}  # PKCS#11 section 2.1
+    return type(name, (ctypes.Structure,), {**packed, "_fields_": list(fields.items())})
+
+
+_Version = _structure("CK_VERSION", major=ctypes.c_ubyte, minor=ctypes.c_ubyte)
+_InitializeArguments = _structure(
+    "CK_C_INITIALIZE_ARGS",
+    create_mutex=ctypes.c_void_p,
+    destroy_mutex=ctypes.c_void_p,
+    lock_mutex=ctypes.c_void_p,
+    unlock_mutex=ctypes.c_void_p,
+    flags=ctypes.c_ulong,
+    reserved=ctypes.c_char_p,
+)
+_Info = _structure(
+    "CK_INFO",
+    cryptoki_version=_Version,
+    manufacturer=ctypes.c_char * 32,
+    flags=ctypes.c_ulong,
+    description=ctypes.c_char * 32,
+    library_version=_Version,
+)
+_SessionInfo = _structure(
+    "CK_SESSION_INFO",
+    slot=ctypes.c_ulong,
+    state=ctypes.c_ulong,
+    flags=ctypes.c_ulong,
+    device_error=ctypes.c_ulong,
+)
+# The first entries of CK_FUNCTION_LIST, in the order of the specification.
+_FunctionList = _structure("CK_FUNCTION_LIST", version=_Version, functions=ctypes.c_void_p * 20)
+
+_INITIALIZE, _FINALIZE, _GET_INFO = 0, 1, 2
+_GET_SESSION_INFO, _LOGIN = 15, 18
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibraryInfo:
+    """What a module says of itself (``CK_INFO``)."""
+
+    manufacturer: str
+    description: str
+    version: tuple[int, int]
+    cryptoki_version: tuple[int, int]
+
+
+class Cryptoki:
+    """A loaded module's function list."""
+
+    def __init__(self, path: str) -> None:
+        """Load the module; the operating system counts how often it is loaded.
+
+        Raises:
+            OSError: It cannot be loaded.
+            AttributeError: It is no PKCS#11 module.
+        """
+        self._library = ctypes.CDLL(path)  # kept: the functions live as long as it does
+        pointer = ctypes.POINTER(_FunctionList)()
+        _check(self._library.C_GetFunctionList(ctypes.byref(pointer)))
+        functions = pointer.contents.functions
+        handle, pin = ctypes.c_ulong, ctypes.c_char_p
+        self._initialize = _function(functions[_INITIALIZE], ctypes.c_void_p)
+        self._finalize = _function(functions[_FINALIZE], ctypes.c_void_p)
+        self._get_info = _function(functions[_GET_INFO], ctypes.c_void_p)
+        self._get_session_info = _function(functions[_GET_SESSION_INFO], handle, ctypes.c_void_p)
+        self._login = _function(functions[_LOGIN], handle, ctypes.c_ulong, pin, ctypes.c_ulong)
+
+    def initialize(self, *, os_locking: bool, reserved: str | None) -> int:
+        """Call ``C_Initialize``; returns its ``CK_RV``."""
+        if not os_locking and reserved is None:
+            return int(self._initialize(None))
+        arguments = _InitializeArguments(
+            flags=CKF_OS_LOCKING_OK if os_locking else 0,
+            reserved=None if reserved is None else reserved.encode(),
+        )
+        return int(self._initialize(ctypes.byref(arguments)))
+
+    def finalize(self) -> int:
+        """Call ``C_Finalize``; returns its ``CK_RV``."""
+        return int(self._finalize(None))
+
+    def info(self) -> LibraryInfo:
+        """Call ``C_GetInfo``."""
+        info = _Info()
+        _check(self._get_info(ctypes.byref(info)))
+        return LibraryInfo(
+            manufacturer=_padded(info.manufacturer),
+            description=_padded(info.description),
+            version=(info.library_version.major, info.library_version.minor),
+            cryptoki_version=(info.cryptoki_version.major, info.cryptoki_version.minor),
+        )
+
+    def login(self, session: int, user_type: int, pin: str | None) -> None:
+        """Call ``C_Login``; without a PIN, the token asks for it itself (PIN pad).
+
+        Raises:
+            pkcs11.PKCS11Error: The login failed; the session is still open.
+        """
+        if pin is None:
+            code = self._login(session, user_type, None, 0)
+        else:
+            encoded = pin.encode()
+            code = self._login(session, user_type, encoded, len(encoded))
+            del encoded
+        del pin  # the error below keeps this frame, and with it every name in it
+        _check(code)
+
+    def logged_in(self, session: int) -> bool:
+        """Whether the session's token has its user logged in, by ``C_GetSessionInfo``."""
+        info = _SessionInfo()
+        _check(self._get_session_info(session, ctypes.byref(info)))
+        return int(info.state) in _LOGGED_IN_STATES
+
+
+def error_of(code: int) -> sdk.PKCS11Error:
+    """The binding's exception for a return value."""
+    kind = _ERRORS.get(code)
+    return kind() if kind else sdk.PKCS11Error(f"Unmapped error code {code:#x}")
+
+
+def _check(code: int) -> None:
+    if code != CKR_OK:
+        raise error_of(code)
+
+
+def _function(address: int, *arguments: type) -> ctypes._FuncPointer:
+    return ctypes.CFUNCTYPE(ctypes.c_ulong, *arguments)(address)
+
+
+def _padded(text: bytes) -> str:
+    return text.decode("utf-8", "replace").rstrip(" \0")

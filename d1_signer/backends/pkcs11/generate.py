@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a key on a token."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from typing import Any
+
+import pkcs11
+from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
+from pkcs11 import exceptions as sdk
+
+from d1_signer.backend import GeneratedKey
+from d1_signer.backends.pkcs11 import keys
+from d1_signer.backends.pkcs11.backend import Settings
+from d1_signer.backends.pkcs11.failures import translated
+from d1_signer.backends.pkcs11.keys import P256
+from d1_signer.backends.pkcs11.login import Login, Pin
+from d1_signer.backends.pkcs11.module import Module
+from d1_signer.errors import KeyExistsError, SignerError
+from d1_signer.es256 import PublicKey
+
+_ID_LENGTH = 8
+
+_PRIVATE = {
+    Attribute.PRIVATE: True,
+    Attribute.SENSITIVE: True,
+    Attribute.EXTRACTABLE: False,
+    Attribute.SIGN: True,
+    Attribute.DECRYPT: False,
+    Attribute.UNWRAP: False,
+    Attribute.DERIVE: False,
+}
+_PUBLIC = {Attribute.VERIFY: True, Attribute.ENCRYPT: False, Attribute.WRAP: False}
+# For a module that refuses to be told what its keys are not for; what it made is checked after.
+_LESS = {Attribute.PRIVATE: True, Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False}
+_REFUSALS = (
+    sdk.AttributeTypeInvalid,
+    sdk.AttributeValueInvalid,
+    sdk.AttributeReadOnly,
+    sdk.TemplateIncomplete,
+    sdk.TemplateInconsistent,
+)
+_DEMANDED = {
+    Attribute.SENSITIVE: True,
+    Attribute.EXTRACTABLE: False,
+    Attribute.SIGN: True,
+}
+
+
+def generate(settings: Settings, pin: Pin) -> GeneratedKey:
+    """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
+    secret = pin.read()
+    module = Module.acquire(settings.module_path, locking="auto", reserved=settings.init_reserved)
+    try:
+        with module.calling(None):
+            token = keys.find_token(module, settings.uri)
+            login = Login.shared(module, token, settings.user_type)
+            try:
+                login.ensure(secret, pin_pad=settings.pin_pad, known=False)
+                with token.open(rw=True) as session:
+                    return _generate(session, settings)
+            finally:
+                login.release()
+    except sdk.PKCS11Error as failure:
+        raise translated(failure, step="key") from None
+    finally:
+        module.release()
+
+
+def _generate(session: pkcs11.Session, settings: Settings) -> GeneratedKey:
+    uri = settings.uri
+    key_id = uri.id if uri.id is not None else secrets.token_bytes(_ID_LENGTH)
+    for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
+        if keys.objects(session, kind, label=uri.object) or keys.objects(
+            session, kind, key_id=key_id
+        ):
+            raise KeyExistsError(
+                f"A key with that label or that id exists: {uri.location(key_id)}.",
+                hint="Nothing was changed; choose another object and id.",
+                details={"step": "key"},
+            )
+    public, private = _pair(session, str(uri.object), key_id)
+    try:
+        _check(private)
+        point = keys.attribute(public, Attribute.EC_POINT)
+        return GeneratedKey(uri=uri.generated(key_id), public_key=PublicKey.from_point(point))
+    except BaseException:
+        for item in (private, public):
+            with contextlib.suppress(sdk.PKCS11Error):
+                item.destroy()
+        raise
+
+
+def _pair(session: pkcs11.Session, label: str, key_id: bytes) -> tuple[Any, Any]:
+    parameters = session.create_domain_parameters(
+        KeyType.EC, {Attribute.EC_PARAMS: P256}, local=True
+    )
+    common: dict[str, Any] = {"id": key_id, "label": label, "store": True}
+    try:
+        return parameters.generate_keypair(
+            capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+            private_template=_PRIVATE,
+            public_template=_PUBLIC,
+            **common,
+        )
+    except _REFUSALS:
+        return parameters.generate_keypair(private_template=_LESS, **common)
+
+
+def _check(private: Any) -> None:
+    wrong = [
+        f"CKA_{name.name}"
+        for name, value in _DEMANDED.items()
+        if keys.attribute(private, name) is not value
+    ]
+    if wrong:
+        raise SignerError(
+            f"The token made a key with another {' and '.join(wrong)} than asked for.",
+            hint="It was removed. Check the token's policy on the attributes of new keys.",
+            details={"step": "key"},
+        )

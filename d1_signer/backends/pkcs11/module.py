@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one owner of a PKCS#11 module's life in this process.
+
+All signers on a module share its initialisation. Every call into it is made between `Module.enter`
+and `Module.leave`; whoever initialises it anew, and a fork, first wait until nobody is in a call.
+Handles of sessions and objects restart at each initialisation, so whatever holds one also holds the
+`Module.generation` that it belongs to, and drops it once that has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any
+
+from pkcs11 import _pkcs11
+from pkcs11 import exceptions as sdk
+
+from d1_signer.backends.pkcs11 import cryptoki
+from d1_signer.backends.pkcs11.cryptoki import Cryptoki
+from d1_signer.backends.pkcs11.failures import told
+from d1_signer.backends.pkcs11.gate import Gate
+from d1_signer.errors import (
+    ConfigurationError,
+    SignerClosedError,
+    SignerTimeout,
+    SignerUnavailable,
+)
+
+_log = logging.getLogger(__name__)
+
+_SECONDS_TO_DRAIN = 2.0  # before initialising anew
+_SECONDS_TO_FORK = 5.0  # before a fork; a longer call leaves the child without this module
+
+
+class Locking(StrEnum):
+    """What keeps the module's calls from running into each other."""
+
+    OS = "os"  # the module itself, with the operating system's locks (CKF_OS_LOCKING_OK)
+    LOCK = "lock"  # one lock of ours around every call
+
+
+class Module:
+    """A loaded and initialised PKCS#11 module; get one with `acquire`, give it back by `release`.
+
+    Attributes:
+        path: The module's file.
+        generation: Counts the initialisations, over forks too.
+        locking: How calls are kept apart.
+        logins: The `login.Login` of each slot and user type, in this generation.
+    """
+
+    def __init__(self, path: str, reserved: str | None) -> None:
+        self.path = path
+        self.generation = 0
+        self.locking = Locking.OS
+        self.logins: dict[tuple[int, int], Any] = {}
+        self.reserved = reserved
+        self._users = 0
+        self._foreign = False  # initialised by other code in this process, not by us
+        self._stale = True
+        self._wanted = "auto"
+        self._fork_holder: int | None = None  # the thread that closed the gate to fork
+        self._drained = False  # when it did, nobody was in a call any more
+        self._poisoned = False  # forked from a process whose call hung: its locks are held for ever
+        self._pid = os.getpid()
+        self._new_locks()
+        try:
+            self.cryptoki = Cryptoki(path)
+            # Without its __init__, which would call C_Initialize(NULL). A private path: the tests
+            # pin it, and `_initialize` falls back to one lock where it is gone.
+            self.binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
+        except (OSError, AttributeError, sdk.PKCS11Error) as error:
+            reason = error if isinstance(error, OSError) else "it is no PKCS#11 module"
+            raise ConfigurationError(
+                f"The PKCS#11 module cannot be loaded: {path}: {reason}.",
+                hint="Check the path, the file's architecture, and the libraries that it needs.",
+                details={"step": "module"},
+            ) from None
+
+    def _new_locks(self) -> None:
+        self._life = threading.RLock()
+        self._gate = Gate()
+        self._call_lock = threading.RLock()
+
+    # -- calls --------------------------------------------------------------------------------
+
+    def enter(self, deadline: float | None) -> None:
+        """Begin a call, or several that belong together; `leave` must follow.
+
+        Raises:
+            SignerTimeout: The module was being initialised anew until the deadline.
+            SignerUnavailable: The module cannot be used in this process.
+        """
+        if self._pid != os.getpid():
+            _after_fork_in_child()  # a fork that Python was not told of
+        if self._stale:
+            if not self._users:
+                raise SignerClosedError("The PKCS#11 module was given back.")
+            self._initialize_again(self.generation, deadline)
+        self._gate.enter(deadline)
+        limit = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+        if self.locking is Locking.LOCK and not self._call_lock.acquire(timeout=limit):
+            self._gate.leave()
+            raise SignerTimeout(
+                "The PKCS#11 module was in another call until the deadline.",
+                hint="Allow more time; this module works for one thread at a time.",
+            )
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        if self.locking is Locking.LOCK:
+            self._call_lock.release()
+        self._gate.leave()
+
+    @contextlib.contextmanager
+    def calling(self, deadline: float | None) -> Iterator[None]:
+        """`enter` and `leave` as a context."""
+        self.enter(deadline)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def reinitialize(self, seen: int, deadline: float | None) -> None:
+        """Finalise the module and initialise it, unless that was done since ``seen``.
+
+        Args:
+            seen: The generation in which the caller's call failed.
+            deadline: Moment on ``time.monotonic()``; None: a limit of our own.
+
+        Raises:
+            SignerUnavailable: Somebody is in a call that does not return: finalising the module
+                then would freeze the process.
+            pkcs11.PKCS11Error: The module does not let itself be initialised.
+        """
+        if self.generation == seen:
+            self._initialize_again(seen, deadline)
+
+    def _initialize_again(self, seen: int, deadline: float | None) -> None:
+        limit = time.monotonic() + _SECONDS_TO_DRAIN
+        if deadline is not None:
+            limit = min(limit, deadline)
+        if not self._life.acquire(timeout=max(0.0, limit - time.monotonic())):
+            raise _busy()
+        try:
+            if self.generation != seen:
+                return
+            if not self._gate.close(limit):
+                raise _busy()
+            try:
+                self._restart()
+            finally:
+                self._gate.open()
+        finally:
+            self._life.release()
+
+    def _restart(self) -> None:
+        """With the gate closed."""
+        if self._poisoned:
+            raise SignerUnavailable(
+                "This process was forked while a PKCS#11 call hung: the module is unusable in it.",
+                hint='Fork again when the HSM answers, or use isolation="process".',
+            )
+        self.logins.clear()
+        self.generation += 1
+        self._stale = True
+        if not self._foreign:
+            # A child of a fork may not be taken as initialised (p11-kit): then there is nothing to
+            # finalise, which is fine.
+            self.cryptoki.finalize()
+        self._initialize()
+        self._stale = False
+
+    def _initialize(self) -> None:
+        os_locking = self._wanted != Locking.LOCK
+        code = self.cryptoki.initialize(os_locking=os_locking, reserved=self.reserved)
+        self.locking = Locking.OS if os_locking else Locking.LOCK
+        if os_locking and code in {
+            cryptoki.CKR_ARGUMENTS_BAD,
+            cryptoki.CKR_CANT_LOCK,
+            cryptoki.CKR_NEED_TO_CREATE_THREADS,
+        }:
+            code = self.cryptoki.initialize(os_locking=False, reserved=self.reserved)
+            self.locking = Locking.LOCK
+        self._foreign = code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED
+        if self._foreign:
+            # By whom, and with which promises, is unknown; python-pkcs11 promises a single thread.
+            self.locking = Locking.LOCK
+            _log.warning("pkcs11.initialized_by_others module=%s", self.path)
+        elif code != cryptoki.CKR_OK:
+            raise cryptoki.error_of(code)
+        _log.info(
+            "pkcs11.initialized module=%s locking=%s generation=%d",
+            self.path,
+            self.locking,
+            self.generation,
+        )
+
+    # -- owners -------------------------------------------------------------------------------
+
+    @classmethod
+    def acquire(cls, path: str, *, locking: str, reserved: str | None) -> Module:
+        """Load and initialise a module, or share it with the signers that use it already.
+
+        Args:
+            path: Its file.
+            locking: ``"auto"``, ``"os"`` or ``"lock"``.
+            reserved: What the module takes as ``pReserved`` of ``C_Initialize``, if anything.
+
+        Raises:
+            ConfigurationError: It cannot be loaded or initialised, or has other settings.
+        """
+        real = os.path.realpath(path)
+        with _registry_lock:
+            module = _registry.get(real)
+            if module is None:
+                module = _registry[real] = cls(path, reserved)
+        with module._life:
+            module._begin(locking, reserved)
+        return module
+
+    def _begin(self, locking: str, reserved: str | None) -> None:
+        if self._users and (reserved != self.reserved or locking not in {"auto", self.locking}):
+            raise _settings(f"The module is in use with other settings: {self.path}.")
+        self.reserved = reserved
+        self._wanted = locking
+        self._users += 1
+        try:
+            if self._stale:
+                self._initialize_again(self.generation, None)
+            if locking == Locking.OS and self.locking is Locking.LOCK:
+                raise _settings(  # noqa: TRY301 (undone below like any other failure)
+                    f"The module does not lock by itself: {self.path}."
+                )
+        except sdk.PKCS11Error as error:
+            self._users -= 1
+            raise ConfigurationError(
+                f"The PKCS#11 module cannot be initialised ({told(error)}): {self.path}.",
+                hint="Check the module's own configuration and its log.",
+                details={"step": "module"},
+            ) from None
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the module back; the last one to do so finalises it, if nobody is in a call."""
+        with self._life:
+            self._users -= 1
+            if self._users or self._stale or self._foreign:
+                return
+            if self._gate.close(time.monotonic() + _SECONDS_TO_DRAIN):
+                try:
+                    self.logins.clear()
+                    self.generation += 1
+                    self._stale = True
+                    self.cryptoki.finalize()
+                finally:
+                    self._gate.open()
+            else:
+                _log.warning("pkcs11.not_finalized module=%s: a call is outstanding", self.path)
+
+    # -- forks --------------------------------------------------------------------------------
+
+    def _hold_for_fork(self, limit: float) -> None:
+        if self._gate.shut(limit):
+            self._fork_holder = threading.get_ident()
+        self._drained = self._fork_holder is not None and self._gate.drained(limit)
+
+    def _resume_in_parent(self) -> None:
+        if self._fork_holder == threading.get_ident():
+            self._fork_holder = None
+            self._gate.open()
+
+    def _begin_in_child(self) -> None:
+        self._new_locks()
+        self._pid = os.getpid()
+        self._fork_holder = None
+        self._poisoned = self._poisoned or not self._drained
+        self._drained = False
+        self._stale = True
+        self.generation += 1
+        self.logins.clear()
+
+
+_registry: dict[str, Module] = {}
+_registry_lock = threading.Lock()
+
+
+def _before_fork() -> None:
+    limit = time.monotonic() + _SECONDS_TO_FORK
+    for module in list(_registry.values()):
+        module._hold_for_fork(limit)  # noqa: SLF001
+
+
+def _after_fork_in_parent() -> None:
+    for module in list(_registry.values()):
+        module._resume_in_parent()  # noqa: SLF001
+
+
+def _after_fork_in_child() -> None:
+    global _registry_lock  # noqa: PLW0603 (the parent's may be held by a thread that is not here)
+    _registry_lock = threading.Lock()
+    for module in _registry.values():
+        module._begin_in_child()  # noqa: SLF001
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
+
+
+def _busy() -> SignerUnavailable:
+    return SignerUnavailable(
+        "The PKCS#11 module cannot be initialised anew: a call does not return.",
+        hint='Check the HSM\'s connection; isolation="process" gets rid of such calls.',
+        details={"step": "module"},
+    )
+
+
+def _settings(text: str) -> ConfigurationError:
+    return ConfigurationError(
+        text, hint="Use the same settings for all signers on it.", details={"step": "module"}
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sessions that sign: a fixed number of places, each opened when first needed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pkcs11
+from pkcs11 import Mechanism
+from pkcs11 import exceptions as sdk
+
+from d1_signer.errors import SignerClosedError, SignerTimeout
+from d1_signer.secret import Secret
+
+_ECDSA = Mechanism.ECDSA
+
+
+class Worker:
+    """One place in the pool: a session without a PIN and the key found through it.
+
+    Attributes:
+        generation: The module's generation that the session belongs to; -1: there is none.
+    """
+
+    __slots__ = ("_always_authenticate", "_key", "_session", "generation")
+
+    def __init__(self) -> None:
+        self.generation = -1
+        self._session: pkcs11.Session | None = None
+        self._key: pkcs11.SignMixin | None = None
+        self._always_authenticate = False
+
+    def use(
+        self,
+        session: pkcs11.Session,
+        key: pkcs11.SignMixin,
+        generation: int,
+        *,
+        always_authenticate: bool,
+    ) -> None:
+        """Take a session and the key in it."""
+        self._session, self._key, self.generation = session, key, generation
+        self._always_authenticate = always_authenticate
+
+    def sign(self, digest: bytes, pin: Secret | None) -> bytes:
+        """Sign with `CKM_ECDSA`: 64 bytes, r||s. The PIN is for keys that want it each time."""
+        key = self._key
+        assert key is not None  # noqa: S101 (a worker is opened before it signs)
+        if self._always_authenticate and pin is not None:
+            return key.sign(digest, mechanism=_ECDSA, pin=pin.reveal())
+        return key.sign(digest, mechanism=_ECDSA)
+
+    def drop(self, generation: int) -> None:
+        """Close the session, unless it died with an older generation of the module."""
+        session, alive = self._session, self.generation == generation
+        self._session = self._key = None
+        self.generation = -1
+        if session is not None and alive:
+            with contextlib.suppress(sdk.PKCS11Error):  # never hides why it is dropped
+                session.close()
+
+
+class Pool:
+    """A bounded number of workers, each used by one thread at a time; the last used goes first."""
+
+    def __init__(self, size: int, patience: float) -> None:
+        """Make the places.
+
+        Args:
+            size: How many.
+            patience: Seconds to wait for a free one.
+        """
+        self._size = size
+        self._patience = patience
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin with fresh places, whatever became of the others; for a child of a fork."""
+        self._free = [Worker() for _ in range(self._size)]
+        self._changed = threading.Condition(threading.Lock())
+        self._closed = False
+
+    def take(self, deadline: float | None) -> Worker:
+        """Take a worker out; `give` puts it back.
+
+        Raises:
+            SignerTimeout: None was free in time.
+            SignerClosedError: The pool is closed.
+        """
+        with self._changed:
+            if not self._free and not self._closed:
+                self._wait(deadline)
+            if self._closed:
+                raise closed()
+            return self._free.pop()
+
+    def _wait(self, deadline: float | None) -> None:
+        limit = time.monotonic() + self._patience
+        if deadline is not None:
+            limit = min(limit, deadline)
+        while not self._free and not self._closed:
+            if not self._changed.wait(max(0.0, limit - time.monotonic())):
+                raise SignerTimeout(
+                    f"None of the {self._size} PKCS#11 sessions was free in time.",
+                    hint="Check that the HSM answers; else raise max_sessions or session_timeout.",
+                    details={"busy_sessions": self._size},
+                )
+
+    def give(self, worker: Worker) -> bool:
+        """Put a worker back; False where the pool was closed, and the caller drops it."""
+        with self._changed:
+            if self._closed:
+                return False
+            self._free.append(worker)
+            self._changed.notify()
+            return True
+
+    def close(self) -> list[Worker]:
+        """Close the pool; returns the workers that were free, for the caller to drop."""
+        with self._changed:
+            self._closed = True
+            free, self._free = self._free, []
+            self._changed.notify_all()
+            return free
+
+    @property
+    def busy(self) -> int:
+        """How many are in use, stuck ones included."""
+        return self._size - len(self._free)
+
+
+def closed() -> SignerClosedError:
+    """The error for what is used after it was closed."""
+    return SignerClosedError("The PKCS#11 signer is closed.", hint="Open it anew.")

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance suite on a key in SoftHSM."""
+
+from __future__ import annotations
+
+import pytest
+
+from d1_signer.signer import Signer, generate_key, open_signer
+from d1_signer.testing import SignerConformance, SoftHsmToken
+
+
+class TestPkcs11(SignerConformance):
+    @pytest.fixture
+    def secrets(self, softhsm_token: SoftHsmToken) -> tuple[str, ...]:
+        return (softhsm_token.pin,)
+
+    @pytest.fixture
+    def signer(self, softhsm_token: SoftHsmToken) -> Signer:
+        generate_key(softhsm_token.uri)
+        return open_signer(softhsm_token.uri)
+
+
+class TestPkcs11WithDeadline(TestPkcs11):
+    """The same with every call handed to another thread."""
+
+    @pytest.fixture
+    def signer(self, softhsm_token: SoftHsmToken) -> Signer:
+        generate_key(softhsm_token.uri)
+        return open_signer(softhsm_token.uri, timeout=30)
+
+
+class TestPkcs11WithOneLock(TestPkcs11):
+    """The same with one lock around every call, for a module that does not lock by itself."""
+
+    @pytest.fixture
+    def signer(self, softhsm_token: SoftHsmToken) -> Signer:
+        generate_key(softhsm_token.uri)
+        return open_signer(softhsm_token.uri, locking="lock")

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SoftHSM tokens of one's own for each test, and child processes that end with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from d1_signer.signer import generate_key
+from d1_signer.testing import SoftHsmToken, make_softhsm_token
+from tests.pkcs11.softhsm import copy_token
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def prepared_token(tmp_path_factory: pytest.TempPathFactory) -> SoftHsmToken:
+    """A token with the key ``d1``; never used itself, only copied."""
+    token = make_softhsm_token(tmp_path_factory.mktemp("prepared"))
+    before = os.environ.get("SOFTHSM2_CONF")
+    os.environ["SOFTHSM2_CONF"] = str(token.configuration)
+    try:
+        generate_key(token.uri)
+    finally:
+        if before is None:
+            del os.environ["SOFTHSM2_CONF"]
+        else:
+            os.environ["SOFTHSM2_CONF"] = before
+    return token
+
+
+@pytest.fixture
+def token(
+    prepared_token: SoftHsmToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> SoftHsmToken:
+    """A token of this test's own with the key ``d1``, seen by the module in this process."""
+    mine = copy_token(prepared_token, tmp_path / "token")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(mine.configuration))
+    return mine
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_python() -> Run:
+    """Run Python code in a process of its own, so that a crash there is a failed test here."""
+
+    def run(
+        code: str, *arguments: str, timeout: float = 60, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-X", "faulthandler", "-c", code, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+
+    return run
