@@ -169,6 +169,9 @@ if TYPE_CHECKING:
     from d1_signer.events import (
         Use as Use,
     )
+    from d1_signer.httpx_auth import (
+        HttpxD1Auth as HttpxD1Auth,
+    )
     from d1_signer.renewal import (
         Limits as Limits,
     )
@@ -250,6 +253,7 @@ _HOMES = {
     ],
     "es256": ["PublicKey"],
     "events": ["FailoverEvent", "Observer", "RenewalEvent", "RequestEvent", "SignEvent", "Use"],
+    "httpx_auth": ["HttpxD1Auth"],
     "renewal": ["Limits"],
     "signer": [
         "Signer",

@@ -50,7 +50,13 @@ from d1_signer.renewal import Limits, Renewal
 from d1_signer.signer import Signer
 from d1_signer.signer_set import SignerSet
 from d1_signer.stores import TokenStore
-from d1_signer.tls import ClientCertificate, TlsAdapter, client_context, new_session
+from d1_signer.tls import (
+    ClientCertificate,
+    TlsAdapter,
+    client_context,
+    new_session,
+    require_verifying,
+)
 
 _log = logging.getLogger("d1_signer.token")
 
@@ -250,6 +256,30 @@ class TokenFetcher:
             return token
         return self._token_not_fresh(timeout)
 
+    def token_now(self) -> AccessToken | None:
+        """Return a valid access token without waiting; None where there is none.
+
+        Like `token` it begins to renew a stale one in the background. For callers that must not
+        block, such as an event loop.
+        """
+        held = self._held
+        state = self._state(held)
+        if held is None or state is State.EXPIRED:
+            return None
+        if state is State.STALE:
+            self._renew_in_background()
+        return held.token
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """The mutual TLS of this fetcher, for another HTTP client: ``verify=`` of httpx.
+
+        Raises:
+            ConfigurationError: Someone has switched its verification off.
+        """
+        require_verifying(self._context)
+        return self._context
+
     def session(self) -> requests.Session:
         """A new session for the banking API: the same mutual TLS, authenticated by `D1Auth`.
 
@@ -304,10 +334,9 @@ class TokenFetcher:
         until = time.monotonic() + patience
         remaining = timeout
         while True:
-            held = self._held
-            if held is not None and self._state(held) is not State.EXPIRED:
-                self._renew_in_background()
-                return held.token
+            token = self.token_now()
+            if token is not None:
+                return token
             with self._lock:
                 self._require_open()
                 held = self._held
