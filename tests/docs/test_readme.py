@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says, run as it stands; only paths, URLs and the token's label are put in."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d1_signer import generate_key, open_signer
+from d1_signer.sandbox import Sandbox
+from d1_signer.testing import SoftHsmToken
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+KEY_URI = re.compile(r"pkcs11:token=bank;object=d1\?[^\"']*")
+LINK = re.compile(r"\]\(([^)#]+)\)")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def sandbox() -> Sandbox:
+    return Sandbox(issuer_id="my-issuer")
+
+
+def test_the_python_examples_run_in_the_order_of_the_page(
+    softhsm_token: SoftHsmToken, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    generate_key(softhsm_token.uri)
+    with sandbox, open_signer(softhsm_token.uri) as signer:
+        sandbox.register_key("bank-2026", signer.public_key.jwk())
+        code = "\n".join(blocks("python"))
+        assert code.count("Environment.STAGING") == 1
+        for old, new in {
+            "environment=Environment.STAGING,": f"environment={sandbox.base_url!r}, "
+            f"ca_file={str(sandbox.ca_file)!r},",
+            "/etc/d1/client.pem": str(sandbox.client_certificate),
+            "/etc/d1/client.key": str(sandbox.client_key),
+            "/home/me/d1-dev.pem": str(tmp_path / "dev.pem"),
+        }.items():
+            assert old in code
+            code = code.replace(old, new)
+        script = tmp_path / "readme.py"
+        script.write_text(KEY_URI.sub(lambda _: softhsm_token.uri, code))
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", str(script)],
+            env=os.environ | {"SOFTHSM2_CONF": str(softhsm_token.configuration)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=50,
+        )
+        assert ran.returncode == 0, ran.stderr
+    status, token, *_, exportable = ran.stdout.splitlines()
+    assert status == "200"
+    assert re.fullmatch(r"\d+\.\d+ \S.*", token)
+    assert exportable == "False"
+    assert ran.stderr == ""
+
+
+def test_the_commands_run_in_the_order_of_the_page(
+    softhsm_token: SoftHsmToken, sandbox: Sandbox
+) -> None:
+    (block,) = (block for block in blocks("sh") if "d1-signer check" in block)
+    commands = KEY_URI.sub(lambda _: softhsm_token.uri, block).splitlines()
+    assert [line.split()[0] for line in commands] == ["export", *["d1-signer"] * 5]
+    with sandbox:
+        env = environment(softhsm_token, sandbox)
+        first = run(commands[:3], env)
+        with open_signer(softhsm_token.uri) as signer:
+            sandbox.register_key(signer.kid, signer.public_key.jwk())
+            assert signer.kid in first
+        told = run([commands[0], *commands[3:]], env)
+    assert "CKA_NEVER_EXTRACTABLE" in told
+    assert sandbox.counters.tokens_issued >= 1
+
+
+def environment(token: SoftHsmToken, sandbox: Sandbox) -> dict[str, str]:
+    return os.environ | {
+        "SOFTHSM2_CONF": str(token.configuration),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "D1_ISSUER_ID": "my-issuer",
+        "D1_ENVIRONMENT": sandbox.base_url,
+        "D1_CLIENT_CERT": str(sandbox.client_certificate),
+        "D1_CLIENT_KEY": str(sandbox.client_key),
+        "D1_CA_FILE": str(sandbox.ca_file),
+    }
+
+
+def run(lines: list[str], env: dict[str, str]) -> str:
+    ran = subprocess.run(
+        ["bash", "-euc", "\n".join(lines)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_every_command_of_make_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+PAGES = [
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "softhsm/README.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    targets = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
