@@ -23,6 +23,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 
+from d1_signer.backend import GeneratedKey, SignatureEncoding
 from d1_signer.custody import Assurance, Evidence, Fact, FactValue
 from d1_signer.errors import (
     ConfigurationError,
@@ -35,7 +36,6 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.backend import GeneratedKey, SignatureEncoding
 
 try:
     import google_crc32c
@@ -51,11 +51,8 @@ _log = logging.getLogger(__name__)
 _ALGORITHM = kms.CryptoKeyVersion.CryptoKeyVersionAlgorithm.EC_SIGN_P256_SHA256
 _State = kms.CryptoKeyVersion.CryptoKeyVersionState
 _Level = kms.ProtectionLevel
-_HARDWARE = {
-    _Level.SOFTWARE: False,
-    _Level.HSM: True,
-    _Level.HSM_SINGLE_TENANT: True,
-}
+# By name: an older SDK does not have all of them.
+_HARDWARE = {"SOFTWARE": False, "HSM": True, "HSM_SINGLE_TENANT": True}
 
 
 class GcpKmsBackend:
@@ -291,11 +288,11 @@ def _check(*fields: tuple[str, bool]) -> None:
 
 
 def _evidence(version: kms.CryptoKeyVersion) -> Evidence:
-    level = version.protection_level
+    level = _named(version.protection_level)
     imported = bool(version.import_job)
     held_by_google = level in _HARDWARE
     facts = [
-        _fact("protectionLevel", _named(level)),
+        _fact("protectionLevel", level),
         _fact("algorithm", _named(version.algorithm)),
         _fact("generateTime", str(version.generate_time)),
         _fact("importJob", version.import_job or None),

@@ -22,6 +22,9 @@ from base64 import b64encode, urlsafe_b64decode
 from typing import Any
 from urllib.parse import quote
 
+from d1_signer.backend import GeneratedKey, SignatureEncoding
+from d1_signer.backends.vault.http import read_settings
+from d1_signer.backends.vault.tokens import AppRoleTokens, Client, GivenTokens, clients
 from d1_signer.custody import Evidence, Fact, FactValue
 from d1_signer.errors import (
     ConfigurationError,
@@ -32,20 +35,12 @@ from d1_signer.errors import (
     KeyMismatchError,
     KeyNotFoundError,
     KeyUriError,
-    MissingExtraError,
     SignerClosedError,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.key_uri import KeyUri
 from d1_signer.remote import PerProcess, within
 from d1_signer.secret import SecretSource
-from d1_signer.backend import GeneratedKey, SignatureEncoding
-
-try:
-    from d1_signer.backends.vault.http import read_settings
-    from d1_signer.backends.vault.tokens import AppRoleTokens, Client, GivenTokens, clients
-except ModuleNotFoundError:
-    raise MissingExtraError.of("urllib3", "vault") from None
 
 _log = logging.getLogger(__name__)
 
