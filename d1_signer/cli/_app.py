@@ -33,7 +33,10 @@ class UsageError(ConfigurationError):
     code = "usage"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=False,  # click before 8.2 would end with status 0
+)
 @click.version_option(package_name="d1-signer", message="%(prog)s %(version)s")
 @with_output_options
 def cli(output: Output) -> None:
