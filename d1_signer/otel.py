@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spans and metrics for OpenTelemetry; needs ``d1-signer[otel]``.
+
+Use, one observer for each fetcher::
+
+    observer = OpenTelemetryObserver()
+    signer = open_signer(uri, observers=[observer])
+    fetcher = TokenFetcher(SignerSet([signer], observers=[observer]), observers=[observer], …)
+
+The names are listed in ``docs/observability.md``. They follow OpenTelemetry's semantic conventions
+where there are some (``error.type``, ``http.*``) and begin with ``d1_signer.`` otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, final
+
+from d1_signer.errors import MissingExtraError
+from d1_signer.events import Event, FailoverEvent, RenewalEvent, RequestEvent, SignEvent
+
+try:
+    from opentelemetry.metrics import (
+        CallbackOptions,
+        MeterProvider,
+        Observation,
+        get_meter_provider,
+    )
+    from opentelemetry.trace import (
+        SpanKind,
+        Status,
+        StatusCode,
+        TracerProvider,
+        get_tracer_provider,
+    )
+except ModuleNotFoundError:
+    raise MissingExtraError.of("opentelemetry-api", "otel") from None
+
+_SCOPE = "d1_signer"
+# Seconds. The first ones tell a local HSM from one on a network; the rest are those of the
+# semantic conventions for HTTP durations.
+_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+_Attributes = dict[str, str | int | bool]
+
+
+@final
+class OpenTelemetryObserver:
+    """Turns events into spans and metrics. An observer: pass it to signers, sets and fetchers."""
+
+    def __init__(
+        self,
+        meter_provider: MeterProvider | None = None,
+        tracer_provider: TracerProvider | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Create the instruments.
+
+        Args:
+            meter_provider: Gets the metrics; None: the process-wide one.
+            tracer_provider: Gets the spans; None: the process-wide one.
+            attributes: Stand on each span and metric; they tell several fetchers of one process
+                apart, such as ``{"deployment.environment.name": "production"}``.
+        """
+        meter = (meter_provider or get_meter_provider()).get_meter(_SCOPE)
+        self._tracer = (tracer_provider or get_tracer_provider()).get_tracer(_SCOPE)
+        self._attributes: _Attributes = dict(attributes or {})
+        self._dies_at: float | None = None
+
+        def seconds(name: str, description: str) -> Callable[..., None]:
+            return meter.create_histogram(
+                f"{_SCOPE}.{name}",
+                unit="s",
+                description=description,
+                explicit_bucket_boundaries_advisory=_SECONDS,
+            ).record
+
+        self._sign = seconds("sign.duration", "Duration of a signature, verification included.")
+        self._request = seconds("token.request.duration", "Duration of a request for a token.")
+        self._renewal = seconds("token.renewal.duration", "Duration of a renewal, all attempts.")
+        self._failovers = meter.create_counter(
+            f"{_SCOPE}.failovers",
+            unit="{failover}",
+            description="Members of a SignerSet that failed while signing.",
+        )
+        meter.create_observable_gauge(
+            f"{_SCOPE}.token.remaining_life",
+            callbacks=[self._remaining],
+            unit="s",
+            description="Seconds until the last token expires; 0 from then on.",
+        )
+
+    def __call__(self, event: Event) -> None:
+        """Record one event; called by signers, sets and fetchers."""
+        match event:
+            case SignEvent():
+                self._signed(event)
+            case RequestEvent():
+                self._requested(event)
+            case RenewalEvent():
+                self._renewed(event)
+            case FailoverEvent():
+                self._failovers.add(1, self._with(event.error, {"d1_signer.kid": event.kid}))
+
+    def _signed(self, event: SignEvent) -> None:
+        labels = self._with(
+            event.error, {"d1_signer.backend": event.backend, "d1_signer.kid": event.kid}
+        )
+        self._sign(event.duration, labels)
+        if event.use is not None:
+            # Of a span alone: a metric would grow with each value.
+            labels = labels | {"d1_signer.use.purpose": event.use.purpose}
+            labels |= {f"d1_signer.use.{name}": value for name, value in event.use.references}
+        self._span("d1_signer.sign", event.duration, labels)
+
+    def _requested(self, event: RequestEvent) -> None:
+        labels = self._with(event.error, {"http.request.method": "POST"})
+        if event.status is not None:
+            labels["http.response.status_code"] = event.status
+        self._request(event.duration, labels)
+        labels = labels | {"d1_signer.correlation_id": event.correlation_id}
+        self._span("d1_signer.token.request", event.duration, labels, SpanKind.CLIENT)
+
+    def _renewed(self, event: RenewalEvent) -> None:
+        if event.expires_in is not None:
+            self._dies_at = time.time() + event.expires_in
+        labels = self._with(event.error, {"d1_signer.shared": event.shared})
+        self._renewal(event.duration, labels)
+        self._span("d1_signer.token.renewal", event.duration, labels)
+
+    def _span(
+        self,
+        name: str,
+        duration: float,
+        attributes: _Attributes,
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> None:
+        end = time.time_ns()
+        start = end - int(duration * 1e9)
+        span = self._tracer.start_span(name, kind=kind, attributes=attributes, start_time=start)
+        if "error.type" in attributes:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(end)
+
+    def _with(self, error: str | None, attributes: _Attributes) -> _Attributes:
+        failed: _Attributes = {} if error is None else {"error.type": error}
+        return self._attributes | attributes | failed
+
+    def _remaining(self, _: CallbackOptions) -> Iterable[Observation]:
+        if self._dies_at is None:
+            return []
+        return [Observation(max(0.0, self._dies_at - time.time()), self._attributes)]

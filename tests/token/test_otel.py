@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spans and metrics of real renewals, read back from OpenTelemetry's own SDK."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from d1_signer import LazySigner, SignerSet, TokenRefusedError, open_signer
+from d1_signer.errors import SignerUnavailable
+from d1_signer.otel import OpenTelemetryObserver
+from d1_signer.sandbox import Fault, Sandbox
+from tests.token.conftest import KID, FetcherMaker
+from tests.token.test_fetcher import until
+
+DOCUMENT = Path(__file__).parents[2] / "docs/observability.md"
+
+
+class Telemetry:
+    """What one observer told, as the SDK understood it."""
+
+    def __init__(self) -> None:
+        self.reader = InMemoryMetricReader()
+        self.exporter = InMemorySpanExporter()
+        self.meters = MeterProvider([self.reader])
+        self.tracers = TracerProvider()
+        self.tracers.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.observer = OpenTelemetryObserver(
+            self.meters, self.tracers, attributes={"deployment.environment.name": "test"}
+        )
+
+    def spans(self, name: str) -> list[ReadableSpan]:
+        return [span for span in self.exporter.get_finished_spans() if span.name == name]
+
+    def points(self) -> dict[str, list[Any]]:
+        data = self.reader.get_metrics_data()
+        assert data is not None
+        return {
+            metric.name: list(metric.data.data_points)
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        }
+
+
+@pytest.fixture
+def telemetry() -> Iterator[Telemetry]:
+    told = Telemetry()
+    yield told
+    told.meters.shutdown()
+    told.tracers.shutdown()
+
+
+@pytest.fixture
+def signers(pem_uri: str, telemetry: Telemetry) -> Iterator[SignerSet]:
+    observers = [telemetry.observer]
+    signer = open_signer(pem_uri, kid=KID, observers=observers)
+
+    def down() -> Any:
+        raise SignerUnavailable("The HSM is away.")
+
+    first = LazySigner(down, kid="away", public_key=signer.public_key)
+    with SignerSet([first, signer], observers=observers) as members:
+        yield members
+
+
+def test_a_renewal_is_told_in_spans_and_metrics(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, signers: SignerSet, telemetry: Telemetry
+) -> None:
+    before = time.time_ns()
+    fetcher = make_fetcher(signer=signers, observers=[telemetry.observer])
+    sandbox.misbehave(Fault.DELAY, seconds=0.1)
+    token = fetcher.token()
+    until(lambda: bool(telemetry.spans("d1_signer.token.renewal")))
+
+    (sign,) = telemetry.spans("d1_signer.sign")
+    (request,) = telemetry.spans("d1_signer.token.request")
+    (renewal,) = telemetry.spans("d1_signer.token.renewal")
+    environment = {"deployment.environment.name": "test"}
+    assert dict(sign.attributes or {}) == environment | {
+        "d1_signer.backend": "pem",
+        "d1_signer.kid": KID,
+        "d1_signer.use.purpose": "d1-assertion",
+        "d1_signer.use.iss": sandbox.requests[0].claims["iss"],
+        "d1_signer.use.jti": sandbox.requests[0].claims["jti"],
+    }
+    assert dict(request.attributes or {}) == environment | {
+        "http.request.method": "POST",
+        "http.response.status_code": 200,
+        "d1_signer.correlation_id": sandbox.requests[0].correlation_id,
+    }
+    assert dict(renewal.attributes or {}) == environment | {"d1_signer.shared": False}
+    assert request.kind is SpanKind.CLIENT
+    for span in (sign, request, renewal):
+        assert span.status.status_code is StatusCode.UNSET
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert before <= span.start_time <= span.end_time <= time.time_ns()
+    assert renewal.start_time is not None
+    assert request.start_time is not None
+    assert request.end_time is not None
+    assert renewal.start_time <= request.start_time
+    assert request.end_time - request.start_time >= 0.1e9
+
+    points = telemetry.points()
+    for name in ("sign.duration", "token.request.duration", "token.renewal.duration"):
+        (point,) = points[f"d1_signer.{name}"]
+        assert point.count == 1
+        assert point.explicit_bounds[0] == 0.0005
+    assert points["d1_signer.token.request.duration"][0].sum >= 0.1
+    (failover,) = points["d1_signer.failovers"]
+    assert failover.value == 1
+    assert failover.attributes == environment | {
+        "d1_signer.kid": "away",
+        "error.type": "signer_unavailable",
+    }
+    (life,) = points["d1_signer.token.remaining_life"]
+    assert abs(life.value - (token.expires_at - time.time())) < 1
+
+
+def test_failures_are_told_by_their_code(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, telemetry: Telemetry
+) -> None:
+    fetcher = make_fetcher(observers=[telemetry.observer])
+    sandbox.misbehave(Fault.INVALID_GRANT)
+    with pytest.raises(TokenRefusedError):
+        fetcher.token()
+    until(lambda: bool(telemetry.spans("d1_signer.token.renewal")))
+    for name in ("request", "renewal"):
+        (span,) = telemetry.spans(f"d1_signer.token.{name}")
+        assert (span.attributes or {})["error.type"] == "token_refused"
+        assert span.status.status_code is StatusCode.ERROR
+    points = telemetry.points()
+    (point,) = points["d1_signer.token.request.duration"]
+    assert point.attributes["error.type"] == "token_refused"
+    assert point.attributes["http.response.status_code"] == 400
+    # Nothing is said of the life of a token that never was.
+    assert "d1_signer.token.remaining_life" not in points
+
+
+def test_no_value_of_one_call_becomes_an_attribute_of_a_metric(
+    make_fetcher: FetcherMaker, signers: SignerSet, telemetry: Telemetry
+) -> None:
+    fetcher = make_fetcher(signer=signers, observers=[telemetry.observer], retry_interval=0.01)
+    for _ in range(3):
+        fetcher.invalidate(fetcher.token())
+    until(lambda: len(telemetry.spans("d1_signer.token.renewal")) == 3)
+    for name, points in telemetry.points().items():
+        assert len(points) == 1, name
+
+
+def test_the_document_names_what_is_told(
+    make_fetcher: FetcherMaker, signers: SignerSet, telemetry: Telemetry
+) -> None:
+    fetcher = make_fetcher(signer=signers, observers=[telemetry.observer])
+    fetcher.token()
+    until(lambda: bool(telemetry.spans("d1_signer.token.renewal")))
+    text = DOCUMENT.read_text()
+    told = set(telemetry.points())
+    for span in telemetry.exporter.get_finished_spans():
+        told |= {span.name, *(span.attributes or {})}
+    told -= {"deployment.environment.name"}
+    assert {name for name in told if f"`{name}`" not in text} == set()
+
+
+def test_the_document_names_every_event_of_the_log() -> None:
+    text = DOCUMENT.read_text()
+    source = Path(__file__).parents[2] / "d1_signer"
+    logged = {
+        name
+        for path in source.rglob("*.py")
+        if not {"sandbox", "backends", "cli"} & set(path.parts)
+        for name in re.findall(
+            r"_log\.(?:debug|info|warning|error)\(\s*\"([a-z0-9_]+\.[a-z0-9_]+)", path.read_text()
+        )
+    }
+    assert len(logged) > 10
+    assert {name for name in logged if f"`{name}`" not in text} == set()
