@@ -267,10 +267,13 @@ class SignerSet:
         if self._closed:
             raise SignerClosedError("The SignerSet is closed.", hint="Make a new one.")
         first: SignerError | ConfigurationError | None = None
-        for member in self._members:
+        members = self._members
+        for member in members:
             if member.kid in without:
                 continue
-            ticket = member.admit(self._clock())
+            # A rest spares callers the wait for a dead device while another can sign. A sole member
+            # is always asked: its own error tells more, and its backend keeps from hammering it.
+            ticket = object() if len(members) == 1 else member.admit(self._clock())
             if ticket is None:
                 continue
             try:

@@ -137,6 +137,17 @@ def test_a_pin_that_cannot_be_read_is_one_members_trouble(two: SignerSet) -> Non
     assert [state.last_error for state in two.health()] == ["secret_source", None]
 
 
+def test_a_sole_member_is_asked_each_time(clock: Clock) -> None:
+    alone = SignerSet([signer(0)], clock=clock)
+    work = Work(k0=down("its own error"))
+    for _ in range(3):
+        with pytest.raises(SignerUnavailable, match="its own error"):
+            alone.attempt(work)
+    del work.errors["k0"]
+    assert alone.attempt(work) == "k0"
+    assert states(alone) == [Health.WORKING]
+
+
 def test_some_kids_can_be_left_out(two: SignerSet) -> None:
     work = Work()
     assert two.attempt(work, without=frozenset({"k0"})) == "k1"
