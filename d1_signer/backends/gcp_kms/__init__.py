@@ -10,7 +10,8 @@ Credentials are the application default credentials. They need, on this one key:
   key is opened) and ``cloudkms.cryptoKeyVersions.useToSign`` (for each signature);
 - ``roles/cloudkms.viewer``, or ``cloudkms.cryptoKeyVersions.get`` for `GcpKmsBackend.custody`, and
   ``cloudkms.cryptoKeyVersions.list`` where the URI names no version;
-- ``cloudkms.cryptoKeys.create`` on the key ring, for `generate_key` only.
+- ``cloudkms.cryptoKeys.create`` on the key ring, and ``get`` and ``viewPublicKey`` as above, for
+  `generate_key` only.
 
 Each request carries its CRC32C and each answer's is checked, with the name of the version, as
 Google's guide "Verify end-to-end data integrity" asks; the SDK checks neither.

@@ -120,9 +120,9 @@ def _refused(error: sdk.GoogleAPICallError, doing: str) -> D1SignerError:
 
 
 def _meaning(error: sdk.GoogleAPICallError, message: str) -> tuple[type[D1SignerError], str]:
-    # Cloud KMS refuses a request whose checksum does not fit with the same status as a wrong
-    # argument ("Verify end-to-end data integrity"); only the text tells them apart.
-    if isinstance(error, sdk.InvalidArgument) and "crc32c" in message.lower():
+    # A request whose checksum does not fit is refused as well; with which status is not documented
+    # ("will report an error"), so the text has to tell.
+    if "crc32c" in message.lower():
         return IntegrityError, ALTERED
     for kinds, kind, hint in _CALL_ERRORS:
         if isinstance(error, kinds):
