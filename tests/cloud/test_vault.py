@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,19 @@ def test_session_keys_of_tls_are_not_logged(
     ) as signer:
         _signs(signer)
     assert not keys.exists()
+
+
+def test_kept_connections_are_kept_alive(server: vault.Vault) -> None:
+    for address in (server.url, server.tls_url):
+        with open_signer("hashivault://d1", address=address, ca_file=str(server.ca_file)) as signer:
+            assert isinstance(signer._backend, VaultBackend)
+            pool = signer._backend._clients.get().http._pool
+            connection = pool._get_conn()
+            try:
+                assert vars(connection)["sock"].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            finally:
+                pool._put_conn(connection)
+            _signs(signer)
 
 
 # -- keys that are refused, versions that are pinned ----------------------------------------------

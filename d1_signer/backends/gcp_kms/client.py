@@ -115,7 +115,8 @@ class Caller:
         """
         until = time.monotonic() + self._timeout
         until = until if deadline is None else min(until, deadline)
-        client = self.clients.get()
+        # Making the client looks for credentials, for which nobody has a time limit.
+        client = self.clients.made_here() or within(until, self.clients.get)
         function = method(client)
         if getattr(client.transport, "kind", "") == "grpc":
             return self._attempts(doing, function, request, until)

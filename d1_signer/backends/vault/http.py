@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Timeout
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -42,6 +44,15 @@ from d1_signer.secret import Secret
 
 _CONNECTIONS = 128
 _LARGEST_ANSWER = 1 << 20
+
+# A firewall forgets idle connections without a word; each one that it forgot would cost a time-out.
+_KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):  # Linux: after a minute, and not after two hours
+    _KEEP_ALIVE += [
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ]
 _LONGEST = 400
 _ALTERED = "Something between this process and Vault alters answers, or it is not Vault."
 
@@ -219,26 +230,38 @@ def _headers(namespace: str | None, token: Secret | None) -> dict[str, str]:
 
 def _pool(settings: Settings) -> HTTPConnectionPool:
     url = urlsplit(settings.address)
-    timeout = Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
     host = url.hostname or ""
+    timeout = Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
+    options = [*HTTPConnection.default_socket_options, *_KEEP_ALIVE]
     if url.scheme == "http":
-        return HTTPConnectionPool(host, url.port, timeout=timeout, maxsize=_CONNECTIONS)
+        return HTTPConnectionPool(
+            host, url.port, timeout=timeout, maxsize=_CONNECTIONS, socket_options=options
+        )
+    return HTTPSConnectionPool(
+        host,
+        url.port,
+        timeout=timeout,
+        maxsize=_CONNECTIONS,
+        socket_options=options,
+        ssl_context=_ssl_context(settings.ca_file),
+    )
+
+
+def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
     # Not create_default_context(): it writes session keys to the file that SSLKEYLOGFILE names.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if settings.ca_file is None:
+    if ca_file is None:
         context.load_default_certs()
-    else:
-        try:
-            context.load_verify_locations(settings.ca_file)
-        except (OSError, ssl.SSLError):
-            raise ConfigurationError(
-                f"The CA file for Vault cannot be read: {settings.ca_file}.",
-                hint="It holds certificates in PEM; see VAULT_CACERT.",
-            ) from None
-    return HTTPSConnectionPool(
-        host, url.port, timeout=timeout, maxsize=_CONNECTIONS, ssl_context=context
-    )
+        return context
+    try:
+        context.load_verify_locations(ca_file)
+    except (OSError, ssl.SSLError):
+        raise ConfigurationError(
+            f"The CA file for Vault cannot be read: {ca_file}.",
+            hint="It holds certificates in PEM; see VAULT_CACERT.",
+        ) from None
+    return context
 
 
 def _unreachable(error: Exception, doing: str) -> D1SignerError:
