@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from d1_signer.backend import GeneratedKey, SignatureEncoding
 from d1_signer.custody import Evidence, Fact
 from d1_signer.errors import (
     D1SignerError,
@@ -35,7 +36,6 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.remote import PerProcess, within
-from d1_signer.backend import GeneratedKey, SignatureEncoding
 
 try:
     from d1_signer.backends.aws_kms.client import clients, read_settings, set_deadline
