@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from d1_signer.backend import GeneratedKey, SignatureEncoding
 from d1_signer.custody import Evidence, Fact
 from d1_signer.errors import (
     AmbiguousKeyError,
@@ -38,7 +39,6 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 from d1_signer.key_uri import KeyUri
 from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret
-from d1_signer.backend import GeneratedKey, SignatureEncoding
 
 _ALGORITHM = ec.ECDSA(utils.Prehashed(SHA256()))
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")
