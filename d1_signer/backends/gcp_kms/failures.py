@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import grpc
+import requests
 from google.api_core import exceptions as sdk
 from google.auth import exceptions as auth
 
@@ -138,6 +139,9 @@ def _failed(error: Exception, doing: str) -> D1SignerError:
         kind, hint = SignerUnavailable, "Check that the server of the credentials is reached."
     elif isinstance(error, auth.GoogleAuthError):
         kind, hint = LoginError, "Check the application default credentials of this process."
+    elif isinstance(error, requests.Timeout):
+        # Of the REST transport, whose own limit and ours may run out at the same moment.
+        kind, hint = SignerTimeout, "Check the network and the endpoint."
     elif isinstance(error, sdk.RetryError | grpc.RpcError | OSError):
         kind, hint = SignerUnavailable, "Check the network and the endpoint."
     elif isinstance(error, ValueError):
