@@ -371,7 +371,7 @@ def test_deadline_bounds_a_slow_answer(signer: Signer, proxy: FaultProxy) -> Non
 def test_client_alone_bounds_a_slow_answer(proxy: FaultProxy, key: str) -> None:
     release = threading.Event()
     uri = f"awskms:///{key}?endpoint={proxy.url}"
-    with open_signer(uri, max_attempts=1, read_timeout=0.2) as signer:
+    with open_signer(uri, max_attempts=1, read_timeout=1.0) as signer:
         proxy.fault = on_sign(aws.held(release))
         with pytest.raises(errors.SignerTimeout):
             signer.sign(b"m")

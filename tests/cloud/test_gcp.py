@@ -245,12 +245,12 @@ def test_deadline_bounds_a_slow_answer(server: gcp.Gcp, signer: Signer) -> None:
 def test_time_limit_bounds_all_attempts_together(
     server: gcp.Gcp, client: kms.KeyManagementServiceClient
 ) -> None:
-    with open_signer(f"gcpkms://{gcp.VERSION}", client=client, timeout=0.3) as signer:
+    with open_signer(f"gcpkms://{gcp.VERSION}", client=client, timeout=1.0) as signer:
         server.faults(AsymmetricSign=["UNAVAILABLE:x", "hold"])
         started = time.monotonic()
         with pytest.raises(errors.SignerTimeout):
             signer.sign(b"m")
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 4.0
         server.tell(release=True)
 
 
