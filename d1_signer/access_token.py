@@ -53,12 +53,16 @@ class HeldToken:
         token: The token.
         renew_at: From here on it is stale.
         unusable_at: From here on it is expired; a little ahead of D1's own expiry.
+        requested_at: Start of the request.
+        dies_at: D1's own expiry.
         shared: Whether it came from the fleet's store.
     """
 
     token: AccessToken
     renew_at: float
     unusable_at: float
+    requested_at: float
+    dies_at: float
     shared: bool = False
 
     def state(self, now: float) -> State:
@@ -98,5 +102,7 @@ def hold(
         token=AccessToken(value=value, expires_at=requested_at_wall + life, scope=scope),
         renew_at=requested_at + life * _RENEW_AT * spread,
         unusable_at=requested_at + life - margin,
+        requested_at=requested_at,
+        dies_at=requested_at + life,
         shared=shared,
     )

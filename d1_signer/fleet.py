@@ -81,19 +81,20 @@ class FleetRenewal:
                 shared = self._shared(refused)
                 if shared is not None:
                     return shared
+                # Counted from before the lease, so that the lease outlives it.
+                turn = min(deadline, time.monotonic() + self._turn)
                 with self._leased() as mine:
                     # Between the look and the lease another may have renewed and gone.
                     shared = self._shared(refused) if mine else None
                     if shared is not None:
                         return shared
                     if mine:
-                        turn = min(deadline, time.monotonic() + self._turn)
-                        held, asked_at = self._from_d1(turn, stopped)
-                        self._share(held, asked_at)
+                        held = self._renewal.obtain(deadline=turn, stopped=stopped)
+                        self._share(held)
                         return held
             except StoreUnavailable as error:
                 _log.warning("fleet.store_unavailable: going on without it: %s", error.message)
-                return self._from_d1(deadline, stopped)[0]
+                return self._renewal.obtain(deadline=deadline, stopped=stopped)
             if time.monotonic() + look >= deadline:
                 raise TokenTimeout(
                     "Another process renews the token and has not ended in time.",
@@ -103,19 +104,16 @@ class FleetRenewal:
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
             look = min(2 * look, _LONGEST_LOOK)
 
-    def _from_d1(self, deadline: float, stopped: threading.Event) -> tuple[HeldToken, float]:
-        asked_at = self._wall()
-        return self._renewal.obtain(deadline=deadline, stopped=stopped), asked_at
-
     def _shared(self, refused: str | None) -> HeldToken | None:
         """The store's token, if it is fresh."""
+        now, wall = self._clock(), self._wall()
         found = self._store.load(self._name)
         token = None if found is None else self._sealer.open(found[0])
         if found is None or token is None or token.value == refused:
             return None
-        now, wall = self._clock(), self._wall()
         life = token.expires_at - token.requested_at
-        # The store's own count does not depend on the clocks of two machines being alike.
+        # The store's own count does not depend on the clocks of two machines being alike. Ours are
+        # read before it, which errs on the safe side.
         remaining = min(token.expires_at - wall, found[1])
         held = hold(
             value=token.value,
@@ -126,7 +124,7 @@ class FleetRenewal:
             chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
             shared=True,
         )
-        return held if now < held.renew_at else None
+        return held if self._clock() < held.renew_at else None
 
     @contextmanager
     def _leased(self) -> Iterator[bool]:
@@ -147,16 +145,17 @@ class FleetRenewal:
             self._kept.release()
             self._kept = None
 
-    def _share(self, held: HeldToken, asked_at: float) -> None:
+    def _share(self, held: HeldToken) -> None:
+        # From the clock on which it ages: the wall clock may have been set since the request.
+        now, wall = self._clock(), self._wall()
         token = SharedToken(
             value=held.token.value,
             scope=held.token.scope,
-            requested_at=asked_at,
-            expires_at=held.token.expires_at,
+            requested_at=wall + held.requested_at - now,
+            expires_at=wall + held.dies_at - now,
         )
         try:
-            life = token.expires_at - self._wall()
-            if life > 0:
-                self._store.save(self._name, self._sealer.seal(token), life=life)
+            if held.dies_at > now:
+                self._store.save(self._name, self._sealer.seal(token), life=held.dies_at - now)
         except StoreUnavailable as error:
             _log.warning("fleet.token_not_shared: %s", error.message)
