@@ -56,9 +56,13 @@ class SignerPrivateKey(ec.EllipticCurvePrivateKey):
             The signature in DER (RFC 3279 section 2.2.3), 8 to 72 bytes.
 
         Raises:
-            InvalidInputError: Another algorithm, or deterministic signing, which no HSM promises.
+            InvalidInputError: Not bytes, another algorithm, or deterministic signing, which no HSM
+                promises.
             SignerError: As for `Signer.sign`.
         """
+        # bytes(5) would be five zero bytes, and a signature over them.
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise InvalidInputError("The data to sign is not bytes.")
         if not isinstance(signature_algorithm, ec.ECDSA) or getattr(
             signature_algorithm, "deterministic_signing", False
         ):
