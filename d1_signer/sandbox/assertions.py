@@ -8,8 +8,9 @@ would go unnoticed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from joserfc import jws
 from joserfc.errors import JoseError
@@ -17,9 +18,6 @@ from joserfc.jwk import ECKey
 
 from d1_signer.errors import InvalidInputError, InvalidKeyError
 from d1_signer.sandbox.strict_json import read_object
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 MAX_LIFETIME = 15 * 60
 """Seconds that ``exp`` may lie ahead (D1's limit)."""
@@ -63,11 +61,15 @@ class KeyRegister:
         """Register a public P-256 key; a key under the same kid is replaced.
 
         Raises:
-            InvalidInputError: The kid is empty or no string, or differs from the JWK's.
+            InvalidInputError: The kid is empty or no string, or differs from the JWK's; or the JWK
+                is no mapping.
             InvalidKeyError: Not a public P-256 signature key.
         """
-        if not isinstance(kid, str) or not kid:
-            raise InvalidInputError("A kid is a string that is not empty.")
+        _check_kid(kid)
+        if not isinstance(jwk, Mapping):
+            raise InvalidInputError(
+                "The key to register is not a JWK.", hint="Register what PublicKey.jwk() gives."
+            )
         if jwk.get("kid", kid) != kid:
             raise InvalidInputError("The JWK has another kid than the one it is registered under.")
         _check_jwk(jwk)
@@ -78,6 +80,7 @@ class KeyRegister:
 
     def remove(self, kid: str) -> None:
         """Forget the key, as at the end of a rotation; an unknown kid does no harm."""
+        _check_kid(kid)
         self._keys.pop(kid, None)
 
     def get(self, kid: str) -> ECKey | None:
@@ -85,11 +88,16 @@ class KeyRegister:
         return self._keys.get(kid)
 
 
+def _check_kid(kid: str) -> None:
+    if not isinstance(kid, str) or not kid:
+        raise InvalidInputError("A kid is a string that is not empty.")
+
+
 def _check_jwk(jwk: Mapping[str, str]) -> None:
     if "d" in jwk:
         raise InvalidKeyError(
             "The JWK has a private member; D1 is given public keys only.",
-            hint="Register what PublicKey.jwk() gives.",
+            hint="Register what PublicKey.jwk() or `d1-signer public-key --format jwk` gives.",
         )
     if jwk.get("kty") != "EC" or jwk.get("crv") != "P-256":
         raise InvalidKeyError("The JWK is not a key on P-256 (kty EC, crv P-256).")

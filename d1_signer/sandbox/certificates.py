@@ -34,6 +34,7 @@ _LOOPBACK_NAMES: tuple[x509.GeneralName, ...] = (
     x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
     x509.IPAddress(ipaddress.ip_address("::1")),
 )
+_LONGEST_PASSPHRASE = 1023  # bytes that OpenSSL takes
 _BACKDATED = dt.timedelta(hours=1)
 _LIFETIME = dt.timedelta(days=30)
 
@@ -102,9 +103,16 @@ class CertificateFolder:
 
         Returns:
             The PEM files of the certificate and of the key.
+
+        Raises:
+            InvalidInputError: Another kind of key, or a passphrase that cannot be one.
         """
         if key not in ("ec", "rsa"):
             raise InvalidInputError("A client key is either 'ec' or 'rsa'.")
+        if passphrase is not None and not (
+            isinstance(passphrase, bytes) and 0 < len(passphrase) <= _LONGEST_PASSPHRASE
+        ):
+            raise InvalidInputError("A passphrase is 1 to 1023 bytes.")
         private: PrivateKey = (
             rsa.generate_private_key(public_exponent=65537, key_size=2048)
             if key == "rsa"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -41,7 +41,7 @@ class Sandbox:
 
     Raises:
         MissingExtraError: The extra ``sandbox`` is not installed.
-        InvalidInputError: An argument is out of range.
+        InvalidInputError: An argument is of a wrong type or out of range.
     """
 
     def __init__(
@@ -54,9 +54,15 @@ class Sandbox:
         clock: Callable[[], float] = time.time,
         leeway: float = 5.0,
     ) -> None:
-        self._issuer_id = issuer_id
-        if not issuer_id:
-            raise InvalidInputError("The issuer ID is empty.")
+        self._issuer_id = issuer_id  # first of all: repr needs it
+        if not isinstance(issuer_id, str) or not issuer_id:
+            raise InvalidInputError("The issuer ID is a string that is not empty.")
+        if type(port) is not int:
+            raise InvalidInputError("The port is a whole number.")
+        if not callable(clock):
+            raise InvalidInputError("The clock is a function that returns seconds.")
+        if not _is_finite(leeway) or leeway < 0:
+            raise InvalidInputError("The leeway is a number of seconds, 0 or more.")
         self._port = port
         self._tls = tls
         self._clock = clock
@@ -155,6 +161,9 @@ class Sandbox:
 
         Returns:
             The PEM files of the certificate and of the key.
+
+        Raises:
+            InvalidInputError: Another kind of key, or a passphrase that cannot be one.
         """
         return self._folder().issue_client(key=key, passphrase=passphrase)
 
@@ -166,13 +175,18 @@ class Sandbox:
             jwk: A public P-256 JWK (RFC 7518 section 6.2.1).
 
         Raises:
-            InvalidInputError: The kid is empty, or the JWK has another one.
+            InvalidInputError: The kid is empty or no string, the JWK is no mapping, or it has
+                another kid.
             InvalidKeyError: Not a public P-256 signature key.
         """
         self._keys.add(kid, jwk)
 
     def forget_key(self, kid: str) -> None:
-        """Forget a key, as at the end of a rotation."""
+        """Forget a key, as at the end of a rotation.
+
+        Raises:
+            InvalidInputError: The kid is empty or no string.
+        """
         self._keys.remove(kid)
 
     def misbehave(
@@ -254,7 +268,12 @@ class Sandbox:
         return self._certificates
 
 
+def _is_finite(value: object) -> bool:
+    # Compared and not converted: an int beyond the floats would be an OverflowError.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
 def _checked_lifetime(seconds: float) -> float:
-    if not (math.isfinite(seconds) and seconds > 0):
+    if not _is_finite(seconds) or seconds <= 0:
         raise InvalidInputError("A token lifetime is a positive number of seconds.")
     return seconds

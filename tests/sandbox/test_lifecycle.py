@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -191,12 +191,40 @@ def test_a_thread_that_cannot_serve_ends_the_start() -> None:
     assert done.stdout.startswith("The sandbox cannot start: [Errno 24]")
 
 
-def test_arguments_out_of_range() -> None:
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"issuer_id": ""},
+        {"issuer_id": None},
+        {"port": "x"},
+        {"port": True},
+        {"port": 1.5},
+        {"token_lifetime": 0},
+        {"token_lifetime": -1},
+        {"token_lifetime": float("inf")},
+        {"token_lifetime": 10**400},
+        {"token_lifetime": "x"},
+        {"token_lifetime": None},
+        {"clock": 5},
+        {"leeway": "x"},
+        {"leeway": float("nan")},
+        {"leeway": -1},
+    ],
+)
+def test_arguments_of_a_wrong_type_or_range(argument: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError), Sandbox(**{"issuer_id": ISSUER, **argument}):
+        pass
+
+
+def test_a_lifetime_of_a_wrong_type_is_not_set(sandbox: Sandbox) -> None:
     with pytest.raises(InvalidInputError):
-        Sandbox(issuer_id="")
-    for lifetime in (0, -1, float("inf")):
-        with pytest.raises(InvalidInputError):
-            Sandbox(issuer_id=ISSUER, token_lifetime=lifetime)
+        sandbox.set_token_lifetime("x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("passphrase", ["text", b"", b"x" * 1024])
+def test_a_passphrase_that_cannot_be_one(sandbox: Sandbox, passphrase: Any) -> None:
+    with pytest.raises(InvalidInputError):
+        sandbox.issue_client_certificate(passphrase=passphrase)
 
 
 def test_it_listens_on_loopback_only(sandbox: Sandbox) -> None:

@@ -306,9 +306,21 @@ def test_only_public_p256_keys_are_registered(sandbox: Sandbox, key: ECKey) -> N
         with pytest.raises(InvalidKeyError) as caught:
             sandbox.register_key("new", jwk)
         assert private["d"] not in str(caught.value)
-    for kid, jwk in (("", public), ("new", public | {"kid": "other"})):
+        if jwk is private:
+            assert "PublicKey.jwk()" in caught.value.hint
+            assert "d1-signer public-key --format jwk" in caught.value.hint
+    wrong: list[tuple[Any, Any]] = [
+        ("", public),
+        (None, public),
+        ("new", public | {"kid": "other"}),
+        ("new", None),
+        ("new", [("kty", "EC")]),
+    ]
+    for kid, key_like in wrong:
         with pytest.raises(InvalidInputError):
-            sandbox.register_key(kid, jwk)
+            sandbox.register_key(kid, key_like)
+    with pytest.raises(InvalidInputError):
+        sandbox.forget_key([])  # type: ignore[arg-type]
 
 
 def test_the_clock_is_the_callers(client: Client, clock: Clock) -> None:
