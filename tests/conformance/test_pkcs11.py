@@ -36,3 +36,12 @@ class TestPkcs11WithOneLock(TestPkcs11):
     def signer(self, softhsm_token: SoftHsmToken) -> Signer:
         generate_key(softhsm_token.uri)
         return open_signer(softhsm_token.uri, locking="lock")
+
+
+class TestPkcs11Isolated(TestPkcs11):
+    """The same with the module in a process of its own."""
+
+    @pytest.fixture
+    def signer(self, softhsm_token: SoftHsmToken) -> Signer:
+        generate_key(softhsm_token.uri)
+        return open_signer(softhsm_token.uri, isolation="process")

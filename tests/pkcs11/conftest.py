@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from d1_signer.signer import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
+from tests.pkcs11 import shim as shims
+from tests.pkcs11.shim import Shim
 from tests.pkcs11.softhsm import copy_token
+from tests.pkcs11.wire import Wire, wire
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,3 +69,29 @@ def run_python() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shim_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shims.build(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def shim(
+    shim_path: Path, token: SoftHsmToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shim]:
+    """The module in front of ``token``; a copy, since the state belongs to a loaded file."""
+    mine = tmp_path / "shim.so"
+    shutil.copy2(shim_path, mine)
+    made = Shim(mine, token.module_path, tmp_path / "shim.state")
+    for name, value in made.env.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def hsm(token: SoftHsmToken, tmp_path: Path) -> Iterator[Wire]:
+    """The token behind a server on a socket."""
+    with wire(token, tmp_path) as running:
+        yield running

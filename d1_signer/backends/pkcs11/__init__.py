@@ -28,6 +28,7 @@ from d1_signer.secret import SecretSource
 try:
     from d1_signer.backends.pkcs11.backend import Pkcs11Backend, Settings
     from d1_signer.backends.pkcs11.generate import generate
+    from d1_signer.backends.pkcs11.isolated import HostSettings, IsolatedBackend
     from d1_signer.backends.pkcs11.login import CKU_USER, Pin
 except ModuleNotFoundError as error:
     if error.name != "pkcs11":
@@ -73,6 +74,8 @@ def open_backend(
     user_type: int | None = None,
     protected_authentication_path: bool = False,
     init_reserved: str | None = None,
+    isolation: str = "none",
+    processes: int = 1,
 ) -> Backend:
     """Open a key in a PKCS#11 token.
 
@@ -95,6 +98,10 @@ def open_backend(
         protected_authentication_path: The PIN is entered at the device (PIN pad).
         init_reserved: Text handed to ``C_Initialize`` as ``pReserved``, for modules that are
             configured so (NSS softokn).
+        isolation: ``"process"`` hosts the module in child processes: a library that hangs is killed
+            at the deadline, one that crashes costs an error, and each is replaced. ``"none"``: in
+            this process.
+        processes: With ``isolation="process"``, how many children; each has ``max_sessions``.
 
     Raises:
         KeyUriError: The URI cannot be read, or names no module.
@@ -122,7 +129,40 @@ def open_backend(
         public_key=PublicKey.from_pem(public_key) if isinstance(public_key, str) else public_key,
         init_reserved=init_reserved,
     )
-    return Pkcs11Backend(settings, _pin(parsed, pin_source))
+    _choice("isolation", isolation, ("none", "process"))
+    _in_range("processes", processes, 1, 64)
+    if isolation == "none":
+        return Pkcs11Backend(settings, _pin(parsed, pin_source))
+    return IsolatedBackend(_host_settings(uri, settings, pin_source, processes))
+
+
+def _host_settings(
+    uri: str, settings: Settings, pin_source: SecretSource | None, processes: int
+) -> HostSettings:
+    """What the children are told; a source that a child can read itself goes there as it is."""
+    given = settings.public_key
+    options: dict[str, object] = {
+        "module_path": settings.module_path,
+        "public_key": None if given is None else given.pem(),
+        "max_sessions": settings.max_sessions,
+        "locking": settings.locking,
+        "user_type": settings.user_type,
+        "protected_authentication_path": settings.pin_pad,
+        "init_reserved": settings.init_reserved,
+    }
+    source = pin_source if pin_source is not None else settings.uri.pin_source
+    if isinstance(source, str) and source != "prompt":
+        options["pin_source"], source = source, None
+    return HostSettings(
+        uri=uri,
+        location=settings.uri.token_location(),
+        options=options,
+        pin_source=source,
+        processes=processes,
+        connections=settings.max_sessions,
+        patience=settings.session_timeout,
+        timeout=settings.timeout,
+    )
 
 
 def generate_key(

@@ -39,6 +39,7 @@ from d1_signer.remote import within
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+_PATIENCE = 1.0  # seconds for cleaning up, which nobody waits for
 _PROOF = b"d1_signer/pkcs11/proof-of-key/v1\0"  # no JWT and no TLS handshake begins so
 
 
@@ -78,6 +79,8 @@ class Pkcs11Backend:
         self._login: Login | None = None
         self._pinned: PublicKey | None = settings.public_key
         self._pool = Pool(settings.max_sessions, settings.session_timeout)
+        # A generation in which a repeated call failed: the next one begins with a new one.
+        self._lost: tuple[int, sdk.PKCS11Error] | None = None
         self._circuit = Circuit(settings.uri.token_location())
         self._module = Module.acquire(
             settings.module_path, locking=settings.locking, reserved=settings.init_reserved
@@ -115,12 +118,15 @@ class Pkcs11Backend:
         self._closed = True
         free = self._pool.close()
         with contextlib.suppress(D1SignerError):
-            deadline = time.monotonic() + 1.0
-            with self._module.calling(deadline):
-                for worker in free:
-                    worker.drop(self._module.generation)
-                self._release_login()
+            self._module.run(lambda: self._close_sessions(free), time.monotonic() + _PATIENCE)
         self._module.release()
+
+    def _close_sessions(self, workers: list[Worker]) -> None:
+        for worker in workers:
+            worker.drop(self._module.generation)
+        if self._login is not None and self._token_generation == self._module.generation:
+            self._login.release()
+        self._login = None
 
     # -- signing ------------------------------------------------------------------------------
 
@@ -152,10 +158,14 @@ class Pkcs11Backend:
         self._circuit.check()
         worker = self._pool.take(deadline)
         try:
-            try:
-                result = self._attempt(worker, work, deadline)
-            except sdk.PKCS11Error as failure:
-                result = self._recovered(worker, work, deadline, failure)
+            lost = self._lost
+            if lost is not None and lost[0] == self._module.generation:
+                result = self._recovered(worker, work, deadline, lost[1])
+            else:
+                try:
+                    result = self._attempt(worker, work, deadline)
+                except sdk.PKCS11Error as failure:
+                    result = self._recovered(worker, work, deadline, failure)
             self._circuit.closed_by_success()
             return result
         finally:
@@ -166,13 +176,13 @@ class Pkcs11Backend:
         module = self._module
         if worker.generation != module.generation:
             self._pin.read()  # outside the module: it may run the caller's code
-        module.enter(deadline)
-        try:
+
+        def inside() -> T:
             if worker.generation != module.generation:
                 self._open_worker(worker)
             return work(worker)
-        finally:
-            module.leave()
+
+        return module.run(inside, deadline)
 
     def _recovered(
         self,
@@ -189,8 +199,9 @@ class Pkcs11Backend:
         """
         level = recovery_for(failure)
         if level is Recovery.NONE:
+            self._drop(worker)  # an operation may still be active in it
             raise translated(failure, step="signature") from None
-        seen = self._module.generation
+        seen = self._module.generation if worker.generation < 0 else worker.generation
         step = "signature"
         for current in range(level, Recovery.MODULE + 1):
             _log.debug("pkcs11.recovering level=%d after=%s", current, told(failure))
@@ -211,17 +222,22 @@ class Pkcs11Backend:
                 if missing.details.get("step") != "token":
                     raise
                 failure = sdk.TokenNotPresent()
+        self._drop(worker)
         raise self._away(failure, step)
 
     def _away(self, failure: sdk.PKCS11Error, step: str) -> D1SignerError:
+        if recovery_for(failure) is Recovery.MODULE:
+            self._lost = (self._module.generation, failure.with_traceback(None))
         error = translated(failure, step=step)
         if isinstance(error, SignerUnavailable):
             self._circuit.opened_by(error)
         return error
 
     def _drop(self, worker: Worker) -> None:
-        with contextlib.suppress(D1SignerError), self._module.calling(time.monotonic() + 1.0):
-            worker.drop(self._module.generation)
+        with contextlib.suppress(D1SignerError):
+            self._module.run(
+                lambda: worker.drop(self._module.generation), time.monotonic() + _PATIENCE
+            )
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -249,18 +265,17 @@ class Pkcs11Backend:
     def _opened(self) -> FoundKey:
         self._pin.read()
         try:
-            with self._module.calling(None):
-                token = self._current_token()
+            self._module.run(self._current_token, None)
         except (KeyNotFoundError, sdk.GeneralError):
             # A SoftHSM module that starts while another process logs in may miss its tokens.
             self._module.reinitialize(self._module.generation, None)
-            self._pin.read()
-            with self._module.calling(None):
-                token = self._current_token()
-        with self._module.calling(None):
-            self._ensure_login(token)
-            with token.open() as session:
-                return keys.find_key(session, self._settings.uri, self._settings.public_key)
+        return self._module.run(self._look, None)
+
+    def _look(self) -> FoundKey:
+        token = self._current_token()
+        self._ensure_login(token)
+        with keys.session_on(token) as session:
+            return keys.find_key(session, self._settings.uri, self._pinned)
 
     def _open_worker(self, worker: Worker) -> None:
         """Open a session and find the key through it; inside the module."""
@@ -301,14 +316,9 @@ class Pkcs11Backend:
         else:
             login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=True)
 
-    def _release_login(self) -> None:
-        if self._login is not None and self._token_generation == self._module.generation:
-            self._login.release()
-        self._login = None
-
     def _ask(self, _: Worker) -> Evidence:
         token = self._current_token()
-        with token.open() as session:
+        with keys.session_on(token) as session:
             found = keys.find_key(session, self._settings.uri, self._pinned)
             return keys.evidence(self._module, token, found, self._settings.uri)
 

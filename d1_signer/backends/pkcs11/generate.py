@@ -53,16 +53,19 @@ def generate(settings: Settings, pin: Pin) -> GeneratedKey:
     """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
     secret = pin.read()
     module = Module.acquire(settings.module_path, locking="auto", reserved=settings.init_reserved)
+
+    def inside() -> GeneratedKey:
+        token = keys.find_token(module, settings.uri)
+        login = Login.shared(module, token, settings.user_type)
+        try:
+            login.ensure(secret, pin_pad=settings.pin_pad, known=False)
+            with keys.session_on(token, rw=True) as session:
+                return _generate(session, settings)
+        finally:
+            login.release()
+
     try:
-        with module.calling(None):
-            token = keys.find_token(module, settings.uri)
-            login = Login.shared(module, token, settings.user_type)
-            try:
-                login.ensure(secret, pin_pad=settings.pin_pad, known=False)
-                with token.open(rw=True) as session:
-                    return _generate(session, settings)
-            finally:
-                login.release()
+        return module.run(inside, None)
     except sdk.PKCS11Error as failure:
         raise translated(failure, step="key") from None
     finally:

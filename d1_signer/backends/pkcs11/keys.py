@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pkcs11
@@ -42,7 +42,7 @@ _UNREADABLE = (
 class FoundKey:
     """A private key on a token, and its public half."""
 
-    private: pkcs11.SignMixin
+    private: pkcs11.SignMixin = field(repr=False)  # its repr would call the module
     public: PublicKey
     id: bytes
     always_authenticate: bool
@@ -110,6 +110,17 @@ def _token_text(token: pkcs11.Token) -> str:
     return f"{token.label!r} (serial {serial}, slot {token.slot.slot_id})"
 
 
+@contextlib.contextmanager
+def session_on(token: pkcs11.Token, *, rw: bool = False) -> Iterator[pkcs11.Session]:
+    """A session for a few calls; that a dead one cannot be closed does not hide why it died."""
+    session = token.open(rw=rw)
+    try:
+        yield session
+    finally:
+        with contextlib.suppress(sdk.PKCS11Error):
+            session.close()
+
+
 # -- the key ----------------------------------------------------------------------------------
 
 
@@ -165,14 +176,19 @@ def objects(
 ) -> list[Any]:
     """All objects of a class with this label and id.
 
-    A list, always: while a search is open, it holds the session's lock against other threads.
+    A list, always: while a search is open, it holds the session's lock against other threads. One
+    that could not begin calls the module once more when it is freed, so that is done here, inside
+    the module, and not whenever the error's traceback goes.
     """
     template: dict[Attribute, Any] = {Attribute.CLASS: kind}
     if label is not None:
         template[Attribute.LABEL] = label
     if key_id is not None:
         template[Attribute.ID] = key_id
-    return list(session.get_objects(template))
+    try:
+        return list(session.get_objects(template))
+    except sdk.PKCS11Error as failure:
+        raise failure.with_traceback(None) from None
 
 
 def attribute(item: Any, name: Attribute) -> Any:

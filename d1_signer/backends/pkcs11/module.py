@@ -9,14 +9,13 @@ Handles of sessions and objects restart at each initialisation, so whatever hold
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from pkcs11 import _pkcs11
 from pkcs11 import exceptions as sdk
@@ -31,6 +30,8 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Module:
         self.logins: dict[tuple[int, int], Any] = {}
         self.reserved = reserved
         self._users = 0
-        self._foreign = False  # initialised by other code in this process, not by us
+        self._ours = False  # initialised by us, not by other code in this process
         self._stale = True
         self._wanted = "auto"
         self._fork_holder: int | None = None  # the thread that closed the gate to fork
@@ -118,12 +119,18 @@ class Module:
             self._call_lock.release()
         self._gate.leave()
 
-    @contextlib.contextmanager
-    def calling(self, deadline: float | None) -> Iterator[None]:
-        """`enter` and `leave` as a context."""
+    def run(self, work: Callable[[], T], deadline: float | None) -> T:
+        """Do work between `enter` and `leave`.
+
+        Its errors arrive without the frames they came through. Those hold the binding's objects,
+        whose ``repr`` calls the module, where a crash reporter that shows local variables would
+        call it whenever it likes; and the PIN, where a key wants it with each signature.
+        """
         self.enter(deadline)
         try:
-            yield
+            return work()
+        except Exception as error:  # noqa: BLE001 (raised on, whatever it is)
+            raise error.with_traceback(None) from None
         finally:
             self.leave()
 
@@ -169,15 +176,20 @@ class Module:
                 "This process was forked while a PKCS#11 call hung: the module is unusable in it.",
                 hint='Fork again when the HSM answers, or use isolation="process".',
             )
+        self._end()
+        self._initialize()
+        self._stale = False
+
+    def _end(self) -> None:
+        """With the gate closed: end what we began; no handle of this generation lives on."""
         self.logins.clear()
         self.generation += 1
         self._stale = True
-        if not self._foreign:
+        if self._ours:
             # A child of a fork may not be taken as initialised (p11-kit): then there is nothing to
             # finalise, which is fine.
             self.cryptoki.finalize()
-        self._initialize()
-        self._stale = False
+            self._ours = False
 
     def _initialize(self) -> None:
         os_locking = self._wanted != Locking.LOCK
@@ -190,12 +202,12 @@ class Module:
         }:
             code = self.cryptoki.initialize(os_locking=False, reserved=self.reserved)
             self.locking = Locking.LOCK
-        self._foreign = code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED
-        if self._foreign:
+        self._ours = code == cryptoki.CKR_OK
+        if code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
             # By whom, and with which promises, is unknown; python-pkcs11 promises a single thread.
             self.locking = Locking.LOCK
             _log.warning("pkcs11.initialized_by_others module=%s", self.path)
-        elif code != cryptoki.CKR_OK:
+        elif not self._ours:
             raise cryptoki.error_of(code)
         _log.info(
             "pkcs11.initialized module=%s locking=%s generation=%d",
@@ -255,14 +267,11 @@ class Module:
         """Give the module back; the last one to do so finalises it, if nobody is in a call."""
         with self._life:
             self._users -= 1
-            if self._users or self._stale or self._foreign:
+            if self._users or self._stale:
                 return
             if self._gate.close(time.monotonic() + _SECONDS_TO_DRAIN):
                 try:
-                    self.logins.clear()
-                    self.generation += 1
-                    self._stale = True
-                    self.cryptoki.finalize()
+                    self._end()
                 finally:
                     self._gate.open()
             else:

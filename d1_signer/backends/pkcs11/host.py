@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that hosts a module for ``isolation="process"``; started by `isolated`.
+
+Its arguments are the numbers of inherited sockets: one for control, the others for signatures, each
+served by a thread. It ends when the control socket does, even if the module hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from d1_signer.backend import Backend
+from d1_signer.backends.pkcs11 import open_backend
+from d1_signer.backends.pkcs11.login import refused
+from d1_signer.backends.pkcs11.wire import (
+    CUSTODY,
+    DONE,
+    FAILED,
+    SIGN,
+    Gone,
+    encoded_error,
+    receive,
+    send,
+)
+from d1_signer.errors import D1SignerError, SignerError
+
+_SECONDS_TO_CLOSE = 2.0
+
+
+def main(numbers: list[int]) -> None:
+    """Open the key that the first frame describes, then serve until the parent has gone."""
+    control, *connections = [socket.socket(fileno=number) for number in numbers]
+    try:
+        _, body = receive(control)
+        backend = _opened(control, json.loads(body))
+        if backend is None:
+            return
+        for connection in connections:
+            threading.Thread(target=_serve, args=(backend, connection), daemon=True).start()
+        receive(control)  # nothing is ever sent: this waits for the end
+    except Gone:
+        pass
+    finally:
+        os._exit(0)  # threads may be in a call that does not return
+
+
+def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
+    refused.take(request["refused"])
+    options = request["options"]
+    pin = request.get("pin")
+    if pin is not None:
+        options["pin_source"] = lambda: pin
+    try:
+        backend = open_backend(request["uri"], **options)
+    except D1SignerError as error:
+        send(control, FAILED, encoded_error(error, refused=refused.export()))
+        return None
+    send(control, DONE, backend.public_key().pem().encode())
+    return backend
+
+
+def _serve(backend: Backend, connection: socket.socket) -> None:
+    try:
+        while True:
+            kind, body = receive(connection)
+            try:
+                answer = _answer(backend, kind, body)
+            except D1SignerError as error:
+                send(connection, FAILED, encoded_error(error, refused=refused.export()))
+            else:
+                send(connection, DONE, answer)
+    except Gone:
+        pass
+
+
+def _answer(backend: Backend, kind: bytes, body: bytes) -> bytes:
+    if kind == SIGN:
+        return backend.sign_digest(body, None)
+    if kind == CUSTODY:
+        return json.dumps(asdict(backend.custody())).encode()
+    raise SignerError(f"The host process was asked for something unknown ({kind!r}).")
+
+
+if __name__ == "__main__":
+    main([int(number) for number in sys.argv[1:]])
