@@ -56,10 +56,10 @@ def run_python() -> Run:
     """Run Python code in a process of its own, so that a crash there is a failed test here."""
 
     def run(
-        code: str, *arguments: str, timeout: float = 60, **env: str
+        code: str, *arguments: str, timeout: float = 60, prefix: tuple[str, ...] = (), **env: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-c", code, *arguments],
+            [*prefix, sys.executable, "-X", "faulthandler", "-c", code, *arguments],
             cwd=ROOT,
             env={**os.environ, **env},
             capture_output=True,

@@ -78,6 +78,7 @@ class Pkcs11Backend:
         self._token_generation = -1
         self._login: Login | None = None
         self._pinned: PublicKey | None = settings.public_key
+        self._proven = False
         self._pool = Pool(settings.max_sessions, settings.session_timeout)
         # A generation in which a repeated call failed: the next one begins with a new one.
         self._lost: tuple[int, sdk.PKCS11Error] | None = None
@@ -218,10 +219,6 @@ class Pkcs11Backend:
                 failure = again
                 if step == "signature" or recovery_for(again) is Recovery.NONE:
                     break
-            except KeyNotFoundError as missing:
-                if missing.details.get("step") != "token":
-                    raise
-                failure = sdk.TokenNotPresent()
         self._drop(worker)
         raise self._away(failure, step)
 
@@ -261,6 +258,7 @@ class Pkcs11Backend:
         except D1SignerError as error:
             error.details["step"] = "signature"
             raise
+        self._proven = True
 
     def _opened(self) -> FoundKey:
         self._pin.read()
@@ -298,10 +296,18 @@ class Pkcs11Backend:
         """The token, looked up once in each generation: slot numbers move."""
         generation = self._module.generation
         if self._token is None or self._token_generation != generation:
-            self._token = keys.find_token(self._module, self._settings.uri)
+            self._token = self._find_token()
             self._login = None
             self._token_generation = generation
         return self._token
+
+    def _find_token(self) -> pkcs11.Token:
+        try:
+            return keys.find_token(self._module, self._settings.uri)
+        except KeyNotFoundError:
+            if not self._proven:
+                raise
+        raise sdk.TokenNotPresent  # it was there: it is away, and may come back
 
     def _ensure_login(self, token: pkcs11.Token) -> None:
         login = self._login

@@ -104,17 +104,22 @@ class LibraryInfo:
 class Cryptoki:
     """A loaded module's function list."""
 
-    def __init__(self, path: str) -> None:
-        """Load the module; the operating system counts how often it is loaded.
+    def __init__(self, path: str, binding: Any) -> None:
+        """Take the list that python-pkcs11's object of the module uses.
+
+        A list of its own would not do: each that p11-kit's client gives out is a connection, to be
+        initialised by itself.
 
         Raises:
-            OSError: It cannot be loaded.
-            AttributeError: It is no PKCS#11 module.
+            pkcs11.PKCS11Error: The module gives no list.
         """
-        self._library = ctypes.CDLL(path)  # kept: the functions live as long as it does
-        pointer = ctypes.POINTER(_FunctionList)()
-        _check(self._library.C_GetFunctionList(ctypes.byref(pointer)))
-        functions = pointer.contents.functions
+        address = _list_of(binding)
+        if address is None:
+            self._library = ctypes.CDLL(path)  # kept: the list lives as long as it does
+            pointer = ctypes.c_void_p()
+            _check(self._library.C_GetFunctionList(ctypes.byref(pointer)))
+            address = pointer.value or 0
+        functions = _FunctionList.from_address(address).functions
         handle, pin = ctypes.c_ulong, ctypes.c_char_p
         self._initialize = _function(functions[_INITIALIZE], ctypes.c_void_p)
         self._finalize = _function(functions[_FINALIZE], ctypes.c_void_p)
@@ -167,6 +172,20 @@ class Cryptoki:
         info = _SessionInfo()
         _check(self._get_session_info(session, ctypes.byref(info)))
         return int(info.state) in _LOGGED_IN_STATES
+
+
+def _list_of(binding: Any) -> int | None:
+    """Address of the function list in python-pkcs11's object; None where it looks otherwise.
+
+    Such an object is a C structure of three pointers, of which only the first, the list of v2.40,
+    is set when the object is made without its ``__init__``. The binding shows none of them.
+    """
+    pointers = ctypes.c_void_p * 3
+    base = type(binding).__mro__[1]
+    if base.__basicsize__ != object.__basicsize__ + ctypes.sizeof(pointers):
+        return None
+    first, *others = pointers.from_address(id(binding) + object.__basicsize__)
+    return first if first is not None and others == [None, None] else None
 
 
 def error_of(code: int) -> sdk.PKCS11Error:

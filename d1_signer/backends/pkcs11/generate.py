@@ -8,8 +8,7 @@ import secrets
 from typing import Any
 
 import pkcs11
-from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
-from pkcs11 import exceptions as sdk
+from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, exceptions as sdk
 
 from d1_signer.backend import GeneratedKey
 from d1_signer.backends.pkcs11 import keys

@@ -10,8 +10,7 @@ from typing import Any
 
 import pkcs11
 from asn1crypto.x509 import Certificate
-from pkcs11 import Attribute, KeyType, ObjectClass, SlotFlag
-from pkcs11 import exceptions as sdk
+from pkcs11 import Attribute, KeyType, ObjectClass, SlotFlag, exceptions as sdk
 
 from d1_signer.backends.pkcs11.module import Module
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri

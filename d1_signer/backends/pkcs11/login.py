@@ -16,8 +16,7 @@ import secrets
 import threading
 
 import pkcs11
-from pkcs11 import TokenFlag
-from pkcs11 import exceptions as sdk
+from pkcs11 import TokenFlag, exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, translated
 from d1_signer.backends.pkcs11.module import Module

@@ -17,8 +17,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from pkcs11 import _pkcs11
-from pkcs11 import exceptions as sdk
+from pkcs11 import _pkcs11, exceptions as sdk
 
 from d1_signer.backends.pkcs11 import cryptoki
 from d1_signer.backends.pkcs11.cryptoki import Cryptoki
@@ -72,14 +71,13 @@ class Module:
         self._pid = os.getpid()
         self._new_locks()
         try:
-            self.cryptoki = Cryptoki(path)
-            # Without its __init__, which would call C_Initialize(NULL). A private path: the tests
-            # pin it, and `_initialize` falls back to one lock where it is gone.
+            # Without its __init__, which would call C_Initialize(NULL): a private path, which the
+            # tests pin.
             self.binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
-        except (OSError, AttributeError, sdk.PKCS11Error) as error:
-            reason = error if isinstance(error, OSError) else "it is no PKCS#11 module"
+            self.cryptoki = Cryptoki(path, self.binding)
+        except sdk.PKCS11Error as error:
             raise ConfigurationError(
-                f"The PKCS#11 module cannot be loaded: {path}: {reason}.",
+                f"The PKCS#11 module cannot be loaded: {path}: {told(error)}.",
                 hint="Check the path, the file's architecture, and the libraries that it needs.",
                 details={"step": "module"},
             ) from None

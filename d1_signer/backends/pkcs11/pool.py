@@ -8,8 +8,7 @@ import threading
 import time
 
 import pkcs11
-from pkcs11 import Mechanism
-from pkcs11 import exceptions as sdk
+from pkcs11 import Mechanism, exceptions as sdk
 
 from d1_signer.errors import SignerClosedError, SignerTimeout
 from d1_signer.secret import Secret

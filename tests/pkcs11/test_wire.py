@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An HSM on a wire that is killed, restarted and frozen while threads sign.
+
+In processes of their own: a crash or a freeze there is a failed test here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from d1_signer.testing import SoftHsmToken
+from tests.pkcs11.conftest import ROOT, Run
+from tests.pkcs11.shim import Shim
+from tests.pkcs11.wire import Wire, module, wire
+
+pytestmark = pytest.mark.stress
+
+# Signs in a number of threads until its input closes; tells each change between working and not.
+_LOAD = """
+import json, sys, threading, time
+from d1_signer import open_signer
+from d1_signer.errors import SignerUnavailable, SignerTimeout
+
+uri, options, threads, timeout = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+timeout = float(timeout) if timeout else None
+signer = open_signer(uri, **options)
+lock, stop = threading.Lock(), threading.Event()
+tell = lambda **what: (lock.acquire(), print(json.dumps(what), flush=True), lock.release())
+wrong = []
+
+def work(number):
+    works = None
+    while not stop.is_set():
+        started = time.monotonic()
+        try:
+            signer.sign(b"message", timeout=timeout)
+            now = True
+        except SignerUnavailable as error:
+            now = False
+            stop.wait(0.01)
+        except BaseException as error:
+            tell(thread=number, wrong=repr(error))
+            return
+        took = time.monotonic() - started
+        if timeout and took > timeout * 1.1 + 0.02:
+            tell(thread=number, late=took)
+        if now is not works:
+            works = now
+            tell(thread=number, works=now)
+
+workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+[w.start() for w in workers]
+sys.stdin.read()
+stop.set()
+[w.join(20) for w in workers]
+signer.close()
+tell(ended=True)
+"""
+
+
+class Load:
+    """Threads that sign in another process, and what they tell."""
+
+    def __init__(self, process: subprocess.Popen[str], threads: int) -> None:
+        self._process = process
+        self._told: Queue[dict[str, object]] = Queue()
+        self.works = dict.fromkeys(range(threads), False)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._told.put(json.loads(line))
+        self._told.put({"closed": True})
+
+    def until_all(self, *, work: bool, seconds: float) -> float:
+        """Wait until every thread works, or none does; returns the seconds it took."""
+        began = time.monotonic()
+        while set(self.works.values()) != {work}:
+            left = seconds - (time.monotonic() - began)
+            assert left > 0, f"after {seconds} s: {self.works}"
+            told = self._told.get(timeout=max(left, 0.01) + 0.5)
+            assert told.keys() == {"thread", "works"}, told
+            self.works[int(str(told["thread"]))] = bool(told["works"])
+        return time.monotonic() - began
+
+    def end(self) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait(40) == 0
+        assert self._process.stderr is not None
+        while not (told := self._told.get(timeout=5)).get("ended"):
+            assert "wrong" not in told, told
+            assert "late" not in told, told
+        return self._process.stderr.read()
+
+
+@contextmanager
+def load(
+    hsm: Wire, token: SoftHsmToken, threads: int, timeout: str = "", **options: object
+) -> Iterator[Load]:
+    options = {"module_path": hsm.client, **options}
+    with subprocess.Popen(
+        [sys.executable, "-c", _LOAD, token.uri, json.dumps(options), str(threads), timeout],
+        cwd=ROOT,
+        env={**os.environ, **hsm.env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield Load(process, threads)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.timeout(300)
+def test_server_killed_under_load_and_started_again(
+    token: SoftHsmToken, shim: Shim, tmp_path: Path, rounds: int
+) -> None:
+    # The shim stands in the server, so that it counts the sessions at the HSM's end.
+    with (
+        wire(token, tmp_path, provider=shim.path, env=shim.env) as hsm,
+        load(hsm, token, 8) as threads,
+    ):
+        threads.until_all(work=True, seconds=20)
+        for _ in range(rounds):
+            hsm.kill()
+            threads.until_all(work=False, seconds=5)
+            time.sleep(2.0 if rounds > 3 else 0.5)
+            hsm.start()
+            assert threads.until_all(work=True, seconds=5) < 1.0
+        # Without the sessions that died with a killed server: one for the login, four that sign.
+        assert shim.most_sessions <= 5 * (rounds + 1)
+        logged = threads.end()
+    assert logged.count("pkcs11.away") <= rounds
+
+
+def test_frozen_server_keeps_no_caller(token: SoftHsmToken, hsm: Wire) -> None:
+    with load(hsm, token, 8, "0.4") as threads:
+        threads.until_all(work=True, seconds=20)
+        hsm.signal(signal.SIGSTOP)
+        threads.until_all(work=False, seconds=2)
+        time.sleep(1.0)
+        hsm.signal(signal.SIGCONT)
+        threads.until_all(work=True, seconds=2)
+        threads.end()
+
+
+def test_frozen_server_and_a_hosted_module(token: SoftHsmToken, hsm: Wire) -> None:
+    with load(hsm, token, 4, "0.5", isolation="process") as threads:
+        threads.until_all(work=True, seconds=20)
+        hsm.signal(signal.SIGSTOP)
+        threads.until_all(work=False, seconds=3)
+        time.sleep(1.0)
+        hsm.signal(signal.SIGCONT)
+        threads.until_all(work=True, seconds=5)
+        threads.end()
+
+
+_HANG = """
+import sys, threading
+from d1_signer import open_signer
+from d1_signer.errors import SignerTimeout
+signer = open_signer(sys.argv[1], module_path=sys.argv[2])
+print("open", flush=True)
+sys.stdin.readline()
+try:
+    signer.sign(b"message", timeout=0.2)
+except SignerTimeout:
+    print("timeout", flush=True)
+"""
+
+
+def test_process_ends_with_a_call_that_hangs(token: SoftHsmToken, hsm: Wire) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HANG, token.uri, hsm.client],
+        cwd=ROOT,
+        env={**os.environ, **hsm.env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout.readline() == "open\n"
+            hsm.signal(signal.SIGSTOP)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "timeout\n"
+            assert process.wait(5) == 0
+        finally:
+            process.kill()
+
+
+_FORK = """
+import os, sys, threading, time
+from d1_signer import open_signer
+
+uri, path, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+signer = open_signer(uri, module_path=path)
+stop, failures = threading.Event(), []
+
+def work():
+    while not stop.is_set():
+        try:
+            signer.sign(b"parent")
+        except BaseException as error:
+            failures.append(repr(error))
+            return
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]
+statuses = []
+for _ in range(rounds):
+    child = os.fork()
+    if child == 0:
+        try:
+            ts = [threading.Thread(target=signer.sign, args=(b"child",)) for _ in range(3)]
+            [t.start() for t in ts]
+            signer.sign(b"child")
+            [t.join() for t in ts]
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+    until = time.monotonic() + 15
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.002)
+    if ended == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    statuses.append(ended[1] if ended[0] else "hung")
+stop.set()
+[t.join() for t in threads]
+print(statuses.count(0), [s for s in statuses if s != 0], failures)
+"""
+
+
+@pytest.mark.parametrize("through", ["softhsm", "client", "proxy"])
+@pytest.mark.timeout(200)
+def test_fork_while_threads_sign(
+    token: SoftHsmToken, hsm: Wire, run_python: Run, tmp_path: Path, through: str
+) -> None:
+    env = {}
+    if through == "client":
+        path, env = hsm.client, hsm.env
+    elif through == "proxy":
+        path, env = module("../p11-kit-proxy.so"), _proxy_configuration(token, tmp_path)
+    else:
+        path = token.module_path
+    # p11-kit reads no user's configuration as root: in a user namespace it sees another user.
+    prefix = ("unshare", "--user") if through == "proxy" and os.getuid() == 0 else ()
+    ran = run_python(_FORK, token.uri, path, "15", timeout=150, prefix=prefix, **env)
+    assert ran.stdout == "15 [] []\n", ran.stdout + ran.stderr
+
+
+def _proxy_configuration(token: SoftHsmToken, home: Path) -> dict[str, str]:
+    modules = home / ".config" / "pkcs11" / "modules"
+    modules.mkdir(parents=True)
+    (home / ".config" / "pkcs11" / "pkcs11.conf").write_text("user-config: only\n")
+    (modules / "token.module").write_text(f"module: {token.module_path}\n")
+    return {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
+
+
+def test_spy_counts_three_calls_a_signature(
+    token: SoftHsmToken, run_python: Run, tmp_path: Path
+) -> None:
+    log = tmp_path / "spy.log"
+    code = (
+        "import sys\nfrom d1_signer import open_signer\n"
+        "with open_signer(sys.argv[1], module_path=sys.argv[2]) as signer:\n"
+        "    for _ in range(int(sys.argv[3])): signer.sign(b'message')\n"
+    )
+    calls = {}
+    for count in (10, 110):
+        ran = run_python(
+            code,
+            token.uri,
+            module("pkcs11-spy.so"),
+            str(count),
+            PKCS11SPY=token.module_path,
+            PKCS11SPY_OUTPUT=str(log),
+        )
+        assert ran.returncode == 0, ran.stderr
+        lines = log.read_text(errors="replace").splitlines()
+        calls[count] = sum(": C_" in line and line.split(":")[0].isdigit() for line in lines)
+        log.unlink()
+    assert calls[110] - calls[10] == 3 * 100
