@@ -22,7 +22,7 @@ from d1_signer.errors import SignerUnavailable
 from d1_signer.otel import OpenTelemetryObserver
 from d1_signer.sandbox import Fault, Sandbox
 from tests.token.conftest import KID, FetcherMaker
-from tests.token.test_fetcher import until
+from tests.token.test_fetcher import age, until
 
 DOCUMENT = Path(__file__).parents[2] / "docs/observability.md"
 
@@ -154,7 +154,8 @@ def test_no_value_of_one_call_becomes_an_attribute_of_a_metric(
 ) -> None:
     fetcher = make_fetcher(signer=signers, observers=[telemetry.observer], retry_interval=0.01)
     for _ in range(3):
-        fetcher.invalidate(fetcher.token())
+        fetcher.token()
+        age(fetcher, 895)
     until(lambda: len(telemetry.spans("d1_signer.token.renewal")) == 3)
     for name, points in telemetry.points().items():
         assert len(points) == 1, name

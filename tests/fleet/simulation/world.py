@@ -50,7 +50,7 @@ class Task:
         self.ready: Callable[[], bool] | None = None  # what it waits for
         self.wakes_at = 0.0
         self.done = False
-        self.error: BaseException | None = None
+        self.thread: _Thread | None = None
 
 
 class World:
@@ -73,7 +73,7 @@ class World:
             Lock=lambda: _Lock(self),
             Event=lambda: _Event(self),
             Thread=lambda **options: _Thread(self, **options),
-            current_thread=lambda: self.current,
+            current_thread=lambda: self._running().thread,
         )
 
     def process(self, name: str) -> Process:
@@ -95,7 +95,6 @@ class World:
             except Killed:
                 pass
             except BaseException as error:  # noqa: BLE001 (told by the schedule)
-                task.error = error
                 self.problems.append(f"{task.name} ended with {error!r}")
             task.done = True
             self._tasks.remove(task)
@@ -259,6 +258,10 @@ class _Thread:
     def start(self) -> None:
         process = self._world._running().process
         self._task = self._world.spawn(process, self._target, *self._args)
+        self._task.thread = self
+
+    def is_alive(self) -> bool:
+        return self._task is not None and not self._task.done
 
     def join(self, timeout: float | None = None) -> None:
         task = self._task
