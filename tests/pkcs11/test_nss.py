@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second module, which shares no code with SoftHSM: NSS's software token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.pkcs11.conftest import Run
+
+_MODULES = (
+    "/usr/lib/x86_64-linux-gnu/libsoftokn3.so",
+    "/usr/lib/aarch64-linux-gnu/libsoftokn3.so",
+    "/usr/lib64/libsoftokn3.so",
+)
+
+# In a process of its own: NSS cannot be told of another folder once it is loaded.
+_USE = """
+import json, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from d1_signer import open_signer
+from d1_signer.errors import D1SignerError, LoginError
+from d1_signer.signer import generate_key
+
+uri, reserved = sys.argv[1], sys.argv[2]
+try:
+    open_signer(uri, init_reserved=reserved, pin_source=lambda: "wrong-pin")
+except LoginError as error:
+    refused = error.details["step"]
+made = generate_key(uri, init_reserved=reserved)
+with open_signer(uri, init_reserved=reserved) as signer:
+    assert signer.public_key == made.public_key
+    with ThreadPoolExecutor(8) as pool:
+        signatures = list(pool.map(lambda turn: signer.sign(b"%d" % turn), range(400)))
+    child = os.fork()
+    if child == 0:
+        try:
+            signer.sign(b"child")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    evidence = signer.custody().evidence
+    facts = {fact.name: fact.value for fact in evidence.facts}
+print(json.dumps({
+    "refused": refused, "signatures": len(set(signatures)), "child": status,
+    "exportable": evidence.exportable, "in_place": evidence.generated_in_place,
+    "locking": facts["locking"], "model": facts["token model"],
+}))
+"""
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    tool = shutil.which("certutil")
+    if tool is None:
+        pytest.fail("certutil was not found: apt-get install libnss3-tools", pytrace=False)
+    folder = tmp_path / "nss"
+    folder.mkdir()
+    pin = tmp_path / "pin"
+    pin.touch(0o600)
+    pin.write_text("a-pin-for-nss")
+    command = [tool, "-N", "-d", f"sql:{folder}", "-f", str(pin)]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("point", ["0", "1"], ids=["point in DER", "bare point"])
+def test_nss(database: Path, run_python: Run, point: str) -> None:
+    module = next((path for path in _MODULES if Path(path).exists()), None)
+    if module is None:
+        pytest.fail("libsoftokn3.so was not found: apt-get install libnss3", pytrace=False)
+    uri = "pkcs11:token=NSS%20Certificate%20DB;object=d1"
+    uri += f"?module-path={module}&pin-source=file:{database.parent}/pin"
+    reserved = f"configdir='sql:{database}' certPrefix='' keyPrefix='' secmod='secmod.db' flags="
+    ran = run_python(_USE, uri, reserved, NSS_USE_DECODED_CKA_EC_POINT=point)
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert (told["refused"], told["signatures"], told["child"]) == ("login", 400, 0)
+    # What NSS says of its keys is passed on, also where it looks bad.
+    assert (told["exportable"], told["in_place"]) == (False, False)
+    assert (told["locking"], told["model"]) == ("os", "NSS 3")
