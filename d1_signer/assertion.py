@@ -7,7 +7,7 @@ import secrets
 import time
 
 from d1_signer import jose, jwt
-from d1_signer.d1 import AssertionProfile
+from d1_signer.d1 import MAX_ASSERTION_LIFETIME, AssertionProfile
 from d1_signer.events import Use
 from d1_signer.secret import Secret
 from d1_signer.signer import Signer
@@ -27,7 +27,7 @@ def sign_assertion(
     Args:
         signer: Signs, and names the ``kid``.
         profile: What the assertion says.
-        clock_offset: Seconds to add to this machine's clock.
+        clock_offset: Seconds by which D1's clock is ahead of it.
         timeout: Seconds to wait for the signature at most; None: the signer's own limit.
 
     Returns:
@@ -37,8 +37,12 @@ def sign_assertion(
         SignerError: The key cannot sign; see `Signer.sign`.
     """
     jti = secrets.token_urlsafe(16)
-    unsigned = jwt.signing_input(
-        signer.kid, profile.claims(now=time.time() + clock_offset, jti=jti)
+    now = time.time()
+    claims = profile.claims(now=now + clock_offset, jti=jti)
+    # However far ahead D1's clock is said to be: no assertion outlives 15 minutes on ours.
+    claims["exp"] = min(
+        int(now + clock_offset) + profile.lifetime, int(now) + MAX_ASSERTION_LIFETIME
     )
+    unsigned = jwt.signing_input(signer.kid, claims)
     use = Use(purpose=PURPOSE, references=(("iss", profile.issuer_id), ("jti", jti)))
     return Secret(jose.compact(unsigned, signer.sign(unsigned, timeout=timeout, use=use)))

@@ -66,7 +66,10 @@ class D1Auth(AuthBase):
         _authorize(request, token)
 
         def renew_once(response: requests.Response, **kwargs: Any) -> requests.Response:
-            if response.status_code != _UNAUTHORIZED or response.is_redirect:
+            # requests carries this hook along a redirect; what another host answers says nothing
+            # about the token.
+            answered = self._source.environment.serves(response.request.url or "")
+            if response.status_code != _UNAUTHORIZED or not answered:
                 return response
             self._source.invalidate(token)
             return self._replayed(response, kwargs)

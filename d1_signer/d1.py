@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import ClassVar, final
 from urllib.parse import SplitResult, urlsplit
 
 from d1_signer.errors import ConfigurationError, InvalidInputError
+from d1_signer.hosts import is_loopback
 
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 """RFC 7523 section 2.1."""
@@ -128,41 +128,34 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def _checked_url(url: str) -> str:
-    if not isinstance(url, str):
-        raise _bad_url("it is not a text")
+    if not isinstance(url, str) or "://" not in url:
+        raise _bad_url("it is neither a name of Thales' environments nor a URL")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         raise _bad_url("it cannot be read") from None
-    if port == 0:
-        raise _bad_url("nothing listens on port 0")
-    if re.search(r"[^\x21-\x7e]", url):
-        raise _bad_url("it has characters that a URL cannot have")
-    if parts.username is not None or parts.password is not None:
-        raise _bad_url("it holds a user name or a password")
-    if parts.query or parts.fragment or "?" in url or "#" in url:
-        raise _bad_url("it has a query or a fragment")
-    if not parts.hostname or not _HOST.fullmatch(_host_of(parts)):
-        raise _bad_url("it has no valid host")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
-        raise _bad_url("plain http is for a loopback address only")
-    if parts.scheme not in {"https", "http"}:
-        raise _bad_url("it does not begin with https://")
+    host = parts.hostname or ""
+    refusals = (
+        (port == 0, "nothing listens on port 0"),
+        (re.search(r"[^\x21-\x7e]", url), "it has characters that a URL cannot have"),
+        ("@" in parts.netloc, "it holds a user name or a password"),
+        ("?" in url or "#" in url, "it has a query or a fragment"),
+        (not _HOST.fullmatch(_host_of(parts)), "it has no valid host"),
+        (parts.scheme not in {"https", "http"}, "it does not begin with https://"),
+        (
+            parts.scheme == "http" and not is_loopback(host),
+            "plain http is for a loopback address only",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise _bad_url(reason)
     return url.rstrip("/")
 
 
 def _host_of(parts: SplitResult) -> str:
     return re.sub(r":\d*$", "", parts.netloc)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":  # RFC 6761 section 6.3: it always means loopback
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bad_url(reason: str) -> ConfigurationError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import urllib3
 from d1_signer.d1 import GRANT_TYPE, Environment
 from d1_signer.errors import (
     D1SignerError,
+    FetcherClosedError,
     TlsError,
     TokenError,
     TokenResponseError,
@@ -69,7 +71,8 @@ class TokenEndpoint:
         """
         self._url = environment.token_endpoint
         self._timeouts = (connect_timeout, read_timeout)
-        self._adapter = TlsAdapter(context, pool_size=1)
+        self._adapter = TlsAdapter(context, timeouts=self._timeouts, pool_size=1)
+        self._closed = False
         self._session = new_session(self._adapter, proxy=proxy)
 
     def post(self, assertion: Secret, *, correlation_id: str, deadline: float) -> Reply:
@@ -85,7 +88,11 @@ class TokenEndpoint:
             `TokenUnavailable` where no whole answer came, `TokenRefusedError` or
             `TokenResponseError` for what the answer says. Its details have the correlation id.
         """
+        # The limits of a socket are for the next bytes each: a server that drips goes on for ever.
+        watch = threading.Timer(max(0.0, deadline - time.monotonic()), self._adapter.abort)
+        watch.daemon = True
         try:
+            watch.start()
             reply = self._exchange(assertion, correlation_id, deadline)
         # The errors of requests hold the request, and with it the assertion, so they end here:
         # ours is made new, with no traceback and no context that leads to theirs.
@@ -100,11 +107,15 @@ class TokenEndpoint:
                     hint="Check that the environment's URL is D1's token endpoint.",
                 )
             )
+        finally:
+            watch.cancel()
         if isinstance(reply.outcome, D1SignerError):
             reply.outcome.details["correlation_id"] = correlation_id
         return reply
 
     def _exchange(self, assertion: Secret, correlation_id: str, deadline: float) -> Reply:
+        if self._closed:
+            raise FetcherClosedError("The token fetcher is closed.")
         sent_at = time.time()
         connect, read = (min(limit, _remaining(deadline)) for limit in self._timeouts)
         response = self._session.post(
@@ -144,7 +155,8 @@ class TokenEndpoint:
         self._adapter.abort()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; nothing is sent any more."""
+        self._closed = True
         self._session.close()
 
 

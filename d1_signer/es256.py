@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import final
 
 from asn1crypto.algos import DSASignature
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -114,6 +115,7 @@ def _malformed(reason: str) -> InvalidSignatureError:
     return InvalidSignatureError(f"The signature is refused: {reason}.")
 
 
+@final
 class PublicKey:
     """A public key on P-256. Immutable, hashable, comparable by value.
 
@@ -262,7 +264,7 @@ class PublicKey:
         der = der_from_raw(signature)
         try:
             self._key.verify(der, data, algorithm)
-        except TypeError:
+        except (TypeError, BufferError):
             raise InvalidInputError("The message to verify is not bytes.") from None
         except InvalidSignature:
             raise InvalidSignatureError(

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from d1_signer.errors import ConfigurationError
+
 _log = logging.getLogger("d1_signer")
 
 
@@ -93,6 +95,20 @@ class FailoverEvent:
 Event = SignEvent | RequestEvent | RenewalEvent | FailoverEvent
 Observer = Callable[[Event], None]
 """Called in the thread where the event happened, so it must be quick."""
+
+
+def checked(observers: Iterable[Observer]) -> tuple[Observer, ...]:
+    """Return observers that can be called.
+
+    Raises:
+        ConfigurationError: Not a sequence of callables.
+    """
+    found = tuple(observers) if isinstance(observers, Iterable) else (None,)
+    if not all(callable(observer) for observer in found):
+        raise ConfigurationError(
+            "observers is not a sequence of callables.", hint="Write observers=[my_observer]."
+        )
+    return found
 
 
 def notify(observers: Iterable[Observer], event: Event) -> None:

@@ -12,8 +12,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from d1_signer.access_token import HeldToken, hold
 from d1_signer.clock import Clock
@@ -23,6 +24,8 @@ from d1_signer.renewal import Limits, Renewal
 from d1_signer.stores import Lease, Sealer, SharedToken, TokenStore
 
 _log = logging.getLogger("d1_signer.fleet")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # Of the total time limit: what the holder of the lease has for its work, and how long the lease
 # lives. It outlives the work; and whoever waits for a holder that died has time for its own turn.
@@ -107,7 +110,7 @@ class FleetRenewal:
     def _shared(self, refused: str | None) -> HeldToken | None:
         """The store's token, if it is fresh."""
         now, wall = self._clock(), self._wall()
-        found = self._store.load(self._name)
+        found = _asked(self._store.load, self._name)
         token = None if found is None else self._sealer.open(found[0])
         if found is None or token is None or token.value == refused:
             return None
@@ -128,13 +131,13 @@ class FleetRenewal:
 
     @contextmanager
     def _leased(self) -> Iterator[bool]:
-        lease = self._store.lease(self._name, life=self._lease_life)
+        lease = _asked(self._store.lease, self._name, life=self._lease_life)
         try:
             yield lease is not None
         finally:
             try:
                 if lease is not None:
-                    lease.release()
+                    _asked(lease.release)
             except StoreUnavailable as error:
                 self._kept = lease
                 _log.warning("fleet.lease_not_released: %s", error.message)
@@ -142,7 +145,7 @@ class FleetRenewal:
     def _give_back(self) -> None:
         """Release what could not be released when its work was done."""
         if self._kept is not None:
-            self._kept.release()
+            _asked(self._kept.release)
             self._kept = None
 
     def _share(self, held: HeldToken) -> None:
@@ -156,6 +159,18 @@ class FleetRenewal:
         )
         try:
             if held.dies_at > now:
-                self._store.save(self._name, self._sealer.seal(token), life=held.dies_at - now)
+                sealed = self._sealer.seal(token)
+                _asked(self._store.save, self._name, sealed, life=held.dies_at - now)
         except StoreUnavailable as error:
             _log.warning("fleet.token_not_shared: %s", error.message)
+
+
+def _asked(call: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
+    """Call a store; whatever one of somebody else's raises means that it is away."""
+    try:
+        return call(*args, **options)
+    except StoreUnavailable:
+        raise
+    except Exception as error:  # noqa: BLE001 (a store may be anybody's code)
+        kind = type(error).__name__
+    raise StoreUnavailable(f"The token store failed with {kind}.", hint="Look at the store's code.")

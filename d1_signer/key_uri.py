@@ -13,7 +13,9 @@ from urllib.parse import unquote_to_bytes
 from d1_signer.errors import KeyUriError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_PIN_VALUE = re.compile(r"(pin-value=)[^;&?#]*", re.IGNORECASE)
+_PIN_VALUE = re.compile(r"((?:p|%70)(?:i|%69)(?:n|%6e)(?:-|%2d)[^=;]*=)[^;&]*", re.IGNORECASE)
+_USER = re.compile(r"//[^/]*@")
+_LONGEST_SHOWN = 512
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -24,8 +26,14 @@ def scheme_of(uri: str) -> str:
 
 
 def without_secrets(uri: str) -> str:
-    """The URI as it may be shown: without query and fragment, a PIN masked."""
-    return _PIN_VALUE.sub(r"\1****", re.split(r"[?#]", uri, maxsplit=1)[0])
+    """The URI as it may be shown: without query and fragment, user and PIN masked.
+
+    Something else altogether, such as a whole key that was put where its URI belongs, is not shown.
+    """
+    if not scheme_of(uri) or len(uri) > _LONGEST_SHOWN or not uri.isprintable() or " " in uri:
+        return "(not a key URI)"
+    shown = re.split(r"[?#]", uri, maxsplit=1)[0]
+    return _USER.sub("//****@", _PIN_VALUE.sub(r"\1****", shown))
 
 
 def split_fragment(uri: str) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from d1_signer.backend import BackendModule, guarded
 from d1_signer.errors import ConfigurationError, D1SignerError, KeyUriError
-from d1_signer.key_uri import scheme_of, without_secrets
+from d1_signer.key_uri import scheme_of
 
 ENTRY_POINT_GROUP = "d1_signer.backends"
 
@@ -54,9 +54,9 @@ def load_backend_module(uri: str) -> BackendModule:
         )
     plugged = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
     known = ", ".join(f"{name}:" for name in sorted({*BUILT_IN, *plugged}))
-    raise KeyUriError(
-        f"Nothing serves the key URI {without_secrets(uri)!r}.", hint=f"Known schemes: {known}."
-    )
+    # Not the URI itself: what has no scheme of ours may be anything, a key or a password even.
+    told = f"Nothing serves {scheme}:." if scheme else "The key URI has no scheme."
+    raise KeyUriError(told, hint=f"Known schemes: {known}.")
 
 
 def call_backend(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:

@@ -7,11 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from d1_signer.errors import ConfigurationError, SignerTimeout, SignerUnavailable
+from d1_signer.hosts import is_loopback
 
 T = TypeVar("T")
 
@@ -143,15 +143,8 @@ def check_endpoint(url: str, what: str) -> None:
             f"The {what} is not a URL of the form https://HOST[:PORT].",
             hint="Credentials never stand in it.",
         )
-    if parts.scheme == "http" and not _is_loopback(host):
+    if parts.scheme == "http" and not is_loopback(host):
         raise ConfigurationError(
             f"The {what} is plain http to {host}.",
             hint="Use https; plain http is taken for a loopback address only.",
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

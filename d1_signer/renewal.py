@@ -23,6 +23,7 @@ from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
     FetcherClosedError,
+    InvalidInputError,
     SignerError,
     TokenRefusedError,
     TokenResponseError,
@@ -62,6 +63,21 @@ class Limits:
     sign: float = 10.0
     connect: float = 5.0
     read: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("total", "sign", "connect", "read"):
+            seconds(getattr(self, name), name, least=0.001)
+
+
+def seconds(value: float, name: str, *, least: float) -> float:
+    """Return a number of seconds that can be worked with.
+
+    Raises:
+        InvalidInputError: Not a number, less than ``least`` or more than a day.
+    """
+    if not isinstance(value, int | float) or not least <= value <= 86_400:  # noqa: PLR2004 (a day)
+        raise InvalidInputError(f"{name} is not a number of seconds from {least:g} to 86400.")
+    return value
 
 
 def pause_before(attempt: int, *, retry_after: float | None, chance: float) -> float:
@@ -129,7 +145,7 @@ class Renewal:
             attempt += 1
             started = (self._clock(), self._wall())
             try:
-                kid, reply = self._try_once(deadline, refused_kids)
+                kid, reply = self._try_once(deadline, stopped, refused_kids)
             except (SignerError, ConfigurationError):
                 if refusal is None:
                     raise
@@ -152,12 +168,17 @@ class Renewal:
             )
             in_time = time.monotonic() + pause < deadline
             if attempt >= MAX_ATTEMPTS or not _is_retried(reply) or not in_time:
+                if skew_corrected and _is_invalid_grant(reply):
+                    # The Date was not what D1 minded, under any kid: both can be wrong at once.
+                    self._clock_offset = 0.0
                 raise reply.outcome
             _log.info("token.retry attempt=%d pause=%.3f: %s", attempt, pause, reply.outcome.code)
             if stopped.wait(pause):
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
 
-    def _try_once(self, deadline: float, without: frozenset[str]) -> tuple[str, Reply]:
+    def _try_once(
+        self, deadline: float, stopped: threading.Event, without: frozenset[str]
+    ) -> tuple[str, Reply]:
         def sign(signer: Signer) -> tuple[str, Secret]:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -167,11 +188,16 @@ class Renewal:
                 )
             timeout = min(self._limits.sign, remaining)
             assertion = sign_assertion(
-                signer, self._profile, clock_offset=self._clock_offset, timeout=timeout
+                signer,
+                self._profile,
+                clock_offset=self._clock_offset,
+                timeout=timeout,
             )
             return signer.kid, assertion
 
-        kid, assertion = self._signers.attempt(sign, without=without)
+        kid, assertion = self._signers.attempt(sign, without=without, timeout=self._limits.sign)
+        if stopped.is_set():
+            raise FetcherClosedError("The token fetcher was closed during a renewal.")
         correlation_id = (
             secrets.token_hex(16)
             if self._correlation_id is None

@@ -21,6 +21,7 @@ SecretSource = str | Callable[[], str | bytes]
 """``file:PATH``, ``env:NAME``, ``prompt``, or a callable that returns the secret."""
 
 _MAX_FILE_SIZE = 1 << 20
+_LONGEST_PATH = 256
 _SOURCES = "A secret source is file:PATH, env:NAME, prompt, or a callable passed in code."
 
 
@@ -59,7 +60,7 @@ def read_secret(source: SecretSource, *, what: str) -> Secret:
 
     Raises:
         SecretSourceError: Unknown form, unreadable, world-readable, empty, or not UTF-8. The text
-            never repeats the source's value, which may be a secret put there by mistake.
+            repeats a file's path at most: anything else may be the secret, put there by mistake.
     """
     # No local variable and no error under way holds the value where an error is raised.
     secret = _wrapped(_value_from(source, what))
@@ -91,6 +92,14 @@ def _wrapped(value: object) -> Secret | None:
         return None
 
 
+def shown_path(path: object) -> str:
+    """A path as it may be shown; what does not look like one may be a secret and is not."""
+    text = str(path)
+    if "/" not in text or len(text) > _LONGEST_PATH or not text.isprintable() or "-----" in text:
+        return "(not shown: it has not the form of a path)"
+    return text
+
+
 def read_private_file(path: str, *, what: str) -> bytes:
     """Read a file that only its owner may read.
 
@@ -111,17 +120,18 @@ def read_private_file(path: str, *, what: str) -> bytes:
         with open(path, "rb", opener=_open_without_blocking) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise SecretSourceError(f"The {what} is not a regular file: {path}.")
+                raise SecretSourceError(f"The {what} is not a regular file: {shown_path(path)}.")
             _check_mode(status, path, what)
             content = file.read(_MAX_FILE_SIZE + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
         raise SecretSourceError(
-            f"The {what} cannot be read: {path}: {reason}.",
+            f"The {what} cannot be read: {shown_path(path)}: {reason}.",
             hint="Check the path, and that this process's user may read it.",
         ) from None
     if len(content) > _MAX_FILE_SIZE:
-        raise SecretSourceError(f"The {what} is larger than 1 MiB: {path}.")
+        del content  # a frame that raises holds no secret
+        raise SecretSourceError(f"The {what} is larger than 1 MiB: {shown_path(path)}.")
     return content
 
 
@@ -137,7 +147,7 @@ def _check_mode(status: os.stat_result, path: str, what: str) -> None:
     if status.st_mode & forbidden:
         mode = stat.S_IMODE(status.st_mode)
         raise SecretSourceError(
-            f"The {what} is open to other users (mode {mode:04o}): {path}.",
+            f"The {what} is open to other users (mode {mode:04o}): {shown_path(path)}.",
             hint="Run chmod 600 on it; a file owned by root may be 640.",
         )
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -33,19 +32,23 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
 from d1_signer.backend import Backend, GeneratedKey, SignatureEncoding, guarded
-from d1_signer.custody import CustodyPolicy, CustodyReport
+from d1_signer.custody import CustodyPolicy, CustodyReport, Evidence
 from d1_signer.errors import (
+    ConfigurationError,
     D1SignerError,
     InvalidInputError,
     InvalidSignatureError,
     KeyMismatchError,
     KeyUriError,
     SignerClosedError,
+    SignerError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.events import Observer, SignEvent, Use, notify
+from d1_signer.events import Observer, SignEvent, Use, checked, notify
 from d1_signer.key_uri import scheme_of, split_fragment
 from d1_signer.registry import call_backend, load_backend_module
+
+_LONGEST_TIMEOUT = 86_400.0
 
 
 @final
@@ -86,19 +89,24 @@ class Signer:
         self._backend = backend
         self._kid = ""  # for the repr in a crash report, should a step below fail
         self._encoding = guarded(backend.name, SignatureEncoding, backend.encoding)
-        self._public_key = guarded(backend.name, backend.public_key)
+        # Rebuilt, so that the verifier is ours and not an object of the backend's own making.
+        self._public_key = guarded(
+            backend.name, lambda: PublicKey.from_der(backend.public_key().der())
+        )
         self._verify = verify
-        self._observers = tuple(observers)
+        self._observers = checked(observers)
         self._closed = False
         self._kid = self._public_key.thumbprint() if kid is None else _checked_kid(kid)
-        if expected_thumbprint not in {None, self._public_key.thumbprint()}:
+        if expected_thumbprint is not None and expected_thumbprint != self._public_key.thumbprint():
             raise KeyMismatchError(
                 f"The key's thumbprint is {self._public_key.thumbprint()}, which is not the "
                 "expected one.",
                 hint="Check which key the URI names, and the thumbprint that was registered.",
             )
+        if not isinstance(custody_policy, CustodyPolicy | None):
+            raise ConfigurationError("custody_policy is not a CustodyPolicy.")
         if custody_policy is not None:
-            custody_policy.check(guarded(backend.name, backend.custody))
+            custody_policy.check(self.custody().evidence)
 
     @property
     def public_key(self) -> PublicKey:
@@ -155,7 +163,7 @@ class Signer:
         if not isinstance(digest, bytes) or len(digest) != es256.DIGEST_LENGTH:
             raise InvalidInputError("The digest to sign is not 32 bytes.")
         if timeout is not None and not (
-            isinstance(timeout, int | float) and math.isfinite(timeout)
+            isinstance(timeout, int | float) and -_LONGEST_TIMEOUT < timeout < _LONGEST_TIMEOUT
         ):
             raise InvalidInputError("The timeout is not a number of seconds.")
         if self._closed:
@@ -210,6 +218,11 @@ class Signer:
             SignerError: Anything else that keeps the backend from asking.
         """
         evidence = guarded(self._backend.name, self._backend.custody)
+        if not isinstance(evidence, Evidence):
+            raise SignerError(
+                f"The {self._backend.name} backend gave no evidence.",
+                hint="This is a defect of the backend; report it to its maintainers.",
+            )
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,

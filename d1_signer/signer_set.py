@@ -22,13 +22,13 @@ from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
     InvalidInputError,
-    KeyMismatchError,
     SignerClosedError,
     SignerError,
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.events import FailoverEvent, Observer, notify
+from d1_signer.events import FailoverEvent, Observer, checked, notify
+from d1_signer.lazy_signer import LazySigner
 from d1_signer.signer import Signer
 
 _log = logging.getLogger("d1_signer.signer_set")
@@ -66,62 +66,7 @@ class MemberHealth:
     rests_for: float
 
 
-_with_locks: weakref.WeakSet[LazySigner | _Member | SignerSet] = weakref.WeakSet()
-
-
-@final
-class LazySigner:
-    """A member whose device may be down while the process starts; opened when it is needed.
-
-    Its kid and public key are told instead of asked, and the key that is found must be that one.
-    """
-
-    def __init__(self, opener: Callable[[], Signer], *, kid: str, public_key: PublicKey) -> None:
-        """Remember how to open the signer.
-
-        Args:
-            opener: Opens it: ``lambda: open_signer(uri, kid=kid)``.
-            kid: Its key identifier.
-            public_key: Its public key.
-        """
-        self._opener = opener
-        self._lock = threading.Lock()
-        self._signer: Signer | None = None
-        self._closed = False
-        self.kid = kid
-        self.public_key = public_key
-        _with_locks.add(self)
-
-    def signer(self) -> Signer:
-        """The open signer; opens it where it is not.
-
-        Raises:
-            KeyMismatchError: The key or the kid is not the one that was told.
-            SignerClosedError: It was closed; it is not opened again.
-            SignerError: It cannot be opened.
-        """
-        with self._lock:
-            if self._closed:
-                raise SignerClosedError(f"The signer of kid {self.kid!r} is closed.")
-            if self._signer is None:
-                signer = self._opener()
-                if signer.public_key != self.public_key or signer.kid != self.kid:
-                    signer.close()
-                    raise KeyMismatchError(
-                        f"The key of kid {self.kid!r} is not the expected one: it has the kid "
-                        f"{signer.kid!r} and the thumbprint {signer.public_key.thumbprint()}.",
-                        hint="Check the key URI against the key that was registered.",
-                    )
-                self._signer = signer
-            return self._signer
-
-    def close(self) -> None:
-        """Close the signer where it was opened; it is not opened again."""
-        with self._lock:
-            self._closed = True
-            if self._signer is not None:
-                self._signer.close()
-                self._signer = None
+_with_locks: weakref.WeakSet[_Member | SignerSet] = weakref.WeakSet()
 
 
 class _Member:
@@ -138,8 +83,10 @@ class _Member:
         self._prober: object | None = None
         _with_locks.add(self)
 
-    def signer(self) -> Signer:
-        return self.source if isinstance(self.source, Signer) else self.source.signer()
+    def signer(self, timeout: float | None) -> Signer:
+        if isinstance(self.source, Signer):
+            return self.source
+        return self.source.signer(timeout=timeout)
 
     def admit(self, now: float) -> object | None:
         """A ticket where a caller may try now; after a rest, one caller at a time."""
@@ -218,11 +165,12 @@ class SignerSet:
             ConfigurationError: No member, or two different keys under one kid.
         """
         self._clock = clock
-        self._observers = tuple(observers)
+        self._members: tuple[_Member, ...] = ()  # for the repr, should a step below fail
+        self._observers = checked(observers)
         self._lock = threading.Lock()
         self._closed = False
         _with_locks.add(self)
-        self._members = tuple(_Member(source) for source in members)
+        self._members = _members_of(members)
         if not self._members:
             raise ConfigurationError("A SignerSet needs at least one signer.")
         _require_one_key_a_kid(self._members)
@@ -247,13 +195,20 @@ class SignerSet:
         now = self._clock()
         return tuple(member.health(now) for member in self._members)
 
-    def attempt(self, work: Callable[[Signer], _T], *, without: frozenset[str] = frozenset()) -> _T:
+    def attempt(
+        self,
+        work: Callable[[Signer], _T],
+        *,
+        without: frozenset[str] = frozenset(),
+        timeout: float | None = None,
+    ) -> _T:
         """Do work with the first member that can.
 
         Args:
             work: Called with one signer after the other until it raises neither `SignerError` nor
                 `ConfigurationError`.
             without: Kids that are not asked this time.
+            timeout: Seconds to wait at most for a member that has to be opened first.
 
         Returns:
             What ``work`` returned.
@@ -277,7 +232,7 @@ class SignerSet:
             if ticket is None:
                 continue
             try:
-                result = work(member.signer())
+                result = work(member.signer(timeout))
             # A PIN file that cannot be read is one device's trouble, like a device that is down.
             except (SignerError, ConfigurationError) as error:
                 member.failed(ticket, error, self._clock())
@@ -308,7 +263,7 @@ class SignerSet:
             ConfigurationError: Another key stands under its kid.
         """
         with self._lock:
-            members = (*self._members, _Member(member))
+            members = (*self._members, *_members_of([member]))
             _require_one_key_a_kid(members)
             self._members = members
 
@@ -365,6 +320,16 @@ class SignerSet:
     def __reduce__(self) -> NoReturn:
         msg = "a SignerSet cannot be pickled: open it where it is used"
         raise TypeError(msg)
+
+
+def _members_of(sources: Iterable[Signer | LazySigner]) -> tuple[_Member, ...]:
+    sources = tuple(sources) if isinstance(sources, Iterable) else (sources,)
+    if not all(isinstance(source, Signer | LazySigner) for source in sources):
+        raise ConfigurationError(
+            "A member of a SignerSet is neither a Signer nor a LazySigner.",
+            hint="Write SignerSet([open_signer(uri, kid=…), …]).",
+        )
+    return tuple(_Member(source) for source in sources)
 
 
 def _require_one_key_a_kid(members: tuple[_Member, ...]) -> None:

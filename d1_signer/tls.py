@@ -12,8 +12,10 @@ import socket
 import ssl
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, final
+from urllib.parse import urlsplit
 
 import certifi
 import requests
@@ -22,7 +24,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from d1_signer.errors import ConfigurationError, SecretSourceError
-from d1_signer.secret import SecretSource, read_private_file, read_secret
+from d1_signer.hosts import is_loopback
+from d1_signer.secret import SecretSource, read_private_file, read_secret, shown_path
 
 _ENCRYPTED_HINT = "Name the source of its passphrase: file:PATH or env:NAME."
 
@@ -40,7 +43,7 @@ class ClientCertificate:
 
     certificate: str | os.PathLike[str]
     key: str | os.PathLike[str]
-    passphrase: SecretSource | None = None
+    passphrase: SecretSource | None = field(default=None, repr=False, kw_only=True)
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Load certificate and key into a context.
@@ -49,7 +52,8 @@ class ClientCertificate:
             SecretSourceError: A file or the passphrase cannot be read or used.
             ConfigurationError: The key does not belong to the certificate.
         """
-        certificate, key = os.fspath(self.certificate), os.fspath(self.key)
+        certificate, key = _path(self.certificate), _path(self.key)
+        shown = f"{shown_path(certificate)}, {shown_path(key)}"
         read_private_file(key, what="client key file")
         asked = False
 
@@ -63,20 +67,23 @@ class ClientCertificate:
         try:
             context.load_cert_chain(certificate, key, password=passphrase)
         except FileNotFoundError:
-            raise SecretSourceError(f"The client certificate is missing: {certificate}.") from None
+            raise SecretSourceError(
+                f"The client certificate is missing: {shown_path(certificate)}.",
+                hint="Give the file that Thales sent for your CSR.",
+            ) from None
         except ssl.SSLError as error:
             if "MISMATCH" in (error.reason or ""):
                 raise ConfigurationError(
-                    f"The client key {key} does not belong to the certificate {certificate}.",
+                    f"The client key does not belong to the client certificate: {shown}.",
                     hint="Give the key from whose CSR Thales signed the certificate.",
                 ) from None
             raise SecretSourceError(
-                f"The client certificate or its key cannot be read: {certificate}, {key}.",
+                f"The client certificate or its key cannot be read: {shown}.",
                 hint=_ENCRYPTED_HINT if asked else "Both must be PEM files.",
             ) from None
         except (OSError, ValueError):
             raise SecretSourceError(
-                f"The client certificate or its key cannot be read: {certificate}, {key}.",
+                f"The client certificate or its key cannot be read: {shown}.",
                 hint="Check the paths, their permissions, and the passphrase.",
             ) from None
 
@@ -108,16 +115,29 @@ def client_context(
     # Not create_default_context(): it would log session keys where SSLKEYLOGFILE says so.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    authorities = certifi.where() if ca_file is None else os.fspath(ca_file)
+    authorities = certifi.where() if ca_file is None else _path(ca_file)
     try:
         context.load_verify_locations(cafile=authorities)
     except (OSError, ValueError):
         raise ConfigurationError(
-            f"The CA file cannot be read: {authorities}.", hint="It must hold certificates in PEM."
+            f"The CA file cannot be read: {shown_path(authorities)}.",
+            hint="It must hold certificates in PEM.",
         ) from None
-    if certificate is not None:
+    if isinstance(certificate, ClientCertificate):
         certificate.load_into(context)
+    elif certificate is not None:
+        raise ConfigurationError(
+            "The client certificate is neither a ClientCertificate nor an ssl.SSLContext.",
+            hint="Give ClientCertificate(certificate, key).",
+        )
     return context
+
+
+def _path(value: object) -> str:
+    try:
+        return os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
 
 
 def require_verifying(context: ssl.SSLContext) -> None:
@@ -138,11 +158,23 @@ def require_verifying(context: ssl.SSLContext) -> None:
             "The ssl.SSLContext allows TLS below 1.2.",
             hint="Set minimum_version to ssl.TLSVersion.TLSv1_2.",
         )
+    # Such suites authenticate no server by a certificate, whatever verify_mode says; TLS 1.3 has
+    # none of them and reads "auth-any".
+    if any(_is_anonymous(suite) for suite in context.get_ciphers()):
+        raise ConfigurationError(
+            "The ssl.SSLContext offers cipher suites that need no server certificate.",
+            hint='Leave the ciphers as they are, or add ":!aNULL:!eNULL:!PSK:!SRP" to them.',
+        )
     if context.keylog_filename:
         raise ConfigurationError(
             "The ssl.SSLContext logs TLS keys to a file.",
             hint="Unset SSLKEYLOGFILE, or leave keylog_filename unset.",
         )
+
+
+def _is_anonymous(suite: Mapping[str, Any]) -> bool:
+    kind = str(suite["auth"])
+    return "null" in kind or "psk" in kind or "srp" in kind or "NULL" in str(suite["name"])
 
 
 class _Connections:
@@ -177,6 +209,10 @@ class _Connections:
 
         class TlsConnection(HTTPSConnection):
             def connect(self) -> None:
+                # At each handshake: a caller may have weakened its context since it gave it.
+                if self.ssl_context is None:
+                    raise ConfigurationError("A TLS connection has no context of ours.")
+                require_verifying(self.ssl_context)
                 super().connect()
                 connections.add(self)
 
@@ -196,14 +232,26 @@ class TlsAdapter(HTTPAdapter):
     to the context at the first call; here nothing is added.
     """
 
-    def __init__(self, context: ssl.SSLContext, *, pool_size: int = 10) -> None:
-        """Use ``context`` for every https connection; ``pool_size`` connections are kept."""
+    def __init__(
+        self, context: ssl.SSLContext, *, timeouts: tuple[float, float], pool_size: int = 10
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Args:
+            context: For every https connection.
+            timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
+                nothing else.
+            pool_size: Connections to keep.
+        """
         self._context: Final = context
+        self._timeouts: Final = timeouts
         self._connections = _Connections()
         self._owner = os.getpid()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
 
-    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+    def send(
+        self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
+    ) -> requests.Response:
         """Send one request; see `HTTPAdapter`. A forked child begins with no connection."""
         if os.getpid() != self._owner:
             # Both sides writing into one inherited TLS stream would break it for both.
@@ -211,17 +259,28 @@ class TlsAdapter(HTTPAdapter):
             self.proxy_manager.clear()
             self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
             self._owner = os.getpid()
-        return super().send(*args, **kwargs)
+        if kwargs.get("timeout") is None:
+            kwargs["timeout"] = self._timeouts
+        try:
+            return super().send(request, *args, **kwargs)
+        except requests.RequestException as error:
+            # Errors of requests hold the request, and travel into logs and crash reports.
+            if isinstance(error.request, requests.PreparedRequest):
+                error.request = _without_token(error.request)
+            raise
 
     def build_connection_pool_key_attributes(
         self, request: requests.PreparedRequest, verify: Any, cert: Any = None
     ) -> Any:
         """Select the pool by our context alone; see `HTTPAdapter`."""
         host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
-        if host["scheme"] != "https":
-            return host, pool
-        require_verifying(self._context)
-        return host, {"ssl_context": self._context}
+        if host["scheme"] == "https":
+            return host, {"ssl_context": self._context}
+        if not is_loopback(str(host["host"])):
+            raise ConfigurationError(
+                "A call without TLS to another machine is refused.", hint="Use an https URL."
+            )
+        return host, pool
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:  # noqa: ARG002
         """Refuse what would weaken or replace the context; see `HTTPAdapter`.
@@ -251,14 +310,52 @@ class TlsAdapter(HTTPAdapter):
         self._connections.cut()
 
 
+def _without_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    if "Authorization" not in request.headers:
+        return request
+    shown = request.copy()
+    shown.headers["Authorization"] = "****"
+    return shown
+
+
+class _Session(requests.Session):
+    """Follows no redirect: a token, an assertion or a card stays with the host it was meant for."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """There is none; the answer is returned as it is."""
+        del resp
+
+
+def checked_proxy(proxy: str | None) -> str | None:
+    """Return a proxy's URL that can be used, or None.
+
+    Raises:
+        ConfigurationError: Not ``http://HOST:PORT``. A proxy that is itself reached by TLS would
+            need a trust of its own.
+    """
+    if proxy is None:
+        return None
+    try:
+        parts = urlsplit(proxy)
+        good = parts.scheme == "http" and bool(parts.hostname) and (parts.port or 80) > 0
+    except (ValueError, AttributeError, TypeError):
+        good = False
+    if not good:
+        raise ConfigurationError(
+            "The proxy cannot be used.",
+            hint="Give http://HOST:PORT; D1 is reached through CONNECT.",
+        )
+    return proxy
+
+
 def new_session(adapter: TlsAdapter, *, proxy: str | None) -> requests.Session:
-    """A requests session that takes nothing from the process environment.
+    """A requests session that takes nothing from the process environment and follows no redirect.
 
     Args:
         adapter: Used for https and, where the environment is a loopback address, for http.
         proxy: URL of a proxy, or None.
     """
-    session = requests.Session()
+    session = _Session()
     # No proxy variables, no netrc, no REQUESTS_CA_BUNDLE: what is used is what was configured.
     session.trust_env = False
     session.mount("https://", adapter)

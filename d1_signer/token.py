@@ -44,15 +44,16 @@ from d1_signer.errors import (
     TokenError,
     TokenTimeout,
 )
-from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.events import Observer, RenewalEvent, checked, notify
 from d1_signer.fleet import FleetRenewal
-from d1_signer.renewal import Limits, Renewal
+from d1_signer.renewal import Limits, Renewal, seconds
 from d1_signer.signer import Signer
 from d1_signer.signer_set import SignerSet
 from d1_signer.stores import TokenStore
 from d1_signer.tls import (
     ClientCertificate,
     TlsAdapter,
+    checked_proxy,
     client_context,
     new_session,
     require_verifying,
@@ -63,6 +64,9 @@ _log = logging.getLogger("d1_signer.token")
 _LONGEST_BACK_OFF = 15.0
 # A server that asks for more would let a token expire which the next attempt may well save.
 _MOST_RETRY_AFTER = 60.0
+_LEAST_INTERVAL = 0.01
+_YOUNG = 30.0
+_MOST_HANGING = 4
 _ABORT_GRACE = 0.5
 _EXIT_GRACE = 1.0
 _NEVER = float("-inf")
@@ -84,6 +88,7 @@ class _Flight:
         self.starts_in = starts_in
         self.deadline = time.monotonic() + starts_in + total
         self.stopped = threading.Event()
+        self.worker: threading.Thread | None = None
         self._ended = threading.Event()
         self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
 
@@ -172,16 +177,23 @@ class TokenFetcher:
                 hint="Give client_certificate, or proxy_adds_certificate=True where an outgoing "
                 "proxy adds it.",
             )
+        if limits is not None and not isinstance(limits, Limits):
+            raise ConfigurationError("limits is not a Limits.", hint="Write Limits(total=20.0).")
+        if store is None and store_key is not None:
+            raise ConfigurationError(
+                "A store_key was given without a store.", hint="Give both, or neither."
+            )
         self._context = client_context(client_certificate, ca_file)
-        self._proxy = proxy
-        self._limits = limits or Limits()
-        self._retry_interval = retry_interval
+        self._proxy = checked_proxy(proxy)
+        self._observers = checked(observers)
+        self._limits = Limits() if limits is None else limits
+        self._retry_interval = seconds(retry_interval, "retry_interval", least=_LEAST_INTERVAL)
         self._clock = token_clock
         self._wall = time.time
         self._endpoint = TokenEndpoint(
             self._environment,
             self._context,
-            proxy=proxy,
+            proxy=self._proxy,
             connect_timeout=self._limits.connect,
             read_timeout=self._limits.read,
         )
@@ -201,7 +213,7 @@ class TokenFetcher:
             clock=self._clock,
             wall=self._wall,
             correlation_id=correlation_id,
-            observers=observers,
+            observers=self._observers,
         )
         self._renewal = (
             renewal
@@ -217,8 +229,9 @@ class TokenFetcher:
                 wall=self._wall,
             )
         )
-        self._observers = tuple(observers)
         self._refused: str | None = None
+        self._refused_young = False
+        self._young_until = _NEVER
         self._closed = False
         self._held: HeldToken | None = None
         # What the fast path reads, in one attribute so that it is read as one.
@@ -233,6 +246,7 @@ class TokenFetcher:
         self._lock = threading.Lock()
         self._flight: _Flight | None = None
         self._worker: threading.Thread | None = None
+        self._hanging: list[threading.Thread] = []
 
     @property
     def environment(self) -> Environment:
@@ -284,16 +298,27 @@ class TokenFetcher:
         """A new session for the banking API: the same mutual TLS, authenticated by `D1Auth`.
 
         The caller closes it. It takes nothing from the process environment (proxies, netrc, CA
-        bundles), and its TLS verification cannot be switched off.
+        bundles), follows no redirect, and its TLS verification cannot be switched off. A call
+        without a ``timeout`` of its own has the `Limits` of this fetcher.
         """
-        session = new_session(TlsAdapter(self._context), proxy=self._proxy)
+        timeouts = (self._limits.connect, self._limits.read)
+        session = new_session(TlsAdapter(self._context, timeouts=timeouts), proxy=self._proxy)
         session.auth = D1Auth(self)
         return session
 
     def invalidate(self, token: AccessToken) -> None:
-        """Forget a token that D1 has refused; another one that came meanwhile is kept."""
+        """Forget a token that D1 has refused; another one that came meanwhile is kept.
+
+        Where D1 refuses the next one as quickly, no other token will help: it is kept for half a
+        minute, so that a call without permission does not become a request for a token each time.
+        """
         with self._lock:
             if self._held is not None and self._held.token.value == token.value:
+                young = self._clock() < self._young_until
+                if young and self._refused_young:
+                    _log.warning("token.refused_again a new token does not help")
+                    return
+                self._refused_young = young
                 self._refused = token.value
                 self._held = None
                 self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
@@ -384,12 +409,19 @@ class TokenFetcher:
             return self._flight
         if self._flight is not None:
             self._abandon(self._flight)
+        self._hanging = [worker for worker in self._hanging if worker.is_alive()]
+        if len(self._hanging) >= _MOST_HANGING:
+            raise TokenTimeout(
+                f"{len(self._hanging)} renewals hang in a signer that keeps no time limit.",
+                hint="Look at the device or service that holds the key; start the process anew.",
+            )
         starts_in = max(0.0, self._not_before - self._clock())
         flight = _Flight(starts_in=starts_in, total=self._limits.total)
         worker = threading.Thread(
             target=self._fly, args=(flight,), name="d1-signer-renewal", daemon=True
         )
         self._flight, self._worker = flight, worker
+        flight.worker = worker
         try:
             worker.start()
         except RuntimeError:
@@ -398,6 +430,12 @@ class TokenFetcher:
         return flight
 
     def _wait(self, flight: _Flight, timeout: float | None) -> None:
+        if threading.current_thread() is flight.worker:
+            raise ConfigurationError(
+                "The renewal waits for itself: its observer, PIN source or correlation_id asked "
+                "this fetcher for a token.",
+                hint="Do not call the fetcher from what it calls.",
+            )
         patience = flight.deadline - time.monotonic() + _ABORT_GRACE
         if timeout is not None and timeout < patience:
             if not flight.wait(max(timeout, 0.0)):
@@ -414,6 +452,8 @@ class TokenFetcher:
     def _abandon(self, flight: _Flight) -> None:
         """Give up on a flight past its deadline: its thread hangs somewhere. The lock is held."""
         self._flight = self._worker = None
+        if flight.worker is not None:
+            self._hanging.append(flight.worker)
         flight.stopped.set()
         error = TokenTimeout(
             f"No token within {self._limits.total:g} seconds.",
@@ -436,14 +476,16 @@ class TokenFetcher:
             result = error.fresh()
         except BaseException as error:  # noqa: BLE001 (whoever waits must be told in any case)
             result = TokenError(f"The renewal failed with {type(error).__name__}.")
-        with self._lock:
-            if self._flight is flight:
-                self._flight = self._worker = None
-                if isinstance(result, HeldToken):
-                    self._note_success(result)
-                else:
-                    self._note_failure(result)
-        flight.end(result)
+        try:
+            with self._lock:
+                if self._flight is flight:
+                    self._flight = self._worker = None
+                    if isinstance(result, HeldToken):
+                        self._note_success(result)
+                    else:
+                        self._note_failure(result)
+        finally:
+            flight.end(result)
         self._tell(result, time.perf_counter() - started)
 
     def _tell(self, result: HeldToken | D1SignerError, duration: float) -> None:
@@ -464,6 +506,7 @@ class TokenFetcher:
         self._held = held
         self._fresh = (held.renew_at, held.token.expires_at, held.token)
         self._failures, self._last_failure = 0, None
+        self._young_until = self._clock() + _YOUNG
         # Tokens that live for a moment only must not become a loop of requests.
         self._not_before = self._clock() + self._retry_interval
         _log.info("token.renewed scope=%r expires_at=%.0f", held.token.scope, held.token.expires_at)
@@ -473,7 +516,10 @@ class TokenFetcher:
         self._last_failure = error
         back_off = min(self._retry_interval * 2.0 ** min(self._failures - 1, 10), _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
-        asked_for = min(float(error.details.get("retry_after", 0.0)), _MOST_RETRY_AFTER)
+        asked_for = error.details.get("retry_after")
+        if not isinstance(asked_for, int | float):  # a plug-in may say it in its own words
+            asked_for = 0.0
+        asked_for = min(asked_for, _MOST_RETRY_AFTER)
         self._not_before = self._clock() + max(back_off * jitter, asked_for)
         _log.warning("token.failed code=%s failures=%d: %s", error.code, self._failures, error)
 
@@ -493,7 +539,9 @@ class TokenFetcher:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<TokenFetcher {self._environment.base_url}>"
+        # Also of one whose constructor failed, for it stands in that traceback.
+        environment: Environment | None = getattr(self, "_environment", None)
+        return f"<TokenFetcher {environment.base_url if environment else 'not configured'}>"
 
     def __reduce__(self) -> NoReturn:
         msg = "a TokenFetcher cannot be pickled: make one in each process"

@@ -23,6 +23,7 @@ MAX_BODY = 64 * 1024
 
 _OK = 200
 _TOO_MANY = 429
+_NOT_AN_ENDPOINT = frozenset({404, 405})
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,16384}", re.ASCII)
 _SCOPE = re.compile(r"[\x20-\x7e]{0,4096}", re.ASCII)
 _ERROR_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -33,8 +34,7 @@ _SHORT_PIECE = 8
 _LONG_PIECE = 16
 _MAX_DESCRIPTION = 200
 _HINTS = {
-    "invalid_grant": "Check the issuer id, the kid, and that D1 knows this public key; "
-    "d1-signer check goes through them.",
+    "invalid_grant": "Check the issuer id, the kid, and that D1 knows this public key under it.",
     "invalid_client": "Check the issuer id and the client certificate.",
 }
 
@@ -109,6 +109,12 @@ def error_from(
         return TokenUnavailable(
             f"D1 cannot give a token now (HTTP {status}):{said or ' no reason was given'}.",
             hint="It is tried again by itself; if it stays, ask Thales with the correlation id.",
+            details=details,
+        )
+    if status in _NOT_AN_ENDPOINT:
+        return TokenResponseError(
+            f"There is no token endpoint at this URL (HTTP {status}).",
+            hint="Check the environment's URL: it ends before /oauth2/token.",
             details=details,
         )
     if 400 <= status < 500:  # noqa: PLR2004 (RFC 9110 section 15.5)

@@ -41,7 +41,7 @@ from d1_signer.key_uri import KeyUri
 from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret
 
 _ALGORITHM = ec.ECDSA(utils.Prehashed(SHA256()))
-_PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")
 _LONGEST_PASSPHRASE = 1023  # bytes that OpenSSL takes
 _PASSPHRASE_SOURCE = "passphrase-source"  # noqa: S105 (the name of a setting)
 
@@ -109,13 +109,14 @@ def open_backend(uri: str, *, passphrase_source: SecretSource | None = None) -> 
         AmbiguousKeyError: More than one private key in the file.
     """
     path, source = _read_uri(uri, passphrase_source)
-    pem = read_private_file(path, what="key file")
-    if b"-----BEGIN" not in pem:
+    # Masked: frames that raise hold the whole key otherwise, for a crash reporter to send around.
+    pem = Secret(read_private_file(path, what="key file").decode("ascii", "replace"))
+    if "-----BEGIN" not in pem.reveal():
         raise InvalidKeyError(
             f"The key file holds no PEM: {path}.",
             hint="Convert it with: openssl pkcs8 -topk8 -inform DER -outform PEM.",
         )
-    if len(_PRIVATE_KEY.findall(pem)) > 1:
+    if len(_PRIVATE_KEY.findall(pem.reveal())) > 1:
         raise AmbiguousKeyError(
             f"The key file holds more than one private key: {path}.",
             hint="Give each key a file of its own.",
@@ -151,10 +152,7 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(file, "wb") as stream:
-            stream.write(pem)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write(file, path, pem)
     except FileExistsError:
         raise KeyExistsError(
             f"The key file exists: {path}.", hint="It is not overwritten; choose another path."
@@ -164,6 +162,17 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
             f"The key file cannot be written: {path}: {error.strerror}."
         ) from None
     return GeneratedKey(uri=uri, public_key=PublicKey(key.public_key()))
+
+
+def _write(file: int, path: str, pem: bytes) -> None:
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(pem)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        Path(path).unlink()  # a full disk must not leave half a key under the key's name
+        raise
 
 
 def _read_uri(uri: str, source: SecretSource | None) -> tuple[str, SecretSource | None]:
@@ -177,8 +186,8 @@ def _read_uri(uri: str, source: SecretSource | None) -> tuple[str, SecretSource 
     return parsed.path, source if source is not None else parsed.query.get(_PASSPHRASE_SOURCE)
 
 
-def _load(pem: bytes, passphrase: Secret | None, path: str) -> ec.EllipticCurvePrivateKey:
-    encrypted = b"ENCRYPTED" in pem
+def _load(pem: Secret, passphrase: Secret | None, path: str) -> ec.EllipticCurvePrivateKey:
+    encrypted = "ENCRYPTED" in pem.reveal()
     if encrypted and passphrase is None:
         raise SecretSourceError(
             f"The key file is encrypted: {path}.",
@@ -192,7 +201,8 @@ def _load(pem: bytes, passphrase: Secret | None, path: str) -> ec.EllipticCurveP
     try:
         # The passphrase itself never is a local variable of a frame that raises.
         key = load_pem_private_key(
-            pem, None if passphrase is None else passphrase.reveal().encode()
+            pem.reveal().encode(),
+            None if passphrase is None else passphrase.reveal().encode(),
         )
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise _unreadable(pem, path, encrypted=encrypted) from None
@@ -210,8 +220,8 @@ def _load(pem: bytes, passphrase: Secret | None, path: str) -> ec.EllipticCurveP
     return key
 
 
-def _unreadable(pem: bytes, path: str, *, encrypted: bool) -> SignerError | SecretSourceError:
-    if b"PUBLIC KEY-----" in pem or b"CERTIFICATE-----" in pem:
+def _unreadable(pem: Secret, path: str, *, encrypted: bool) -> SignerError | SecretSourceError:
+    if re.search(r"(PUBLIC KEY|CERTIFICATE)-----", pem.reveal()):
         return InvalidKeyError(
             f"The key file holds a public key or a certificate: {path}.",
             hint="Name the file of the private key.",

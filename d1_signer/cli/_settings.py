@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import click
 from click.core import ParameterSource
@@ -17,7 +18,7 @@ from click.core import ParameterSource
 from d1_signer.assertion import sign_assertion
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
-from d1_signer.errors import ConfigurationError, SignerError
+from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
 from d1_signer.secret import Secret
 from d1_signer.signer import Signer, open_signer
 from d1_signer.signer_set import SignerSet
@@ -26,6 +27,7 @@ from d1_signer.token import Audience, TokenFetcher
 
 Decorator = Callable[[Command], Command]
 
+_PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
 _PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
 
 
@@ -91,16 +93,17 @@ class Keys:
     def signers(self, output: Output) -> Iterator[SignerSet]:
         """Those keys that can be opened, in order; at least one.
 
-        As in a `SignerSet`, a key whose device is down is passed over for the next one.
+        As in a `SignerSet`, a key whose device is down, or whose PIN or key file cannot be read,
+        is passed over for the next one.
         """
         self.require()
         with ExitStack() as stack:
             signers: list[Signer] = []
-            failures: list[SignerError] = []
+            failures: list[SignerError | SecretSourceError] = []
             for uri in self.uris:
                 try:
                     signers.append(stack.enter_context(self.open(uri)))
-                except SignerError as error:
+                except (SignerError, SecretSourceError) as error:
                     failures.append(error)
             if not signers:
                 raise failures[0].fresh()
@@ -213,17 +216,27 @@ class Connection:
                 "A client certificate needs its key, and a key its certificate.",
                 hint="Give both --client-cert (D1_CLIENT_CERT) and --client-key (D1_CLIENT_KEY).",
             )
-        return ClientCertificate(self.client_cert, self.client_key, self.passphrase_source)
+        return ClientCertificate(
+            self.client_cert, self.client_key, passphrase=self.passphrase_source
+        )
 
-    def fetcher(self, signers: Signer | SignerSet, issuer: Issuer) -> TokenFetcher:
-        """A fetcher with these settings; the caller closes it."""
+    def fetcher(
+        self, signers: Signer | SignerSet, issuer: Issuer, *, tls: ssl.SSLContext | None = None
+    ) -> TokenFetcher:
+        """A fetcher with these settings; the caller closes it.
+
+        Args:
+            signers: Sign the assertions.
+            issuer: Who asks which D1.
+            tls: What was made of the TLS settings before, so that no passphrase is asked for again.
+        """
         environment = issuer.required_environment()
         return TokenFetcher(
             signers,
             issuer_id=issuer.required_id(),
             environment=environment,
-            client_certificate=self.certificate(environment),
-            ca_file=self.ca_file,
+            client_certificate=tls or self.certificate(environment),
+            ca_file=None if tls else self.ca_file,
             proxy=self.proxy,
             proxy_adds_certificate=self.proxy_adds_certificate,
             audience=issuer.audience,
@@ -300,7 +313,12 @@ def with_connection(command: Command) -> Command:
         "PEM file of the authorities for D1's certificate, instead of the public ones.",
         metavar="PATH",
     )
-    @click.option("--proxy", metavar="URL", callback=_without_password, help="An HTTP proxy.")
+    @click.option(
+        "--proxy",
+        metavar="URL",
+        callback=_without_password,
+        help="An HTTP proxy that takes CONNECT: http://HOST:PORT.",
+    )
     @click.option(
         "--proxy-adds-certificate",
         is_flag=True,
@@ -347,9 +365,15 @@ def _without_password(
     parameter: click.Parameter,  # noqa: ARG001
     value: str | None,
 ) -> str | None:
-    if value is not None and "@" in urlsplit(value).netloc:
+    if value is None:
+        return None
+    # Not only in what parses as a URL: without its scheme it has a password just as well.
+    if "@" in value:
         raise click.UsageError(
             "A proxy URL with a user name or password is not taken from the command line, which "
             "every user of this machine can read."
         )
+    match = _PROXY.fullmatch(value)
+    if match is None or not 0 < int(match["port"]) < 1 << 16:
+        raise click.UsageError("--proxy takes http://HOST:PORT.")
     return value

@@ -41,13 +41,13 @@ def test_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> None:
     assert package == tracked
 
 
-def test_core_needs_three_libraries(wheel: Path) -> None:
+def test_core_needs_three_libraries_and_what_requests_brings(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         information = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = Parser().parsestr(archive.read(information).decode())
     required = metadata.get_all("Requires-Dist") or []
     core = sorted(line.partition(">")[0] for line in required if "extra ==" not in line)
-    assert core == ["asn1crypto", "cryptography", "requests"]
+    assert core == ["asn1crypto", "certifi", "cryptography", "requests", "urllib3"]
 
 
 def test_package_imports_from_the_wheel(wheel: Path) -> None:

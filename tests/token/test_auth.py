@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import requests
 
-from d1_signer import D1Auth, TokenFetcher
+from d1_signer import ConfigurationError, D1Auth, Limits, Signer, TokenFetcher
 from d1_signer.sandbox import Fault, Sandbox
-from tests.token.conftest import FetcherMaker
+from tests.token.conftest import ISSUER, FetcherMaker
 
 BODY = b"payload " * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -91,12 +91,52 @@ def test_other_hosts_get_no_token(fetcher: TokenFetcher, sandbox: Sandbox) -> No
     assert sandbox.counters.token_requests == 0
 
 
-def test_a_redirect_to_another_host_gets_no_token(
-    session: requests.Session, sandbox: Sandbox
-) -> None:
+def test_a_session_follows_no_redirect(session: requests.Session, sandbox: Sandbox) -> None:
     with Sandbox(issuer_id="another", tls=False) as other:
         sandbox.misbehave_banking(Fault.REDIRECT, location=f"{other.banking_url}/ping")
-        answer = session.get(f"{sandbox.banking_url}/ping")
-        assert other.counters.banking_refused == other.counters.banking_requests == 1
-    assert answer.status_code == 401
-    assert "authorization" not in {name.lower() for name in answer.request.headers}
+        answer = session.post(f"{sandbox.banking_url}/ping", data=BODY)
+        assert other.counters.banking_requests == 0
+    assert (answer.status_code, answer.history) == (307, [])
+
+
+def test_a_redirect_in_a_session_of_ones_own_takes_no_token_along(
+    signer: Signer, make_fetcher: FetcherMaker
+) -> None:
+    with (
+        Sandbox(issuer_id=ISSUER, tls=False) as plain,
+        Sandbox(issuer_id="another", tls=False) as other,
+        requests.Session() as own,
+    ):
+        plain.register_key(signer.kid, signer.public_key.jwk())
+        fetcher = make_fetcher(environment=plain.base_url, client_certificate=None, ca_file=None)
+        own.auth = D1Auth(fetcher)
+        plain.misbehave_banking(Fault.REDIRECT, location=f"{other.banking_url}/ping", times=1)
+        answer = own.get(f"{plain.banking_url}/ping")
+        assert other.counters.banking_refused == 1
+        assert "authorization" not in {name.lower() for name in answer.request.headers}
+        # What the other host answered has not spoilt the token.
+        assert own.get(f"{plain.banking_url}/ping").status_code == 200
+        assert plain.counters.token_requests == 1
+
+
+def test_an_api_that_always_answers_401_is_no_loop_of_token_requests(
+    session: requests.Session, sandbox: Sandbox
+) -> None:
+    sandbox.misbehave_banking(Fault.STATUS_401)
+    for _ in range(8):
+        assert session.get(f"{sandbox.banking_url}/ping").status_code == 401
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_call_without_tls_to_another_machine_is_refused(session: requests.Session) -> None:
+    with pytest.raises(ConfigurationError, match="without TLS"):
+        session.post("http://192.0.2.1/card", data=BODY)
+
+
+def test_a_call_without_a_timeout_has_one(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
+    fetcher = make_fetcher(limits=Limits(read=0.2))
+    sandbox.misbehave_banking(Fault.DELAY, seconds=30)
+    with fetcher.session() as session, pytest.raises(requests.ReadTimeout) as failure:
+        session.get(f"{sandbox.banking_url}/ping")
+    assert failure.value.request is not None
+    assert failure.value.request.headers["Authorization"] == "****"

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +17,15 @@ import pytest
 
 from d1_signer import (
     AccessToken,
+    ConfigurationError,
     D1SignerError,
     FetcherClosedError,
+    InvalidInputError,
+    LazySigner,
     Limits,
     Signer,
     SignerSet,
+    SignerThrottled,
     SignEvent,
     TokenFetcher,
     TokenRefusedError,
@@ -244,15 +250,30 @@ def succeeded(fetcher: TokenFetcher) -> bool:
         return False
 
 
-def test_a_hanging_flight_is_cut_and_replaced(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
-    # The read limit alone would hold the worker for ten seconds.
-    fetcher = make_fetcher(limits=Limits(total=0.3, read=10.0))
-    fetcher._endpoint._timeouts = (5.0, 10.0)
-    sandbox.misbehave(Fault.DELAY, seconds=30.0, times=1)
-    with pytest.raises(TokenUnavailable):
-        fetcher.token()
-    until(lambda: not workers())
-    until(lambda: succeeded(fetcher))
+def test_a_server_that_drips_heads_is_cut(make_fetcher: FetcherMaker) -> None:
+    # Each of its bytes comes within the read limit, so that limit never ends it.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ended = threading.Event()
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                while not ended.wait(0.02):
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        fetcher = make_fetcher(
+            environment=f"http://127.0.0.1:{server.getsockname()[1]}/authz/v1",
+            client_certificate=None,
+            ca_file=None,
+            limits=Limits(total=0.3, read=10.0),
+        )
+        with pytest.raises(TokenUnavailable):
+            fetcher.token()
+        until(lambda: not workers())
+        ended.set()
+        dripping.join()
 
 
 def workers() -> list[threading.Thread]:
@@ -278,9 +299,10 @@ def test_closing_ends_a_renewal_and_leaves_no_thread(
 
 
 def test_prefetch_returns_at_once(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
-    sandbox.misbehave(Fault.DELAY, seconds=0.2)
+    sandbox.misbehave(Fault.DELAY, seconds=0.3)
     fetcher.prefetch()
     fetcher.prefetch()
+    assert sandbox.counters.tokens_issued == 0
     assert fetcher.token().value
     assert sandbox.counters.token_requests == 1
 
@@ -370,3 +392,122 @@ def test_neither_fetcher_nor_token_shows_or_leaves_the_process(fetcher: TokenFet
             pickle.dumps(thing)
         with pytest.raises(TypeError):
             copy.copy(thing)
+
+
+def test_a_renewal_that_asks_for_a_token_is_told(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetchers: list[TokenFetcher] = []
+    fetcher = make_fetcher(correlation_id=lambda: fetchers[0].token().value)
+    fetchers.append(fetcher)
+    with pytest.raises(ConfigurationError, match="waits for itself"):
+        fetcher.token()
+    assert sandbox.counters.token_requests == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"retry_interval": 0},
+        {"retry_interval": float("nan")},
+        {"retry_interval": "1"},
+        {"store_key": bytes(32)},
+        {"client_certificate": "client.pem"},
+        {"client_certificate": ("client.pem", "client.key")},
+        {"ca_file": 5},
+        {"signer": None},
+        {"limits": 5},
+        {"observers": 5},
+        {"issuer_id": None},
+        {"environment": None},
+        {"audience": 5},
+        {"assertion_lifetime": 901},
+        {"assertion_lifetime": True},
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_used_is_our_error(
+    make_fetcher: FetcherMaker, options: dict[str, object]
+) -> None:
+    with pytest.raises(D1SignerError):
+        make_fetcher(**options)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "5", None])
+def test_limits_are_numbers_of_seconds(value: float) -> None:
+    for name in ("total", "sign", "connect", "read"):
+        with pytest.raises(InvalidInputError, match=name):
+            Limits(**{name: value})
+
+
+def test_a_signer_that_asks_to_wait_in_its_own_words_does_not_stop_the_renewals(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, pem_uri: str
+) -> None:
+    error = SignerThrottled("slow down", details={"retry_after": "5s"})
+    with open_signer(pem_uri, kid=KID) as signer:
+        fetcher = make_fetcher(
+            signer=SignerSet([LazySigner(failing(error), kid=KID, public_key=signer.public_key)])
+        )
+        for _ in range(3):
+            with pytest.raises(SignerThrottled):
+                fetcher.token()
+    assert sandbox.counters.token_requests == 0
+
+
+def failing(error: Exception) -> Callable[[], Signer]:
+    def opener() -> Signer:
+        raise error
+
+    return opener
+
+
+def test_a_first_signer_that_hangs_at_opening_fails_over(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, signer: Signer
+) -> None:
+    released = threading.Event()
+
+    def hanging() -> Signer:
+        released.wait(30)
+        raise AssertionError
+
+    lazy = LazySigner(hanging, kid="dead", public_key=signer.public_key)
+    fetcher = make_fetcher(signer=SignerSet([lazy, signer]), limits=Limits(sign=0.1))
+    assert fetcher.token().value
+    assert [request.header["kid"] for request in sandbox.requests] == [KID]
+    lazy.close()  # does not wait for the opening
+    released.set()
+
+
+def test_a_closed_fetcher_posts_nothing_that_was_still_being_signed(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, signer: Signer
+) -> None:
+    opening, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Signer:
+        opening.set()
+        go_on.wait(10)
+        return signer
+
+    lazy = LazySigner(slow, kid=KID, public_key=signer.public_key)
+    fetcher = make_fetcher(signer=SignerSet([lazy]))
+    fetcher.prefetch()
+    assert opening.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(fetcher.close)
+        until(lambda: fetcher._closed)
+        go_on.set()
+        closing.result(timeout=10)
+    until(lambda: not workers())
+    assert sandbox.counters.token_requests == 0
+
+
+def test_no_assertion_outlives_fifteen_minutes_however_wrong_d1s_clock_is(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher(assertion_lifetime=900)
+    sandbox.misbehave(Fault.INVALID_GRANT, times=1, date_offset=590.0)
+    with contextlib.suppress(TokenRefusedError):
+        fetcher.token()
+    assert len(sandbox.requests) == 2
+    for request in sandbox.requests:
+        assert request.claims["exp"] <= request.at + 900  # type: ignore[operator]

@@ -12,6 +12,7 @@ import requests
 from d1_signer import (
     ClientCertificate,
     ConfigurationError,
+    D1SignerError,
     Environment,
     SecretSourceError,
     Signer,
@@ -80,6 +81,44 @@ def test_a_context_that_does_not_verify_is_refused(
     for context in (no_host, nothing, old, any_version, logging_keys):
         with pytest.raises(ConfigurationError):
             make_fetcher(client_certificate=context, ca_file=None)
+
+
+@pytest.mark.parametrize(
+    "ciphers", ["ALL:@SECLEVEL=0", "aNULL:@SECLEVEL=0", "PSK", "eNULL:@SECLEVEL=0"]
+)
+def test_ciphers_that_authenticate_no_server_are_refused(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, ciphers: str
+) -> None:
+    context = verifying_context(sandbox)
+    context.set_ciphers(ciphers)
+    with pytest.raises(ConfigurationError, match="cipher"):
+        make_fetcher(client_certificate=context, ca_file=None)
+
+
+@pytest.mark.parametrize("proxy", ["https://127.0.0.1:1", "socks5h://h:1", "ftp://x", "h:1", "", 5])
+def test_a_proxy_that_cannot_be_used_is_refused(make_fetcher: FetcherMaker, proxy: object) -> None:
+    with pytest.raises(ConfigurationError, match="proxy"):
+        make_fetcher(proxy=proxy)
+
+
+def test_a_key_put_where_its_path_belongs_is_not_shown(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    pem = sandbox.client_key.read_text()
+    cases: list[tuple[object, object]] = [
+        (sandbox.client_certificate, pem),
+        (pem, sandbox.client_key),
+        (pem, pem),
+    ]
+    for certificate, key in cases:
+        with pytest.raises(D1SignerError) as failure:
+            make_fetcher(client_certificate=ClientCertificate(certificate, key))  # type: ignore[arg-type]
+        assert pem.splitlines()[1] not in str(failure.value)
+    with pytest.raises(D1SignerError) as failure:
+        make_fetcher(ca_file=pem)
+    assert pem.splitlines()[1] not in str(failure.value)
+    hidden = ClientCertificate("c", "k", passphrase="put here by mistake")
+    assert "mistake" not in repr(hidden)
 
 
 def test_a_context_that_is_weakened_later_is_refused(

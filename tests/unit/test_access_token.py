@@ -8,8 +8,7 @@ import pickle
 from collections.abc import Callable
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from d1_signer.access_token import AccessToken, HeldToken, State, hold
 from d1_signer.clock import token_clock

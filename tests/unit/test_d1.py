@@ -9,8 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import urllib3.util
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from d1_signer.d1 import (
     AssertionProfile,

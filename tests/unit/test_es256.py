@@ -20,14 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 from joserfc.jwk import ECKey
 from jwcrypto.jwk import JWK
 
 from d1_signer import es256
-from d1_signer.errors import InvalidInputError, InvalidKeyError
-from d1_signer.errors import InvalidSignatureError as Refused
+from d1_signer.errors import InvalidInputError, InvalidKeyError, InvalidSignatureError as Refused
 from d1_signer.es256 import PublicKey, check_raw, der_from_raw, raw_from_der
 
 N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551

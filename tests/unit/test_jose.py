@@ -8,10 +8,8 @@ import math
 from types import MappingProxyType
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
-from joserfc.util import urlsafe_b64decode as joserfc_decode
-from joserfc.util import urlsafe_b64encode as joserfc_encode
+from hypothesis import example, given, strategies as st
+from joserfc.util import urlsafe_b64decode as joserfc_decode, urlsafe_b64encode as joserfc_encode
 
 from d1_signer import jose
 

@@ -10,10 +10,8 @@ import jwt as pyjwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from hypothesis import given
-from hypothesis import strategies as st
-from joserfc import jws
-from joserfc import jwt as joserfc_jwt
+from hypothesis import given, strategies as st
+from joserfc import jws, jwt as joserfc_jwt
 from joserfc.jwk import ECKey
 from joserfc.util import urlsafe_b64decode
 

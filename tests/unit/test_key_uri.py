@@ -7,11 +7,12 @@ import contextlib
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from d1_signer.errors import KeyUriError
+from d1_signer.errors import D1SignerError, KeyUriError
 from d1_signer.key_uri import KeyUri, percent_decode, scheme_of, split_fragment, without_secrets
+from d1_signer.secret import read_secret
+from d1_signer.signer import open_signer
 
 NAMES = frozenset({"region", "endpoint", "passphrase-source"})
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -120,3 +121,34 @@ def test_secrets_do_not_show(uri: str) -> None:
     else:
         shown = ""
     assert "hunter2" not in shown
+
+
+PEM = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49\n-----END-----\n"
+
+
+@pytest.mark.parametrize(
+    ("uri", "secret"),
+    [
+        (PEM, "MIGHAgEAMBM"),
+        ("file://" + PEM, "MIGHAgEAMBM"),
+        ("hunter2", "hunter2"),
+        ("pkcs11:token=x;pin-value=hunter2", "hunter2"),
+        ("pkcs11:token=x;pin%2Dvalue=hunter2", "hunter2"),
+        ("pkcs11:token=x?pin-value=hunter2", "hunter2"),
+        ("hashivault://user:hunter2@host/key", "hunter2"),
+        ("file:///" + "k" * 600, "k" * 600),
+    ],
+)
+def test_a_secret_put_where_a_uri_belongs_is_not_shown(uri: str, secret: str) -> None:
+    assert secret not in without_secrets(uri)
+    with pytest.raises(D1SignerError) as failure:
+        open_signer(uri)
+    assert secret not in str(failure.value)
+
+
+@pytest.mark.parametrize("path", [PEM, "hunter2", "/" + "x" * 300, "a/b\nc"])
+def test_what_is_no_path_is_not_shown_as_one(path: str) -> None:
+    with pytest.raises(D1SignerError) as failure:
+        read_secret(f"file:{path}", what="PIN")
+    assert path not in str(failure.value)
+    assert "MIGHAgEAMBM" not in str(failure.value)

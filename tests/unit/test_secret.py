@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from d1_signer.errors import SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret

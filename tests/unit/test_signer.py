@@ -573,3 +573,50 @@ def test_a_key_error_of_the_backend_keeps_its_kind() -> None:
     backend.public_key = fail(KeyNotFoundError)  # type: ignore[assignment]
     with pytest.raises(KeyNotFoundError):
         Signer(backend)
+
+
+def test_a_backend_cannot_bring_its_own_verifier() -> None:
+    class Obliging(PublicKey):  # type: ignore[misc]  # final, which stops only the honest
+        __slots__ = ()
+
+        def verify_digest(self, signature: bytes, digest: bytes) -> None:
+            del signature, digest
+
+    backend = AnsweringBackend(KEY, lambda _: raw(1, 1))
+    backend.encoding = SignatureEncoding.RAW
+    backend.public_key = lambda: Obliging(KEY.public_key())  # type: ignore[method-assign]
+    signer = Signer(backend)
+    assert type(signer.public_key) is PublicKey
+    with pytest.raises(InvalidSignatureError):
+        signer.sign(b"m")
+
+
+@pytest.mark.parametrize("key", [None, "key", 7])
+def test_a_backend_without_a_public_key_is_a_defect_of_its_own(key: object) -> None:
+    backend = KeyBackend(KEY)
+    backend.public_key = lambda: key  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(SignerError):
+        Signer(backend)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expected_thumbprint": []},
+        {"expected_thumbprint": "x"},
+        {"observers": 5},
+        {"observers": [5]},
+        {"custody_policy": "strict"},
+        {"kid": 5},
+    ],
+    ids=str,
+)
+def test_an_option_of_a_wrong_kind_is_our_error(options: dict[str, object]) -> None:
+    with pytest.raises(D1SignerError):
+        Signer(KeyBackend(KEY), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout", [10**400, float("inf"), float("nan"), "1", 1e300])
+def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
+    with pytest.raises(InvalidInputError):
+        Signer(KeyBackend(KEY)).sign(b"m", timeout=timeout)

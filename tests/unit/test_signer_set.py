@@ -33,8 +33,9 @@ from d1_signer.errors import (
     TokenTimeout,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.lazy_signer import LazySigner
 from d1_signer.signer import Signer
-from d1_signer.signer_set import Health, LazySigner, SignerSet
+from d1_signer.signer_set import Health, SignerSet
 
 from .backends import KeyBackend
 
