@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import subprocess
@@ -83,7 +84,8 @@ def make_softhsm_token(directory: Path, *, label: str | None = None) -> SoftHsmT
             that did not run must not look like one that passed.
     """
     tool = shutil.which("softhsm2-util")
-    module = next((path for path in _MODULES if Path(path).exists()), None)
+    candidates = [os.environ.get("SOFTHSM2_MODULE", ""), *_MODULES]
+    module = next((path for path in candidates if Path(path).is_file()), None)
     if tool is None or module is None:
         pytest.fail(
             "SoftHSM is not installed. Install it with: apt-get install softhsm2 (Debian, "
@@ -106,10 +108,11 @@ def make_softhsm_token(directory: Path, *, label: str | None = None) -> SoftHsmT
     token.pin_file.touch(mode=0o600)
     token.pin_file.write_text(token.pin)
     command = [tool, "--init-token", "--free", "--label", token.label]
+    # Other users can read a command line: this PIN guards nothing for longer than a test.
     command += ["--pin", token.pin, "--so-pin", token.so_pin]
     made = subprocess.run(  # noqa: S603 (the tool just found, without a shell)
         command,
-        env={"SOFTHSM2_CONF": str(configuration)},
+        env=os.environ | {"SOFTHSM2_CONF": str(configuration)},
         capture_output=True,
         text=True,
         check=False,

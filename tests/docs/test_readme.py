@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from d1_signer.testing import SoftHsmToken
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-KEY_URI = re.compile(r"pkcs11:token=bank;object=d1\?[^\"']*")
+KEY_URI = re.compile(r"pkcs11:token=bank;object=d1\?[^\"'#]*")
 LINK = re.compile(r"\]\(([^)#]+)\)")
 
 
@@ -66,17 +67,21 @@ def test_the_python_examples_run_in_the_order_of_the_page(
 
 
 def test_the_commands_run_in_the_order_of_the_page(
-    softhsm_token: SoftHsmToken, sandbox: Sandbox
+    softhsm_token: SoftHsmToken,
+    sandbox: Sandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (block,) = (block for block in blocks("sh") if "d1-signer check" in block)
     commands = KEY_URI.sub(lambda _: softhsm_token.uri, block).splitlines()
     assert [line.split()[0] for line in commands] == ["export", *["d1-signer"] * 5]
     with sandbox:
         env = environment(softhsm_token, sandbox)
-        first = run(commands[:3], env)
-        with open_signer(softhsm_token.uri) as signer:
-            sandbox.register_key(signer.kid, signer.public_key.jwk())
-            assert signer.kid in first
+        told = run([*commands[:3], "d1-signer public-key --format jwks -o jwks.json"], env)
+        assert "bank-2026" in told
+        (key,) = json.loads((tmp_path / "jwks.json").read_text())["keys"]
+        sandbox.register_key(key["kid"], {name: key[name] for name in ("kty", "crv", "x", "y")})
         told = run([commands[0], *commands[3:]], env)
     assert "CKA_NEVER_EXTRACTABLE" in told
     assert sandbox.counters.tokens_issued >= 1
