@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`d1-signer sandbox`: a loopback D1 until Ctrl-C or SIGTERM."""
+"""`d1-signer sandbox`: a loopback D1 until Ctrl-C, SIGTERM or SIGHUP."""
 
 from __future__ import annotations
 
@@ -163,9 +163,12 @@ def _instructions(variables: dict[str, str], kids: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[frozenset[signal.Signals]]:
+def _signals_held() -> Iterator[set[signal.Signals]]:
     """Hold back what ends the command, for `signal.sigwait`; threads that start here inherit it."""
-    ending = frozenset({signal.SIGINT, signal.SIGTERM})
+    ending = {signal.SIGINT, signal.SIGTERM}
+    # The terminal has gone; not so under nohup, whose ignored SIGHUP sigwait would still receive.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ending.add(signal.SIGHUP)
     former = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     try:
         yield ending

@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,20 @@ import requests
 
 from tests.cli.conftest import COMMAND, Run, run_process
 
+_START = (
+    "import os, signal, sys\n"
+    "signal.signal(signal.SIGHUP, signal.Handlers(int(sys.argv[1])))\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+
 
 @contextlib.contextmanager
-def running(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def running(
+    *arguments: str, hang_up: signal.Handlers = signal.SIG_DFL, **variables: str
+) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [*COMMAND, "sandbox", *arguments],
+        # What becomes of SIGHUP is inherited, and the tests may run under nohup themselves.
+        [sys.executable, "-c", _START, str(int(hang_up)), *COMMAND, "sandbox", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,7 +58,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[str, s
     return out, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serves_the_other_commands_until_a_signal(
     run: Run, key_uri: str, number: signal.Signals
 ) -> None:
@@ -64,6 +74,16 @@ def test_serves_the_other_commands_until_a_signal(
         assert run("check").out.endswith("All steps passed.\n")
         assert stop(process, number) == ("", "")
     assert not folder.exists()
+
+
+def test_it_outlives_the_terminal_under_nohup(run: Run, key_uri: str) -> None:
+    with running("--json", D1_SIGNER_KEY=key_uri, hang_up=signal.SIG_IGN) as process:
+        variables = first_line(process)["variables"]
+        process.send_signal(signal.SIGHUP)
+        assert run("token", D1_SIGNER_KEY=key_uri, **variables).status == 0
+        assert process.poll() is None
+        stop(process, signal.SIGTERM)
+    assert not Path(variables["D1_CA_FILE"]).exists()
 
 
 def test_text_is_for_the_shell(run: Run, key_uri: str) -> None:
