@@ -256,7 +256,7 @@ def _check_d1(
             continue
         with (
             checklist.step("access-token") as detail,
-            connection.fetcher(signer, issuer) as fetcher,
+            connection.fetcher(signer, issuer, tls=tls) as fetcher,
         ):
             token = fetcher.token()
             detail(f"kid {signer.kid}, scope {token.scope!r}, expires {moment(token.expires_at)}")

@@ -16,8 +16,7 @@ from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.custody import CustodyReport
 from d1_signer.errors import ConfigurationError
 from d1_signer.key_uri import split_fragment
-from d1_signer.signer import Signer
-from d1_signer.signer import generate_key as generate
+from d1_signer.signer import Signer, generate_key as generate
 from d1_signer.signer_set import SignerSet
 
 

@@ -154,12 +154,13 @@ def test_tells_how_far_the_clocks_differ(
     assert "D1's clock differs by +1" in result.out
 
 
-def test_stops_at_the_token(run: Run, settings: dict[str, str]) -> None:
+def test_stops_at_the_token(run: Run, sandbox: Sandbox, settings: dict[str, str]) -> None:
     settings["D1_ISSUER_ID"] = "somebody-else"
     result = run("check", **settings)
     assert result.status == 1
     assert "  failed   access-token" in result.out
     assert "Check the issuer id" in result.out
+    assert f"correlation_id: {sandbox.requests[-1].correlation_id}" in result.out
     assert "Stopped at access-token of D1 https://127.0.0.1" in result.out
 
 

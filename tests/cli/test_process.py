@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -16,6 +17,7 @@ import pytest
 
 import d1_signer.cli.keys
 from d1_signer import generate_key
+from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import COMMAND, Run
 
 PASSPHRASE = "never to be seen"
@@ -126,7 +128,7 @@ def test_a_reader_that_goes_away(key_uri: str) -> None:
 class AtTerminal:
     """A command whose standard input and error are a terminal that we type on."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **variables: str) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [*COMMAND, *arguments],
@@ -134,6 +136,7 @@ class AtTerminal:
             stdout=subprocess.PIPE,
             stderr=theirs,
             text=True,
+            env={**os.environ, **variables},
             start_new_session=True,  # or getpass would ask on the terminal of who runs the tests
         )
         os.close(theirs)
@@ -149,7 +152,10 @@ class AtTerminal:
         os.write(self._ours, text.encode())
 
     def end(self) -> tuple[int, str]:
-        out, _ = self.process.communicate(timeout=20)
+        try:
+            out, _ = self.process.communicate(timeout=20)
+        finally:
+            self.process.kill()
         while True:
             try:
                 chunk = os.read(self._ours, 4096)
@@ -177,6 +183,23 @@ def test_prompt_without_echo(encrypted_uri: str) -> None:
     assert status == 0, terminal.shown
     assert out.startswith("-----BEGIN PUBLIC KEY-----")
     assert PASSPHRASE not in out + terminal.shown
+
+
+def test_the_client_keys_passphrase_is_asked_for_once(
+    sandbox: Sandbox, settings: dict[str, str], other_uri: str
+) -> None:
+    certificate, key = sandbox.issue_client_certificate(passphrase=PASSPHRASE.encode())
+    settings |= {"D1_CLIENT_CERT": str(certificate), "D1_CLIENT_KEY": str(key)}
+    settings["D1_SIGNER_KEY"] += f" {other_uri}"
+    flag = ("--client-key-passphrase-source", "prompt")
+    terminal = AtTerminal("check", "--json", *flag, **settings)
+    terminal.wait_for("passphrase: ")
+    terminal.type(PASSPHRASE + "\n")
+    _, out = terminal.end()
+    assert terminal.shown.count("passphrase") == 1
+    tokens = [step for step in json.loads(out)["steps"] if step["step"] == "access-token"]
+    assert [step["status"] for step in tokens] == ["ok", "failed"]  # D1 knows the first key only
+    assert sandbox.counters.token_requests == 3
 
 
 def test_interrupt_at_the_prompt(encrypted_uri: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,63 @@ def test_a_pin_on_the_command_line_is_refused(run: Run, uri: str, *, json: bool)
     assert "pin-source=file:PATH" in (result.document["message"] if json else result.err)
 
 
-def test_a_proxy_password_on_the_command_line_is_refused(run: Run) -> None:
-    result = run("token", "--proxy", f"http://me:{PIN}@proxy.example:3128")
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        f"http://me:{PIN}@proxy.example:3128",
+        f"me:{PIN}@127.0.0.1:9",
+        f"//me:{PIN}@127.0.0.1:9",
+        f"http://me:{PIN}%40127.0.0.1:9",
+        f"http://127.0.0.1:9/{PIN}@x",
+    ],
+)
+@pytest.mark.parametrize("json", [False, True])
+def test_a_proxy_password_on_the_command_line_is_refused(
+    run: Run, settings: dict[str, str], proxy: str, *, json: bool
+) -> None:
+    result = run("token", "--proxy", proxy, *["--json"] * json, **settings)
     assert result.status == 2
     assert PIN not in result.out + result.err
+    told = result.document["message"] if json else result.err
+    assert ("user name or password" if "@" in proxy else "http://HOST:PORT") in told
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "",
+        "http://[",
+        "http://[::1",
+        "http://",
+        "proxy.example:3128",
+        "http://proxy.example",
+        "http://proxy.example:port",
+        "http://proxy.example:0",
+        "http://proxy.example:65536",
+        "http://proxy.example:\u0663128",
+        "http://proxy.example:3128/path",
+        "http://proxy.example:3128\n",
+        "https://proxy.example:3128",
+        "socks5h://proxy.example:1080",
+    ],
+)
+def test_a_proxy_that_cannot_be_one_is_a_usage_error(
+    run: Run, settings: dict[str, str], proxy: str
+) -> None:
+    result = run("token", "--proxy", proxy, "--json", **settings)
+    assert result.status == 2
+    assert result.document["code"] == "usage"
+    assert "http://HOST:PORT" in result.document["message"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_proxy_is_asked(run: Run, settings: dict[str, str], host: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        proxy = f"http://{host}:{closed.getsockname()[1]}"
+        result = run("check", "--proxy", proxy, "--json", **settings)
+    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert "the proxy does not connect" in result.document["stopped_at"]["detail"]
 
 
 def encrypted_client(sandbox: Sandbox) -> dict[str, str]:

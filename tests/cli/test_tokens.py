@@ -13,6 +13,8 @@ import requests
 from joserfc import jwt as joserfc_jwt
 from joserfc.jwk import ECKey
 
+from d1_signer import generate_key
+from d1_signer.cli._output import printable
 from d1_signer.sandbox import Fault, Sandbox
 from tests.cli.conftest import ISSUER, Run, bearer_values, run_process
 
@@ -75,17 +77,21 @@ def test_nothing_secret_in_any_output_of_a_process(
         assert not [value for value in values if value in told or value[-40:] in told]
 
 
-def test_refusal_for_people_and_machines(run: Run, settings: dict[str, str]) -> None:
+def test_refusal_for_people_and_machines(
+    run: Run, sandbox: Sandbox, settings: dict[str, str]
+) -> None:
     settings["D1_ISSUER_ID"] = "somebody-else"
     result = run("token", **settings)
     assert result.status == 1
     assert result.out == ""
     error, hint, facts = result.err.splitlines()
     assert error.startswith("Error: D1 refused the assertion (HTTP 400): 'invalid_grant'")
-    assert "d1-signer check" in hint
+    assert "Check the issuer id" in hint
     assert "code: token_refused, status: 400" in facts
-    assert "correlation_id: " in facts
+    # What Thales finds the request by in its own log.
+    assert f"correlation_id: {sandbox.requests[-1].correlation_id}" in facts
     machine = run("token", "--json")
+    assert machine.document["details"]["correlation_id"] == sandbox.requests[-1].correlation_id
     assert (machine.status, machine.err) == (1, "")
     assert machine.document["code"] == "token_refused"
     assert machine.document["retryable"] is False
@@ -106,6 +112,23 @@ def test_a_key_that_cannot_be_opened_is_passed_over(
     only_broken = run("token", "--json", "--key", broken.as_uri())
     assert only_broken.status == 1
     assert only_broken.document["code"] == "invalid_key"
+
+
+def test_a_key_whose_file_or_passphrase_cannot_be_read_is_passed_over(
+    run: Run, sandbox: Sandbox, settings: dict[str, str], tmp_path: Path
+) -> None:
+    missing, locked = tmp_path / "missing.pem", tmp_path / "locked.pem"
+    generate_key(locked.as_uri(), passphrase_source=lambda: "a passphrase")
+    unreadable = f"{missing.as_uri()} {locked.as_uri()}?passphrase-source=env:NOT_SET"
+    settings["D1_SIGNER_KEY"] = f"{unreadable} {settings['D1_SIGNER_KEY']}"
+    result = run("token", "--json", **settings)
+    assert result.status == 0
+    assert result.err.count("a key is passed over") == 2
+    assert sandbox.requests[-1].header["kid"] == "bank-2026"
+    assert run("assertion", "--json").document["header"]["kid"] == "bank-2026"
+    none_left = run("token", "--json", D1_SIGNER_KEY=unreadable)
+    assert none_left.status == 2
+    assert none_left.document["code"] == "secret_source"
 
 
 def test_assertion_says_what_it_is_and_is_masked(run: Run, settings: dict[str, str]) -> None:
@@ -163,5 +186,5 @@ def test_lifetime_has_its_bounds(run: Run, lifetime: str) -> None:
 def test_control_characters_are_not_sent_to_the_terminal(run: Run) -> None:
     result = run("assertion", "--key", "file:///none%1B%5B2J.pem")
     assert result.status == 2
-    assert r"/none\x1b[2J.pem" in result.err
     assert "\x1b" not in result.err
+    assert printable("none\x1b[2J\u202e.pem") == r"none\x1b[2J\u202e.pem"
