@@ -17,6 +17,8 @@ from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import ABORT, HANG, Call, Shim
 
+pytestmark = pytest.mark.stress
+
 
 @pytest.fixture
 def signer(token: SoftHsmToken, shim: Shim) -> Iterator[Signer]:

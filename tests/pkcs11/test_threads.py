@@ -8,6 +8,8 @@ import pytest
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import Run
 
+pytestmark = pytest.mark.stress
+
 _SIGN = """
 import hashlib, sys, threading
 from concurrent.futures import ThreadPoolExecutor

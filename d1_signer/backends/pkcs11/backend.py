@@ -20,7 +20,7 @@ from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
 from d1_signer.backends.pkcs11.keys import FoundKey
 from d1_signer.backends.pkcs11.login import CKU_USER, Login, Pin
-from d1_signer.backends.pkcs11.module import Module
+from d1_signer.backends.pkcs11.module import Module, handle
 from d1_signer.backends.pkcs11.pool import Pool, Worker
 from d1_signer.backends.pkcs11.recovery import Circuit
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
@@ -151,8 +151,7 @@ class Pkcs11Backend:
             raise
 
     def _sign(self, digest: bytes, deadline: float | None) -> bytes:
-        pin = self._pin
-        return self._served(lambda worker: worker.sign(digest, pin.kept), deadline)
+        return self._served(lambda worker: worker.sign(digest), deadline)
 
     def _served(self, work: Callable[[Worker], T], deadline: float | None) -> T:
         """Give work a worker whose session is open; recover and repeat it once where that helps."""
@@ -177,13 +176,15 @@ class Pkcs11Backend:
         module = self._module
         if worker.generation != module.generation:
             self._pin.read()  # outside the module: it may run the caller's code
-
-        def inside() -> T:
+        module.enter(deadline)
+        try:
             if worker.generation != module.generation:
                 self._open_worker(worker)
             return work(worker)
-
-        return module.run(inside, deadline)
+        except Exception as error:  # noqa: BLE001 (as in Module.run, without its closure)
+            raise error.with_traceback(None) from None
+        finally:
+            module.leave()
 
     def _recovered(
         self,
@@ -288,9 +289,8 @@ class Pkcs11Backend:
             with contextlib.suppress(sdk.PKCS11Error):
                 session.close()
             raise
-        worker.use(
-            session, found.private, generation, always_authenticate=found.always_authenticate
-        )
+        sign = self._module.cryptoki.signer(handle(session), handle(found.private))
+        worker.use(session, sign, self._pin if found.always_authenticate else None, generation)
 
     def _current_token(self) -> pkcs11.Token:
         """The token, looked up once in each generation: slot numbers move."""

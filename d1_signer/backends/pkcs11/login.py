@@ -19,7 +19,7 @@ import pkcs11
 from pkcs11 import TokenFlag, exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, translated
-from d1_signer.backends.pkcs11.module import Module
+from d1_signer.backends.pkcs11.module import Module, handle
 from d1_signer.errors import LoginError, SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_secret
 
@@ -171,11 +171,11 @@ class Login:
         if self._holder is None:
             self._holder = self._token.open()
         try:
-            return self._module.cryptoki.logged_in(_handle(self._holder))
+            return self._module.cryptoki.logged_in(handle(self._holder))
         except (sdk.SessionHandleInvalid, sdk.SessionClosed):
             self._holder = None
             self._holder = self._token.open()
-            return self._module.cryptoki.logged_in(_handle(self._holder))
+            return self._module.cryptoki.logged_in(handle(self._holder))
 
     def _accept(self, pin: Secret | None) -> None:
         """The token is logged in already, by us or by other code in this process."""
@@ -213,7 +213,7 @@ class Login:
         assert self._holder is not None  # noqa: S101 (_still_in saw to it)
         try:
             self._module.cryptoki.login(
-                _handle(self._holder), self._user_type, None if pin is None else pin.reveal()
+                handle(self._holder), self._user_type, None if pin is None else pin.reveal()
             )
         except sdk.PKCS11Error as failure:
             return failure
@@ -249,8 +249,3 @@ def _check_may_try(flags: TokenFlag, *, known_bad: bool) -> None:
 
 def _login_error(text: str, hint: str) -> LoginError:
     return LoginError(text, hint=hint, details={"step": "login"})
-
-
-def _handle(session: pkcs11.Session) -> int:
-    handle: int = session.handle  # type: ignore[attr-defined]  # missing in the binding's types
-    return handle

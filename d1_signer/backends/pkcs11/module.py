@@ -59,6 +59,7 @@ class Module:
         self.path = path
         self.generation = 0
         self.locking = Locking.OS
+        self._one_at_a_time = False  # whether `locking` is LOCK, for the way that must be quick
         self.logins: dict[tuple[int, int], Any] = {}
         self.reserved = reserved
         self._users = 0
@@ -103,8 +104,12 @@ class Module:
                 raise SignerClosedError("The PKCS#11 module was given back.")
             self._initialize_again(self.generation, deadline)
         self._gate.enter(deadline)
+        if self._one_at_a_time:
+            self._wait_for_the_turn(deadline)
+
+    def _wait_for_the_turn(self, deadline: float | None) -> None:
         limit = -1 if deadline is None else max(0.0, deadline - time.monotonic())
-        if self.locking is Locking.LOCK and not self._call_lock.acquire(timeout=limit):
+        if not self._call_lock.acquire(timeout=limit):
             self._gate.leave()
             raise SignerTimeout(
                 "The PKCS#11 module was in another call until the deadline.",
@@ -113,7 +118,7 @@ class Module:
 
     def leave(self) -> None:
         """End what `enter` began."""
-        if self.locking is Locking.LOCK:
+        if self._one_at_a_time:
             self._call_lock.release()
         self._gate.leave()
 
@@ -207,6 +212,7 @@ class Module:
             _log.warning("pkcs11.initialized_by_others module=%s", self.path)
         elif not self._ours:
             raise cryptoki.error_of(code)
+        self._one_at_a_time = self.locking is Locking.LOCK
         _log.info(
             "pkcs11.initialized module=%s locking=%s generation=%d",
             self.path,
@@ -339,3 +345,9 @@ def _settings(text: str) -> ConfigurationError:
     return ConfigurationError(
         text, hint="Use the same settings for all signers on it.", details={"step": "module"}
     )
+
+
+def handle(item: Any) -> int:
+    """The handle of one of the binding's sessions or objects."""
+    number: int = item.handle
+    return number

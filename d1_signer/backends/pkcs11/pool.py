@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 import pkcs11
-from pkcs11 import Mechanism, exceptions as sdk
+from pkcs11 import exceptions as sdk
 
+from d1_signer.backends.pkcs11.login import Pin
 from d1_signer.errors import SignerClosedError, SignerTimeout
-from d1_signer.secret import Secret
-
-_ECDSA = Mechanism.ECDSA
 
 
 class Worker:
@@ -23,38 +22,43 @@ class Worker:
         generation: The module's generation that the session belongs to; -1: there is none.
     """
 
-    __slots__ = ("_always_authenticate", "_key", "_session", "generation")
+    __slots__ = ("_pin", "_session", "_sign", "generation")
 
     def __init__(self) -> None:
         self.generation = -1
         self._session: pkcs11.Session | None = None
-        self._key: pkcs11.SignMixin | None = None
-        self._always_authenticate = False
+        self._sign: Callable[[bytes, str | None], bytes] = _unopened
+        self._pin: Pin | None = None
 
     def use(
         self,
         session: pkcs11.Session,
-        key: pkcs11.SignMixin,
+        sign: Callable[[bytes, str | None], bytes],
+        pin: Pin | None,
         generation: int,
-        *,
-        always_authenticate: bool,
     ) -> None:
-        """Take a session and the key in it."""
-        self._session, self._key, self.generation = session, key, generation
-        self._always_authenticate = always_authenticate
+        """Take a session and what signs in it.
 
-    def sign(self, digest: bytes, pin: Secret | None) -> bytes:
-        """Sign with `CKM_ECDSA`: 64 bytes, r||s. The PIN is for keys that want it each time."""
-        key = self._key
-        assert key is not None  # noqa: S101 (a worker is opened before it signs)
-        if self._always_authenticate and pin is not None:
-            return key.sign(digest, mechanism=_ECDSA, pin=pin.reveal())
-        return key.sign(digest, mechanism=_ECDSA)
+        Args:
+            session: Closed by `drop`.
+            sign: Made by `Cryptoki.signer`.
+            pin: For a key that wants it with each signature; else None.
+            generation: The module's.
+        """
+        self._session, self._sign, self._pin = session, sign, pin
+        self.generation = generation
+
+    def sign(self, digest: bytes) -> bytes:
+        """Sign with `CKM_ECDSA`: 64 bytes, r||s."""
+        if self._pin is None:
+            return self._sign(digest, None)
+        kept = self._pin.kept
+        return self._sign(digest, None if kept is None else kept.reveal())
 
     def drop(self, generation: int) -> None:
         """Close the session, unless it died with an older generation of the module."""
         session, alive = self._session, self.generation == generation
-        self._session = self._key = None
+        self._session, self._sign = None, _unopened
         self.generation = -1
         if session is not None and alive:
             with contextlib.suppress(sdk.PKCS11Error):  # never hides why it is dropped
@@ -78,7 +82,8 @@ class Pool:
     def renew(self) -> None:
         """Begin with fresh places, whatever became of the others; for a child of a fork."""
         self._free = [Worker() for _ in range(self._size)]
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
 
     def take(self, deadline: float | None) -> Worker:
@@ -88,7 +93,7 @@ class Pool:
             SignerTimeout: None was free in time.
             SignerClosedError: The pool is closed.
         """
-        with self._changed:
+        with self._lock:
             if not self._free and not self._closed:
                 self._wait(deadline)
             if self._closed:
@@ -109,7 +114,7 @@ class Pool:
 
     def give(self, worker: Worker) -> bool:
         """Put a worker back; False where the pool was closed, and the caller drops it."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return False
             self._free.append(worker)
@@ -118,7 +123,7 @@ class Pool:
 
     def close(self) -> list[Worker]:
         """Close the pool; returns the workers that were free, for the caller to drop."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             free, self._free = self._free, []
             self._changed.notify_all()
@@ -133,3 +138,7 @@ class Pool:
 def closed() -> SignerClosedError:
     """The error for what is used after it was closed."""
     return SignerClosedError("The PKCS#11 signer is closed.", hint="Open it anew.")
+
+
+def _unopened(_digest: bytes, _pin: str | None) -> bytes:
+    raise sdk.SessionClosed
