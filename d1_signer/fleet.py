@@ -149,18 +149,20 @@ class FleetRenewal:
             self._kept = None
 
     def _share(self, held: HeldToken) -> None:
-        # From the clock on which it ages: the wall clock may have been set since the request.
-        now, wall = self._clock(), self._wall()
+        # By both clocks: the wall clock may have been set since the request, and the other one stood
+        # still if a virtual machine was suspended without noticing.
+        wall = self._wall()
+        remaining = min(held.dies_at - self._clock(), held.token.expires_at - wall)
         token = SharedToken(
             value=held.token.value,
             scope=held.token.scope,
-            requested_at=wall + held.requested_at - now,
-            expires_at=wall + held.dies_at - now,
+            requested_at=wall + remaining - (held.dies_at - held.requested_at),
+            expires_at=wall + remaining,
         )
         try:
-            if held.dies_at > now:
+            if remaining > 0:
                 sealed = self._sealer.seal(token)
-                _asked(self._store.save, self._name, sealed, life=held.dies_at - now)
+                _asked(self._store.save, self._name, sealed, life=remaining)
         except StoreUnavailable as error:
             _log.warning("fleet.token_not_shared: %s", error.message)
 
