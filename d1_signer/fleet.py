@@ -149,8 +149,8 @@ class FleetRenewal:
             self._kept = None
 
     def _share(self, held: HeldToken) -> None:
-        # By both clocks: the wall clock may have been set since the request, and the other one stood
-        # still if a virtual machine was suspended without noticing.
+        # By both clocks: the wall clock may have been set since the request, and the other one
+        # stood still if a virtual machine was suspended without noticing.
         wall = self._wall()
         remaining = min(held.dies_at - self._clock(), held.token.expires_at - wall)
         token = SharedToken(
