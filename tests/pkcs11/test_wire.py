@@ -128,15 +128,28 @@ def load(
             process.kill()
 
 
+# p11-kit's client (0.24.1) loses a wake-up when its server dies beside several calls: one of them
+# waits for ever, and while it does, the module cannot be finalised. With one call at a time there
+# is no such wait; a hosted module is killed with it.
+@pytest.mark.parametrize(
+    ("timeout", "options"),
+    [("", {"locking": "lock"}), ("1", {"isolation": "process"})],
+    ids=["one lock", "hosted"],
+)
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.timeout(300)
 def test_server_killed_under_load_and_started_again(
-    token: SoftHsmToken, shim: Shim, tmp_path: Path, rounds: int
+    token: SoftHsmToken,
+    shim: Shim,
+    tmp_path: Path,
+    rounds: int,
+    timeout: str,
+    options: dict[str, object],
 ) -> None:
     # The shim stands in the server, so that it counts the sessions at the HSM's end.
     with (
         wire(token, tmp_path, provider=shim.path, env=shim.env) as hsm,
-        load(hsm, token, 8) as threads,
+        load(hsm, token, 8, timeout, **options) as threads,
     ):
         threads.until_all(work=True, seconds=20)
         for _ in range(rounds):
@@ -144,7 +157,7 @@ def test_server_killed_under_load_and_started_again(
             threads.until_all(work=False, seconds=5)
             time.sleep(2.0 if rounds > 3 else 0.5)
             hsm.start()
-            assert threads.until_all(work=True, seconds=5) < 1.0
+            assert threads.until_all(work=True, seconds=5) < (1.0 if rounds > 3 else 3.0)
         # Without the sessions that died with a killed server: one for the login, four that sign.
         assert shim.most_sessions <= 5 * (rounds + 1)
         logged = threads.end()

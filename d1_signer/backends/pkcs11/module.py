@@ -99,13 +99,24 @@ class Module:
         """
         if self._pid != os.getpid():
             _after_fork_in_child()  # a fork that Python was not told of
-        if self._stale:
-            if not self._users:
-                raise SignerClosedError("The PKCS#11 module was given back.")
-            self._initialize_again(self.generation, deadline)
-        self._gate.enter(deadline)
+        self._gate_of_a_live_module(deadline)
         if self._one_at_a_time:
             self._wait_for_the_turn(deadline)
+
+    def _gate_of_a_live_module(self, deadline: float | None) -> None:
+        while True:
+            if self._stale:
+                self._require_users()
+                self._initialize_again(self.generation, deadline)
+            self._gate.enter(deadline)
+            if not self._stale:
+                return
+            # The last user gave the module back while this thread waited at the gate.
+            self._gate.leave()
+
+    def _require_users(self) -> None:
+        if not self._users:
+            raise SignerClosedError("The PKCS#11 module was given back.")
 
     def _wait_for_the_turn(self, deadline: float | None) -> None:
         limit = -1 if deadline is None else max(0.0, deadline - time.monotonic())
@@ -152,6 +163,7 @@ class Module:
             pkcs11.PKCS11Error: The module does not let itself be initialised.
         """
         if self.generation == seen:
+            self._require_users()
             self._initialize_again(seen, deadline)
 
     def _initialize_again(self, seen: int, deadline: float | None) -> None:

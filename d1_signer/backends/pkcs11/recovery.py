@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 # The longest pause bounds how late a token's return is noticed; an attempt costs milliseconds.
 _SHORTEST_PAUSE = 0.05
-_LONGEST_PAUSE = 0.5
+_LONGEST_PAUSE = 0.2
 
 
 class Circuit:
