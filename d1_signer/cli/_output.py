@@ -22,6 +22,18 @@ _LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
 _log = logging.getLogger("d1_signer")
 
 
+class OptionsOnly(click.Command):
+    """A command without arguments; what it finds is not repeated: it may be part of a secret."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, see `click.Command`."""
+        ctx.allow_extra_args = True
+        found = super().parse_args(ctx, args)
+        if found:
+            ctx.fail("This takes options only. Quote a value that has blanks in it.")
+        return found
+
+
 @dataclass(slots=True)
 class Output:
     """How this run prints; one object for the run, filled by `with_output_options`.

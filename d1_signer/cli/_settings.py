@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import functools
-import re
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import click
-from click.core import ParameterSource
 
 from d1_signer.assertion import sign_assertion
+from d1_signer.cli._callbacks import checked_keys, checked_path, checked_proxy
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
@@ -26,9 +24,6 @@ from d1_signer.tls import ClientCertificate
 from d1_signer.token import Audience, TokenFetcher
 
 Decorator = Callable[[Command], Command]
-
-_PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
-_PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
 
 
 def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorator:
@@ -253,7 +248,7 @@ def with_keys(command: Command) -> Command:
         "several with blanks between them.",
         multiple=True,
         metavar="URI",
-        callback=_without_pin,
+        callback=checked_keys,
     )
     @setting(
         "--kid", "D1_SIGNER_KID", "Key identifier of a single key. [default: RFC 7638 thumbprint]"
@@ -298,9 +293,19 @@ def with_connection(command: Command) -> Command:
     """Give a command the options of `Connection`, as its ``connection``."""
 
     @setting(
-        "--client-cert", "D1_CLIENT_CERT", "PEM file of the client certificate.", metavar="PATH"
+        "--client-cert",
+        "D1_CLIENT_CERT",
+        "PEM file of the client certificate.",
+        metavar="PATH",
+        callback=checked_path,
     )
-    @setting("--client-key", "D1_CLIENT_KEY", "PEM file of its private key.", metavar="PATH")
+    @setting(
+        "--client-key",
+        "D1_CLIENT_KEY",
+        "PEM file of its private key.",
+        metavar="PATH",
+        callback=checked_path,
+    )
     @click.option(
         "--client-key-passphrase-source",
         "passphrase_source",
@@ -312,11 +317,12 @@ def with_connection(command: Command) -> Command:
         "D1_CA_FILE",
         "PEM file of the authorities for D1's certificate, instead of the public ones.",
         metavar="PATH",
+        callback=checked_path,
     )
     @click.option(
         "--proxy",
         metavar="URL",
-        callback=_without_password,
+        callback=checked_proxy,
         help="An HTTP proxy that takes CONNECT: http://HOST:PORT.",
     )
     @click.option(
@@ -346,34 +352,3 @@ def with_connection(command: Command) -> Command:
         return command(*args, connection=connection, **options)
 
     return wrapper
-
-
-def _without_pin(
-    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
-) -> tuple[str, ...]:
-    given = context.get_parameter_source(parameter.name or "")
-    if given is ParameterSource.COMMANDLINE and any(_PIN_VALUE.search(unquote(u)) for u in value):
-        raise click.UsageError(
-            "A key URI with pin-value is not taken from the command line, which every user of "
-            "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."
-        )
-    return value
-
-
-def _without_password(
-    context: click.Context,  # noqa: ARG001 (click's signature of a callback)
-    parameter: click.Parameter,  # noqa: ARG001
-    value: str | None,
-) -> str | None:
-    if value is None:
-        return None
-    # Not only in what parses as a URL: without its scheme it has a password just as well.
-    if "@" in value:
-        raise click.UsageError(
-            "A proxy URL with a user name or password is not taken from the command line, which "
-            "every user of this machine can read."
-        )
-    match = _PROXY.fullmatch(value)
-    if match is None or not 0 < int(match["port"]) < 1 << 16:
-        raise click.UsageError("--proxy takes http://HOST:PORT.")
-    return value

@@ -20,7 +20,15 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from d1_signer.cli._output import Output, explanation, moment, printable, said, with_output_options
+from d1_signer.cli._output import (
+    OptionsOnly,
+    Output,
+    explanation,
+    moment,
+    printable,
+    said,
+    with_output_options,
+)
 from d1_signer.cli._settings import (
     Connection,
     Issuer,
@@ -35,12 +43,14 @@ from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
     InvalidSignatureError,
+    KeyUriError,
     TokenResponseError,
     TokenUnavailable,
 )
 from d1_signer.key_uri import scheme_of, without_secrets
+from d1_signer.registry import load_backend_module
 from d1_signer.renewal import Limits
-from d1_signer.secret import Secret
+from d1_signer.secret import Secret, shown_path
 from d1_signer.signer import Signer
 from d1_signer.tls import client_context
 
@@ -144,7 +154,7 @@ class Checklist:
             click.echo(line)
 
 
-@click.command()
+@click.command(cls=OptionsOnly)
 @with_keys
 @with_issuer
 @with_connection
@@ -184,7 +194,7 @@ def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
     """Check one key; returns its signer if it can sign."""
-    checklist.begin(without_secrets(uri))
+    checklist.begin(_shown_key(uri))
     steps = _PKCS11_STEPS if scheme_of(uri) == "pkcs11" else ("key",)
     try:
         signer = stack.enter_context(keys.open(uri))
@@ -203,6 +213,16 @@ def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> 
         detail(f"generated in place: {said(evidence.generated_in_place)}")
         detail(f"hardware: {said(evidence.hardware)}")
     return signer if able else None
+
+
+def _shown_key(uri: str) -> str:
+    try:
+        load_backend_module(uri)
+    except KeyUriError:
+        return f"{scheme_of(uri)}:"  # what nothing serves may be anything, a password even
+    except D1SignerError:
+        pass  # opening it will tell
+    return without_secrets(uri)
 
 
 def _tell_where_opening_stopped(
@@ -293,7 +313,8 @@ def _validity(path: Path) -> str:
     now = datetime.now(UTC)
     if not begin <= now <= end:
         raise ConfigurationError(
-            f"{path} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and not now.",
+            f"{shown_path(path.absolute())} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, "
+            "and not now.",
             hint="Use the one that is valid now; Thales signs a new one from a new CSR.",
         )
     return f"valid until {end:%Y-%m-%d} ({(end - now).days} days)"

@@ -11,16 +11,25 @@ from urllib.parse import quote
 
 import click
 
-from d1_signer.cli._output import Output, facts, indented, moment, table, with_output_options
+from d1_signer.cli._output import (
+    OptionsOnly,
+    Output,
+    facts,
+    indented,
+    moment,
+    table,
+    with_output_options,
+)
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.custody import CustodyReport
 from d1_signer.errors import ConfigurationError
 from d1_signer.key_uri import split_fragment
+from d1_signer.secret import shown_path
 from d1_signer.signer import Signer, generate_key as generate
 from d1_signer.signer_set import SignerSet
 
 
-@click.command("public-key")
+@click.command("public-key", cls=OptionsOnly)
 @with_keys
 @click.option(
     "--format",
@@ -70,10 +79,11 @@ def _write(path: str, content: bytes) -> None:
     try:
         Path(path).write_bytes(content)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error.strerror}.") from None
+        shown = shown_path(Path(path).absolute())
+        raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
 
 
-@click.command("generate-key")
+@click.command("generate-key", cls=OptionsOnly)
 @with_keys
 @with_output_options
 def generate_key(keys: Keys, *, output: Output) -> None:
@@ -97,7 +107,7 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}")
 
 
-@click.command()
+@click.command(cls=OptionsOnly)
 @with_keys
 @with_output_options
 def custody(keys: Keys, *, output: Output) -> None:

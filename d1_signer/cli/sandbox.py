@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d1_signer.cli._output import Output, printable, with_output_options
+from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_options
 from d1_signer.cli._settings import Keys, setting, with_keys
 from d1_signer.errors import ConfigurationError, InvalidKeyError
 from d1_signer.es256 import PublicKey
 from d1_signer.sandbox import Fault
+from d1_signer.secret import shown_path
 
 if TYPE_CHECKING:
     from d1_signer.sandbox import Sandbox
 
 
-@click.command()
+@click.command(cls=OptionsOnly)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="TCP port. [default: free]")
 @click.option("--http", "plain", is_flag=True, help="Plain http instead of mutual TLS.")
 @setting(
@@ -119,18 +120,19 @@ def _read_registration(text: str) -> tuple[str, PublicKey]:
     kid, equals, path = text.partition("=")
     if not kid or not equals:
         raise click.UsageError("--register takes KID=FILE.")
+    shown = shown_path(Path(path).absolute())
     try:
         content = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigurationError(f"{path} cannot be read: {reason}.") from None
+        raise ConfigurationError(f"{shown} cannot be read: {reason}.") from None
     if "-----BEGIN" in content:
         return kid, PublicKey.from_pem(content)
     try:
         return kid, PublicKey.from_jwk(json.loads(content))
     except (ValueError, AttributeError, TypeError):
         raise InvalidKeyError(
-            f"{path} holds neither a public key in PEM nor a JWK.",
+            f"{shown} holds neither a public key in PEM nor a JWK.",
             hint="Write it with: d1-signer public-key -o FILE.",
         ) from None
 

@@ -9,7 +9,7 @@ import time
 import click
 
 from d1_signer import jose
-from d1_signer.cli._output import Output, facts, indented, moment, with_output_options
+from d1_signer.cli._output import OptionsOnly, Output, facts, indented, moment, with_output_options
 from d1_signer.cli._settings import (
     Connection,
     Issuer,
@@ -23,7 +23,7 @@ from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, MAX_ASSERTION_LIFETIME
 _MASK = "****"
 
 
-@click.command()
+@click.command(cls=OptionsOnly)
 @with_keys
 @with_issuer
 @with_connection
@@ -64,7 +64,7 @@ def token(
     output.result(document, text)
 
 
-@click.command()
+@click.command(cls=OptionsOnly)
 @with_keys
 @with_issuer
 @click.option(

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a setting may not be: a secret on the command line, or a key where its place is named.
+
+No text here repeats the value: it may be the secret itself.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote
+
+import click
+from click.core import ParameterSource
+
+from d1_signer.errors import ConfigurationError, KeyUriError
+from d1_signer.key_uri import scheme_of
+
+# PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
+# (RFC 5958 section 2, RFC 5915 section 3).
+_KEY_ITSELF = re.compile(
+    r"-----BEGIN|^\s*\{|M[A-Za-z0-9+/]{2,5}(?:AgE|CAQ|IBA)[A-Za-z0-9+/=_-]{40}"
+)
+_KEY_HINT = (
+    "Put the key into a file of its own (chmod 600) and give {form}; replace the key if others may "
+    "have seen it."
+)
+_PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
+_PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
+
+
+def checked_keys(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Key URIs, as a callback of click.
+
+    Raises:
+        KeyUriError: One of them is none, or a key itself.
+        click.UsageError: One has a PIN in it and comes from the command line.
+    """
+    name = _name(context, parameter)
+    if any(map(_KEY_ITSELF.search, value)):
+        raise KeyUriError(
+            f"{name} holds a key itself and not its URI.",
+            hint=_KEY_HINT.format(form="file:///PATH"),
+        )
+    if not all(map(scheme_of, value)):
+        raise KeyUriError(
+            f"{name} has something in it that is no key URI: it has no scheme.",
+            hint="It begins with pkcs11:, awskms:, gcpkms:, hashivault: or file:.",
+        )
+    on_command_line = _source(context, parameter) is ParameterSource.COMMANDLINE
+    if on_command_line and any(_PIN_VALUE.search(unquote(uri)) for uri in value):
+        raise click.UsageError(
+            "A key URI with pin-value is not taken from the command line, which every user of "
+            "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."
+        )
+    return value
+
+
+def checked_path(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """The path of a PEM file, as a callback of click.
+
+    Raises:
+        ConfigurationError: It is what the file should hold.
+    """
+    if value is not None and _KEY_ITSELF.search(value):
+        raise ConfigurationError(
+            f"{_name(context, parameter)} holds PEM or a key itself and not the path of its file.",
+            hint=_KEY_HINT.format(form="its path"),
+        )
+    return value
+
+
+def checked_proxy(
+    context: click.Context,  # noqa: ARG001 (click's signature of a callback)
+    parameter: click.Parameter,  # noqa: ARG001
+    value: str | None,
+) -> str | None:
+    """The URL of a proxy, as a callback of click.
+
+    Raises:
+        click.UsageError: It has a password in it, or is no such URL.
+    """
+    if value is None:
+        return None
+    # Not only in what parses as a URL: without its scheme it has a password just as well.
+    if "@" in value:
+        raise click.UsageError(
+            "A proxy URL with a user name or password is not taken from the command line, which "
+            "every user of this machine can read."
+        )
+    match = _PROXY.fullmatch(value)
+    if match is None or not 0 < int(match["port"]) < 1 << 16:
+        raise click.UsageError("--proxy takes http://HOST:PORT.")
+    return value
+
+
+def _source(context: click.Context, parameter: click.Parameter) -> ParameterSource | None:
+    return context.get_parameter_source(parameter.name or "")
+
+
+def _name(context: click.Context, parameter: click.Parameter) -> str:
+    """The flag or the variable, whichever the value came from."""
+    if _source(context, parameter) is ParameterSource.ENVIRONMENT:
+        return str(parameter.envvar)
+    return parameter.opts[0]
