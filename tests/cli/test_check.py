@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from d1_signer.renewal import Limits
 from d1_signer.sandbox import Fault, Sandbox
 from tests.cli.conftest import Result, Run
 
@@ -144,6 +150,56 @@ def test_stops_at_a_url_that_is_no_token_endpoint(run: Run, settings: dict[str, 
     result = run("check", "--json", **settings)
     assert result.document["stopped_at"]["step"] == "endpoint"
     assert "404" in result.document["stopped_at"]["detail"]
+
+
+@contextlib.contextmanager
+def dripping() -> Iterator[str]:
+    """A server that says "in a moment" again and again, each time before the read limit is over.
+
+    It gives up after 20 seconds, so that a client without a limit fails the test and ends.
+    """
+    ended = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            for _ in range(200):
+                connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                if ended.wait(0.1):
+                    return
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                drip(listener.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)  # or accept() would wait on
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+
+
+def test_a_server_that_never_comes_to_the_point_is_left(
+    run: Run, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d1_signer.cli.check.Limits", lambda: Limits(total=1))
+    with dripping() as environment:
+        settings["D1_ENVIRONMENT"] = environment
+        for name in ("D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE"):
+            del settings[name]
+        started = time.monotonic()
+        result = run("check", "--json", **settings)
+        assert time.monotonic() - started < 10
+    assert result.status == 1
+    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert result.document["stopped_at"]["error"]["retryable"] is True
+    assert statuses(result)[-1] == ("access-token", "skipped")
 
 
 def test_tells_how_far_the_clocks_differ(
