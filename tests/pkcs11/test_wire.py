@@ -20,6 +20,8 @@ from queue import Queue
 
 import pytest
 
+from d1_signer.errors import SignerTimeout
+from d1_signer.signer import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import ROOT, Run
 from tests.pkcs11.shim import Shim
@@ -129,12 +131,12 @@ def load(
 
 
 # p11-kit's client (0.24.1) loses a wake-up when its server dies beside several calls: one of them
-# waits for ever, and while it does, the module cannot be finalised. With one call at a time there
-# is no such wait; a hosted module is killed with it.
+# waits for ever. So the first has a time limit, at which the caller is given back and the instance
+# left behind; with one call at a time there is no such wait; a hosted module is killed with it.
 @pytest.mark.parametrize(
     ("timeout", "options"),
-    [("", {"locking": "lock"}), ("1", {"isolation": "process"})],
-    ids=["one lock", "hosted"],
+    [("1", {}), ("", {"locking": "lock"}), ("1", {"isolation": "process"})],
+    ids=["in this process", "one lock", "hosted"],
 )
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.timeout(300)
@@ -184,6 +186,26 @@ def test_frozen_server_and_a_hosted_module(token: SoftHsmToken, hsm: Wire) -> No
         hsm.signal(signal.SIGCONT)
         threads.until_all(work=True, seconds=5)
         threads.end()
+
+
+def test_instance_with_a_hanging_call_is_left_behind(
+    token: SoftHsmToken, hsm: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", hsm.env["P11_KIT_SERVER_ADDRESS"])
+    with open_signer(token.uri, module_path=hsm.client, max_sessions=1) as signer:
+        hsm.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(SignerTimeout):
+                signer.sign(b"message", timeout=0.2)
+            with wire(token, tmp_path):  # another server under the same name
+                module = signer._backend._module  # type: ignore[attr-defined]
+                module.reinitialize(module.generation, time.monotonic() + 0.2)
+                assert module.instance == 1
+                # The only session is stuck for good: another one has taken its place.
+                signature = signer.sign(b"message", timeout=10)
+                signer.public_key.verify(signature, b"message")
+        finally:
+            hsm.signal(signal.SIGCONT)
 
 
 _HANG = """

@@ -156,7 +156,7 @@ class Pkcs11Backend:
     def _served(self, work: Callable[[Worker], T], deadline: float | None) -> T:
         """Give work a worker whose session is open; recover and repeat it once where that helps."""
         self._circuit.check()
-        worker = self._pool.take(deadline)
+        worker = self._pool.take(deadline, self._module.instance)
         try:
             lost = self._lost
             if lost is not None and lost[0] == self._module.generation:
@@ -176,7 +176,8 @@ class Pkcs11Backend:
         module = self._module
         if worker.generation != module.generation:
             self._pin.read()  # outside the module: it may run the caller's code
-        module.enter(deadline)
+        gate = module.enter(deadline)
+        worker.instance = module.instance
         try:
             if worker.generation != module.generation:
                 self._open_worker(worker)
@@ -184,7 +185,8 @@ class Pkcs11Backend:
         except Exception as error:  # noqa: BLE001 (as in Module.run, without its closure)
             raise error.with_traceback(None) from None
         finally:
-            module.leave()
+            worker.instance = None
+            module.leave(gate)
 
     def _recovered(
         self,

@@ -122,7 +122,11 @@ class LibraryInfo:
 
 
 class Cryptoki:
-    """A loaded module's function list."""
+    """A loaded module's function list.
+
+    Attributes:
+        address: Where it is; another list at another address is another instance of the module.
+    """
 
     def __init__(self, path: str, binding: Any) -> None:
         """Take the list that python-pkcs11's object of the module uses.
@@ -139,6 +143,7 @@ class Cryptoki:
             pointer = ctypes.c_void_p()
             _check(self._library.C_GetFunctionList(ctypes.byref(pointer)))
             address = pointer.value or 0
+        self.address = address
         functions = _FunctionList.from_address(address).functions
         handle, pin = ctypes.c_ulong, ctypes.c_char_p
         self._initialize = _function(functions[_INITIALIZE], ctypes.c_void_p)

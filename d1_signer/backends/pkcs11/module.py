@@ -52,6 +52,7 @@ class Module:
         path: The module's file.
         generation: Counts the initialisations, over forks too.
         locking: How calls are kept apart.
+        instance: Counts the instances of a module that gives out more than one; see `_abandon`.
         logins: The `login.Login` of each slot and user type, in this generation.
     """
 
@@ -71,11 +72,10 @@ class Module:
         self._poisoned = False  # forked from a process whose call hung: its locks are held for ever
         self._pid = os.getpid()
         self._new_locks()
+        self.instance = 0
+        self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
         try:
-            # Without its __init__, which would call C_Initialize(NULL): a private path, which the
-            # tests pin.
-            self.binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
-            self.cryptoki = Cryptoki(path, self.binding)
+            self.binding, self.cryptoki = _loaded(path)
         except sdk.PKCS11Error as error:
             raise ConfigurationError(
                 f"The PKCS#11 module cannot be loaded: {path}: {told(error)}.",
@@ -90,8 +90,11 @@ class Module:
 
     # -- calls --------------------------------------------------------------------------------
 
-    def enter(self, deadline: float | None) -> None:
-        """Begin a call, or several that belong together; `leave` must follow.
+    def enter(self, deadline: float | None) -> Gate:
+        """Begin a call, or several that belong together.
+
+        Returns:
+            What `leave` takes, which must follow.
 
         Raises:
             SignerTimeout: The module was being initialised anew until the deadline.
@@ -99,39 +102,42 @@ class Module:
         """
         if self._pid != os.getpid():
             _after_fork_in_child()  # a fork that Python was not told of
-        self._gate_of_a_live_module(deadline)
+        gate = self._gate_of_a_live_module(deadline)
         if self._one_at_a_time:
-            self._wait_for_the_turn(deadline)
+            self._wait_for_the_turn(gate, deadline)
+        return gate
 
-    def _gate_of_a_live_module(self, deadline: float | None) -> None:
+    def _gate_of_a_live_module(self, deadline: float | None) -> Gate:
         while True:
             if self._stale:
                 self._require_users()
                 self._initialize_again(self.generation, deadline)
-            self._gate.enter(deadline)
-            if not self._stale:
-                return
-            # The last user gave the module back while this thread waited at the gate.
-            self._gate.leave()
+            gate = self._gate
+            gate.enter(deadline)
+            if not self._stale and gate is self._gate:
+                return gate
+            # While this thread waited at the gate, the last user gave the module back, or the
+            # instance behind it was left behind.
+            gate.leave()
 
     def _require_users(self) -> None:
         if not self._users:
             raise SignerClosedError("The PKCS#11 module was given back.")
 
-    def _wait_for_the_turn(self, deadline: float | None) -> None:
+    def _wait_for_the_turn(self, gate: Gate, deadline: float | None) -> None:
         limit = -1 if deadline is None else max(0.0, deadline - time.monotonic())
         if not self._call_lock.acquire(timeout=limit):
-            self._gate.leave()
+            gate.leave()
             raise SignerTimeout(
                 "The PKCS#11 module was in another call until the deadline.",
                 hint="Allow more time; this module works for one thread at a time.",
             )
 
-    def leave(self) -> None:
+    def leave(self, gate: Gate) -> None:
         """End what `enter` began."""
         if self._one_at_a_time:
             self._call_lock.release()
-        self._gate.leave()
+        gate.leave()
 
     def run(self, work: Callable[[], T], deadline: float | None) -> T:
         """Do work between `enter` and `leave`.
@@ -140,13 +146,13 @@ class Module:
         whose ``repr`` calls the module, where a crash reporter that shows local variables would
         call it whenever it likes; and the PIN, where a key wants it with each signature.
         """
-        self.enter(deadline)
+        gate = self.enter(deadline)
         try:
             return work()
         except Exception as error:  # noqa: BLE001 (raised on, whatever it is)
             raise error.with_traceback(None) from None
         finally:
-            self.leave()
+            self.leave(gate)
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -175,7 +181,7 @@ class Module:
         try:
             if self.generation != seen:
                 return
-            if not self._gate.close(limit):
+            if not self._gate.close(limit) and not self._abandon():
                 raise _busy()
             try:
                 self._restart()
@@ -183,6 +189,29 @@ class Module:
                 self._gate.open()
         finally:
             self._life.release()
+
+    def _abandon(self) -> bool:
+        """Leave an instance with calls that do not return, for another one of the same module.
+
+        p11-kit's client gives out a list, and a connection, of its own for each request; other
+        modules have a single one, and then nothing can be done.
+
+        Returns:
+            Whether there is another one now, its gate closed.
+        """
+        if self._one_at_a_time:
+            return False  # the call that does not return holds the lock
+        binding, cryptoki = _loaded(self.path)
+        if cryptoki.address == self.cryptoki.address:
+            return False
+        _log.warning("pkcs11.instance_left_behind module=%s: a call is outstanding", self.path)
+        gate = Gate()
+        gate.shut(time.monotonic())
+        self._abandoned.append((self.binding, self.cryptoki))
+        self.binding, self.cryptoki, self._gate = binding, cryptoki, gate
+        self._ours = False
+        self.instance += 1
+        return True
 
     def _restart(self) -> None:
         """With the gate closed."""
@@ -343,6 +372,13 @@ os.register_at_fork(
     after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
+
+
+def _loaded(path: str) -> tuple[Any, Cryptoki]:
+    # Without the binding's __init__, which would call C_Initialize(NULL): a private path, which the
+    # tests pin.
+    binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
+    return binding, Cryptoki(path, binding)
 
 
 def _busy() -> SignerUnavailable:

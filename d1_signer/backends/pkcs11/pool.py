@@ -20,12 +20,14 @@ class Worker:
 
     Attributes:
         generation: The module's generation that the session belongs to; -1: there is none.
+        instance: The module's instance in which a call is under way; None: there is none.
     """
 
-    __slots__ = ("_pin", "_session", "_sign", "generation")
+    __slots__ = ("_pin", "_session", "_sign", "generation", "instance")
 
     def __init__(self) -> None:
         self.generation = -1
+        self.instance: int | None = None
         self._session: pkcs11.Session | None = None
         self._sign: Callable[[bytes, str | None], bytes] = _unopened
         self._pin: Pin | None = None
@@ -81,19 +83,27 @@ class Pool:
 
     def renew(self) -> None:
         """Begin with fresh places, whatever became of the others; for a child of a fork."""
-        self._free = [Worker() for _ in range(self._size)]
+        self._all = [Worker() for _ in range(self._size)]
+        self._free = list(self._all)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
 
-    def take(self, deadline: float | None) -> Worker:
+    def take(self, deadline: float | None, instance: int) -> Worker:
         """Take a worker out; `give` puts it back.
+
+        Args:
+            deadline: Moment on ``time.monotonic()``; None: the pool's patience alone.
+            instance: The module's. A worker in a call of an older one does not come back: it is
+                set aside, and another one takes its place.
 
         Raises:
             SignerTimeout: None was free in time.
             SignerClosedError: The pool is closed.
         """
         with self._lock:
+            if not self._free and not self._closed:
+                self._set_aside(instance)
             if not self._free and not self._closed:
                 self._wait(deadline)
             if self._closed:
@@ -112,10 +122,16 @@ class Pool:
                     details={"busy_sessions": self._size},
                 )
 
+    def _set_aside(self, instance: int) -> None:
+        for place, worker in enumerate(self._all):
+            if worker.instance is not None and worker.instance < instance:
+                self._all[place] = Worker()
+                self._free.append(self._all[place])
+
     def give(self, worker: Worker) -> bool:
-        """Put a worker back; False where the pool was closed, and the caller drops it."""
+        """Put a worker back; False where it has no place any more, and the caller drops it."""
         with self._lock:
-            if self._closed:
+            if self._closed or worker not in self._all:
                 return False
             self._free.append(worker)
             self._changed.notify()
