@@ -30,20 +30,20 @@ def fetcher() -> TokenFetcher:
     return new_fetcher()
 
 
-@app.task(name="d1.warm", ignore_result=True)  # type: ignore[untyped-decorator]
+@app.task(name="d1.warm", ignore_result=True)
 def warm() -> None:
     fetcher().prefetch()
 
 
-@app.task(name="d1.ping")  # type: ignore[untyped-decorator]
+@app.task(name="d1.ping")
 def ping() -> int:
     with fetcher().session() as session:
         answer = session.get(f"{fetcher().environment.banking_url}/ping", timeout=10)
     return answer.status_code
 
 
-@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
-@worker_shutdown.connect  # type: ignore[untyped-decorator]
+@worker_process_shutdown.connect
+@worker_shutdown.connect
 def close(**_: object) -> None:
     if fetcher.cache_info().currsize:
         fetcher().close()

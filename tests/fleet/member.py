@@ -77,7 +77,7 @@ def _tokens(fetcher: TokenFetcher, threads: int) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    from fleet_fetcher import new_fetcher  # type: ignore[import-not-found]  # an example, no module
+    from fleet_fetcher import new_fetcher
 
     signed = 0
     make = d1_signer.signer.Signer.__init__
