@@ -138,7 +138,8 @@ class IsolatedBackend:
             raise
 
     def _renew(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # taken by itself, as in `pool`
+        self._changed = threading.Condition(self._lock)
         self._hosts: list[_Host] = []
         self._starting = 0
         self._error: D1SignerError | None = None
@@ -168,7 +169,7 @@ class IsolatedBackend:
 
     def close(self) -> None:
         """End the children; calling it again does nothing."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             hosts, self._hosts = self._hosts, []
             self._changed.notify_all()
@@ -200,7 +201,8 @@ class IsolatedBackend:
             self._give(host, connection)
             raise _too_late()
         try:
-            connection.settimeout(left)
+            if left is not None or connection.gettimeout() is not None:  # each costs a system call
+                connection.settimeout(left)
             send(connection, kind, body)
             answered, answer = receive(connection)
         except TimeoutError:
@@ -227,7 +229,7 @@ class IsolatedBackend:
         limit = time.monotonic() + self._settings.patience
         if deadline is not None:
             limit = min(limit, deadline)
-        with self._changed:
+        with self._lock:
             while True:
                 if self._closed:
                     raise SignerClosedError("The PKCS#11 signer is closed.", hint="Open it anew.")
@@ -245,7 +247,7 @@ class IsolatedBackend:
                     raise self._error.fresh()
 
     def _give(self, host: _Host, connection: socket.socket) -> None:
-        with self._changed:
+        with self._lock:
             if host.dead or self._closed:
                 connection.close()
                 return
@@ -279,7 +281,7 @@ class IsolatedBackend:
             )
         if error is not None and host is not None:
             host.kill()
-        with self._changed:
+        with self._lock:
             self._starting -= 1
             self._error = error
             if error is not None:
@@ -317,7 +319,7 @@ class IsolatedBackend:
             refused.merge(more["refused"])
             raise error
         public = PublicKey.from_pem(answer)
-        with self._changed:
+        with self._lock:
             if self._pinned is None:
                 self._pinned = public
         if public != self._pinned:
@@ -340,7 +342,7 @@ class IsolatedBackend:
 
     def _discard(self, host: _Host) -> None:
         """Kill a child, and start its successor at once."""
-        with self._changed:
+        with self._lock:
             known = host in self._hosts
             if known:
                 self._hosts.remove(host)
