@@ -273,7 +273,7 @@ class IsolatedBackend:
             self._open(host)
         except D1SignerError as failure:
             error = failure
-        except (OSError, ValueError) as failure:
+        except (OSError, ValueError, KeyError) as failure:
             error = SignerUnavailable(
                 f"The process that hosts the PKCS#11 module does not start: {failure}.",
                 hint="Check the process limits of this user.",
@@ -294,31 +294,11 @@ class IsolatedBackend:
             host.end()  # the signer was closed meanwhile
 
     def _open(self, host: _Host) -> None:
-        request = {
-            "uri": self._settings.uri,
-            "options": self._settings.options,
-            "refused": refused.export(),
-            **self._pin_to_pass_on(),
-        }
         host.control.settimeout(_SECONDS_TO_START)
-        try:
-            send(host.control, OPEN, json.dumps(request).encode())
-            answered, answer = receive(host.control)
-        except TimeoutError:
-            raise SignerUnavailable(
-                "The PKCS#11 module did not open the key in time.",
-                hint="Check the HSM and its connection.",
-                details={"step": "token"},
-            ) from None
-        except Gone:
-            raise _died() from None
-        finally:
-            del request
-        if answered != DONE:
-            error, more = decoded_error(answer)
-            refused.merge(more["refused"])
-            raise error
-        public = PublicKey.from_pem(answer)
+        opened = self._told_to_open(host)
+        if isinstance(opened, D1SignerError):
+            raise opened
+        public = PublicKey.from_pem(opened)
         with self._lock:
             if self._pinned is None:
                 self._pinned = public
@@ -328,6 +308,31 @@ class IsolatedBackend:
                 hint="Check whether the key was replaced.",
                 details={"step": "key"},
             )
+
+    def _told_to_open(self, host: _Host) -> bytes | D1SignerError:
+        """The key in PEM, or why not: returned, since what is raised here would carry the PIN."""
+        request = {
+            "uri": self._settings.uri,
+            "options": self._settings.options,
+            "refused": refused.export(),
+            **self._pin_to_pass_on(),
+        }
+        try:
+            send(host.control, OPEN, json.dumps(request).encode())
+            answered, answer = receive(host.control)
+        except TimeoutError:
+            return SignerUnavailable(
+                "The PKCS#11 module did not open the key in time.",
+                hint="Check the HSM and its connection.",
+                details={"step": "token"},
+            )
+        except Gone:
+            return _died()
+        if answered == DONE:
+            return answer
+        error, more = decoded_error(answer)
+        refused.merge(more["refused"])
+        return error
 
     def _pin_to_pass_on(self) -> dict[str, str]:
         """What the child cannot read by itself: a callable's answer, or a prompt's."""
