@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
 from d1_signer.errors import KeyUriError
+from d1_signer.secret import holds_key
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _PIN_VALUE = re.compile(r"((?:p|%70)(?:i|%69)(?:n|%6e)(?:-|%2d)[^=;]*=)[^;&]*", re.IGNORECASE)
@@ -30,7 +31,8 @@ def without_secrets(uri: str) -> str:
 
     Something else altogether, such as a whole key that was put where its URI belongs, is not shown.
     """
-    if not scheme_of(uri) or len(uri) > _LONGEST_SHOWN or not uri.isprintable() or " " in uri:
+    strange = len(uri) > _LONGEST_SHOWN or not uri.isprintable() or " " in uri or holds_key(uri)
+    if strange or not scheme_of(uri):
         return "(not a key URI)"
     shown = re.split(r"[?#]", uri, maxsplit=1)[0]
     return _USER.sub("//****@", _PIN_VALUE.sub(r"\1****", shown))

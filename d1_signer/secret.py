@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ SecretSource = str | Callable[[], str | bytes]
 
 _MAX_FILE_SIZE = 1 << 20
 _LONGEST_PATH = 256
+_FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
+_DER_IN_BASE64 = re.compile(r"M[A-Z][A-Za-z0-9+/_-]{62}", re.ASCII)
 _SOURCES = "A secret source is file:PATH, env:NAME, prompt, or a callable passed in code."
 
 
@@ -92,10 +95,16 @@ def _wrapped(value: object) -> Secret | None:
         return None
 
 
+def holds_key(text: str) -> bool:
+    """Whether a text holds a key itself, in PEM or as base64 of DER."""
+    return "-----BEGIN" in text or _DER_IN_BASE64.search(text) is not None
+
+
 def shown_path(path: object) -> str:
     """A path as it may be shown; what does not look like one may be a secret and is not."""
     text = str(path)
-    if "/" not in text or len(text) > _LONGEST_PATH or not text.isprintable() or "-----" in text:
+    like_a_path = "/" in text or _FILE_NAME.fullmatch(text)
+    if not like_a_path or len(text) > _LONGEST_PATH or not text.isprintable() or holds_key(text):
         return "(not shown: it has not the form of a path)"
     return text
 

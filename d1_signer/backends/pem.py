@@ -38,7 +38,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.key_uri import KeyUri
-from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret
+from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret, shown_path
 
 _ALGORITHM = ec.ECDSA(utils.Prehashed(SHA256()))
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")
@@ -113,12 +113,12 @@ def open_backend(uri: str, *, passphrase_source: SecretSource | None = None) -> 
     pem = Secret(read_private_file(path, what="key file").decode("ascii", "replace"))
     if "-----BEGIN" not in pem.reveal():
         raise InvalidKeyError(
-            f"The key file holds no PEM: {path}.",
+            f"The key file holds no PEM: {shown_path(path)}.",
             hint="Convert it with: openssl pkcs8 -topk8 -inform DER -outform PEM.",
         )
     if len(_PRIVATE_KEY.findall(pem.reveal())) > 1:
         raise AmbiguousKeyError(
-            f"The key file holds more than one private key: {path}.",
+            f"The key file holds more than one private key: {shown_path(path)}.",
             hint="Give each key a file of its own.",
         )
     passphrase = None if source is None else read_secret(source, what="passphrase")
@@ -155,11 +155,12 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
         _write(file, path, pem)
     except FileExistsError:
         raise KeyExistsError(
-            f"The key file exists: {path}.", hint="It is not overwritten; choose another path."
+            f"The key file exists: {shown_path(path)}.",
+            hint="It is not overwritten; choose another path.",
         ) from None
     except OSError as error:
         raise SecretSourceError(
-            f"The key file cannot be written: {path}: {error.strerror}."
+            f"The key file cannot be written: {shown_path(path)}: {error.strerror}."
         ) from None
     return GeneratedKey(uri=uri, public_key=PublicKey(key.public_key()))
 
@@ -190,12 +191,12 @@ def _load(pem: Secret, passphrase: Secret | None, path: str) -> ec.EllipticCurve
     encrypted = "ENCRYPTED" in pem.reveal()
     if encrypted and passphrase is None:
         raise SecretSourceError(
-            f"The key file is encrypted: {path}.",
+            f"The key file is encrypted: {shown_path(path)}.",
             hint="Name its passphrase's source: passphrase-source=file:PATH or env:NAME.",
         )
     if not encrypted and passphrase is not None:
         raise SecretSourceError(
-            f"The key file is not encrypted, and a passphrase was given: {path}.",
+            f"The key file is not encrypted, and a passphrase was given: {shown_path(path)}.",
             hint="Encrypt the file, or leave the passphrase source out.",
         )
     try:
@@ -209,12 +210,12 @@ def _load(pem: Secret, passphrase: Secret | None, path: str) -> ec.EllipticCurve
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         kind = type(key).__name__.removesuffix("PrivateKey").lstrip("_")
         raise InvalidKeyError(
-            f"The key file holds a key of another kind ({kind}): {path}.",
+            f"The key file holds a key of another kind ({kind}): {shown_path(path)}.",
             hint="D1 takes ES256 only: use an EC key on P-256.",
         )
     if not isinstance(key.curve, ec.SECP256R1):
         raise InvalidKeyError(
-            f"The key file's curve is {key.curve.name}: {path}.",
+            f"The key file's curve is {key.curve.name}: {shown_path(path)}.",
             hint="D1 takes ES256 only: use a key on P-256.",
         )
     return key
@@ -223,15 +224,15 @@ def _load(pem: Secret, passphrase: Secret | None, path: str) -> ec.EllipticCurve
 def _unreadable(pem: Secret, path: str, *, encrypted: bool) -> SignerError | SecretSourceError:
     if re.search(r"(PUBLIC KEY|CERTIFICATE)-----", pem.reveal()):
         return InvalidKeyError(
-            f"The key file holds a public key or a certificate: {path}.",
+            f"The key file holds a public key or a certificate: {shown_path(path)}.",
             hint="Name the file of the private key.",
         )
     if encrypted:
         return SecretSourceError(
-            f"The key file cannot be decrypted: {path}.",
+            f"The key file cannot be decrypted: {shown_path(path)}.",
             hint="Check the passphrase; if it is right, the file is damaged.",
         )
     return InvalidKeyError(
-        f"The key file's private key cannot be read: {path}.",
+        f"The key file's private key cannot be read: {shown_path(path)}.",
         hint="Use PKCS#8 or SEC 1; ssh-keygen -p -m PKCS8 converts a key of OpenSSH.",
     )

@@ -137,6 +137,7 @@ PEM = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49\n-----END--
         ("pkcs11:token=x?pin-value=hunter2", "hunter2"),
         ("hashivault://user:hunter2@host/key", "hunter2"),
         ("file:///" + "k" * 600, "k" * 600),
+        ("file:///" + "MIGHAgEAMBMGByqGSM49" * 4, "MIGHAgEAMBM"),
     ],
 )
 def test_a_secret_put_where_a_uri_belongs_is_not_shown(uri: str, secret: str) -> None:
@@ -146,7 +147,9 @@ def test_a_secret_put_where_a_uri_belongs_is_not_shown(uri: str, secret: str) ->
     assert secret not in str(failure.value)
 
 
-@pytest.mark.parametrize("path", [PEM, "hunter2", "/" + "x" * 300, "a/b\nc"])
+@pytest.mark.parametrize(
+    "path", [PEM, "hunter2", "/" + "MIGHAgEAMBMGByqGSM49" * 4, "/" + "x" * 300, "a/b\nc"]
+)
 def test_what_is_no_path_is_not_shown_as_one(path: str) -> None:
     with pytest.raises(D1SignerError) as failure:
         read_secret(f"file:{path}", what="PIN")

@@ -18,6 +18,7 @@ from pkcs11 import exceptions as sdk
 from d1_signer.backend import SignatureEncoding
 from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
+from d1_signer.backends.pkcs11.handoff import Handoff
 from d1_signer.backends.pkcs11.keys import FoundKey
 from d1_signer.backends.pkcs11.login import CKU_USER, Login, Pin
 from d1_signer.backends.pkcs11.module import Module, handle
@@ -34,7 +35,6 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.remote import within
 
 T = TypeVar("T")
 
@@ -79,6 +79,7 @@ class Pkcs11Backend:
         self._login: Login | None = None
         self._pinned: PublicKey | None = settings.public_key
         self._proven = False
+        self._handoff = Handoff()
         self._pool = Pool(settings.max_sessions, settings.session_timeout)
         # A generation in which a repeated call failed: the next one begins with a new one.
         self._lost: tuple[int, sdk.PKCS11Error] | None = None
@@ -117,6 +118,7 @@ class Pkcs11Backend:
         if self._closed:
             return
         self._closed = True
+        self._handoff.close()
         free = self._pool.close()
         with contextlib.suppress(D1SignerError):
             self._module.run(lambda: self._close_sessions(free), time.monotonic() + _PATIENCE)
@@ -145,7 +147,7 @@ class Pkcs11Backend:
         if deadline is None:
             return work()
         try:
-            return within(deadline, work)
+            return self._handoff.run(work, deadline)
         except SignerTimeout as error:
             error.details.setdefault("busy_sessions", self._pool.busy)
             raise
@@ -334,6 +336,7 @@ class Pkcs11Backend:
 
     def renew_in_child(self) -> None:
         """Forget everything inherited; the first signature opens it anew."""
+        self._handoff.after_fork()
         self._token = None
         self._login = None
         self._circuit.renew()
