@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import re
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,18 +80,16 @@ class TokenEndpoint:
         Args:
             assertion: The JWT in compact form.
             correlation_id: For ``x-correlation-id``.
-            deadline: Moment on ``time.monotonic()`` by which the answer must be complete.
+            deadline: Moment on ``time.monotonic()`` by which the answer must be complete. Looked at
+                between the parts of a body; a server that drips the head of its answer for ever is
+                cut by whoever calls `abort`.
 
         Returns:
             A grant, or an error: `TlsError` where either side's certificate is refused,
             `TokenUnavailable` where no whole answer came, `TokenRefusedError` or
             `TokenResponseError` for what the answer says. Its details have the correlation id.
         """
-        # The limits of a socket are for the next bytes each: a server that drips goes on for ever.
-        watch = threading.Timer(max(0.0, deadline - time.monotonic()), self._adapter.abort)
-        watch.daemon = True
         try:
-            watch.start()
             reply = self._exchange(assertion, correlation_id, deadline)
         # The errors of requests hold the request, and with it the assertion, so they end here:
         # ours is made new, with no traceback and no context that leads to theirs.
@@ -107,8 +104,6 @@ class TokenEndpoint:
                     hint="Check that the environment's URL is D1's token endpoint.",
                 )
             )
-        finally:
-            watch.cancel()
         if isinstance(reply.outcome, D1SignerError):
             reply.outcome.details["correlation_id"] = correlation_id
         return reply

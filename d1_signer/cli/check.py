@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -271,7 +272,9 @@ def _check_d1(
     reached = checklist.passed()
     for signer in signers:
         if signer is None or not reached or issuer.issuer_id is None:
-            missing = "no issuer id is given" if issuer.issuer_id is None else "an earlier step"
+            missing = (
+                "no issuer id is given" if issuer.issuer_id is None else "an earlier step failed"
+            )
             checklist.skipped("access-token", missing)
             continue
         with (
@@ -334,12 +337,16 @@ def _reach(environment: Environment, tls: ssl.SSLContext, proxy: str | None) -> 
         connect_timeout=limits.connect,
         read_timeout=limits.read,
     )
+    cut = threading.Timer(limits.total, endpoint.abort)
+    cut.daemon = True
     with contextlib.closing(endpoint):
+        cut.start()
         reply = endpoint.post(
             Secret("not-an-assertion"),
             correlation_id=f"check-{secrets.token_hex(8)}",
             deadline=time.monotonic() + limits.total,
         )
+        cut.cancel()
     unreached = reply.status is None or isinstance(reply.outcome, TokenUnavailable)
     if isinstance(reply.outcome, D1SignerError) and unreached:
         raise reply.outcome
