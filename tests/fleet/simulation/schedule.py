@@ -18,6 +18,7 @@ from d1_signer import (
     TokenFetcher,
     assertion,
     fleet,
+    keeper,
     renewal,
     signer,
     signer_set,
@@ -79,7 +80,7 @@ class Outcome:
 def simulated(world: World) -> Iterator[None]:
     """Let the real modules run on simulated time, with the double of the way to D1."""
     with ExitStack() as stack:
-        for module in (token, renewal, fleet, signer, signer_set, assertion):
+        for module in (token, keeper, renewal, fleet, signer, signer_set, assertion):
             stack.enter_context(patch.object(module, "time", world.time))
             if hasattr(module, "threading"):
                 stack.enter_context(patch.object(module, "threading", world.threading))
@@ -126,7 +127,7 @@ class Schedule:
             self._mishap(process)
         with simulated(world):
             world.run()
-            token._fetchers.clear()
+            keeper._keepers.clear()
         self.outcome.requests = self.d1.requests
         self._judge_requests()
         return self.outcome
