@@ -21,6 +21,7 @@ from d1_signer.clock import Clock
 from d1_signer.d1 import Environment
 from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
 from d1_signer.renewal import Limits, Renewal
+from d1_signer.secret import Secret
 from d1_signer.stores import Lease, Sealer, SharedToken, TokenStore
 
 _log = logging.getLogger("d1_signer.fleet")
@@ -43,7 +44,7 @@ class FleetRenewal:
         renewal: Renewal,
         store: TokenStore,
         *,
-        key: bytes | None,
+        key: Secret | None,
         issuer_id: str,
         environment: Environment,
         limits: Limits,
@@ -66,6 +67,7 @@ class FleetRenewal:
         identity = hashlib.sha256(f"{issuer_id}\0{environment.base_url}".encode()).hexdigest()
         self._name = f"d1-signer:{{{identity[:32]}}}"
         self._kept: Lease | None = None
+        self._waits_since: float | None = None
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -83,6 +85,7 @@ class FleetRenewal:
                 self._give_back()
                 shared = self._shared(refused)
                 if shared is not None:
+                    self._waits_since = None
                     return shared
                 # Counted from before the lease, so that the lease outlives it.
                 turn = min(deadline, time.monotonic() + self._turn)
@@ -91,7 +94,7 @@ class FleetRenewal:
                     shared = self._shared(refused) if mine else None
                     if shared is not None:
                         return shared
-                    if mine:
+                    if mine or self._holder_is_overdue(mine=mine):
                         held = self._renewal.obtain(deadline=turn, stopped=stopped)
                         self._share(held)
                         return held
@@ -106,6 +109,21 @@ class FleetRenewal:
             if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
             look = min(2 * look, _LONGEST_LOOK)
+
+    def _holder_is_overdue(self, *, mine: bool) -> bool:
+        """Whether another has held the lease for longer than a lease lives.
+
+        Then it is no lease of a renewal: a key without a time to live, or a store whose clock
+        stands still. Going on costs a request; waiting for it would cost the fleet its token.
+        """
+        now = self._clock()
+        if mine or self._waits_since is None:
+            self._waits_since = None if mine else now
+            return False
+        overdue = now - self._waits_since > self._lease_life
+        if overdue:
+            _log.warning("fleet.lease_overdue: going on without it")
+        return overdue
 
     def _shared(self, refused: str | None) -> HeldToken | None:
         """The store's token, if it is fresh."""

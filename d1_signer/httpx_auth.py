@@ -14,7 +14,10 @@ every call; ``trust_env=False`` keeps proxies, netrc and CA files of the process
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
 from collections.abc import AsyncGenerator, Generator
 from typing import Protocol, final
 
@@ -26,16 +29,16 @@ try:
     import httpx
 
     # What httpx itself rests on, whichever event loop runs.
-    from anyio import CapacityLimiter, to_thread
-    from anyio.lowlevel import RunVar
+    from anyio import CapacityLimiter, sleep, to_thread
 except ModuleNotFoundError as error:
     raise MissingExtraError.of(error.name or "httpx", "httpx") from None
 
 _log = logging.getLogger("d1_signer.auth")
 _UNAUTHORIZED = 401
-# Threads of one event loop that wait for a token. The event loop's own threads serve others too:
-# all of them waiting for D1 would stop a whole web server.
+# Threads that wait for a token. A thread for each caller of an event loop would be as many threads
+# as calls; the event loop's shared threads, waiting for D1, would stop a whole web server.
 _WAITING_THREADS = 4
+_LOOK_AGAIN = 0.01
 
 
 class WaitlessSource(TokenSource, Protocol):
@@ -59,7 +62,7 @@ class HttpxD1Auth(httpx.Auth):
     def __init__(self, source: WaitlessSource) -> None:
         """Take tokens from ``source``; one object serves any number of threads and event loops."""
         self._source = source
-        self._waiting: RunVar[CapacityLimiter] = RunVar("d1-signer-token-waiters")
+        self._new_places()
 
     def sync_auth_flow(
         self, request: httpx.Request
@@ -93,16 +96,40 @@ class HttpxD1Auth(httpx.Auth):
         if self._renews(response, token) and _can_be_sent_again(request):
             yield _authorized(request, await self._token())
 
+    def _new_places(self) -> None:
+        self._owner = os.getpid()
+        self._places = threading.BoundedSemaphore(_WAITING_THREADS)
+
     async def _token(self) -> AccessToken:
         token = self._source.token_now()
         if token is not None:
             return token
-        waiting = self._waiting.get(None)
-        if waiting is None:
-            waiting = CapacityLimiter(_WAITING_THREADS)
-            self._waiting.set(waiting)
-        # A call that was cancelled leaves the renewal to those who still wait.
-        return await to_thread.run_sync(self._source.token, limiter=waiting, abandon_on_cancel=True)
+        if self._owner != os.getpid():
+            self._new_places()  # the threads that held them are the parent's
+        while not self._places.acquire(blocking=False):
+            await sleep(_LOOK_AGAIN)
+            token = self._source.token_now()
+            if token is not None:
+                return token
+        # Whoever takes it out gives the place back: the thread when it has waited to its end, or
+        # the caller that is cancelled before the thread began. Not anyio's limiter, which would
+        # count a place as free while an abandoned thread still waits.
+        ticket = [self._places]
+
+        def wait() -> AccessToken:
+            place = ticket.pop()
+            try:
+                return self._source.token()
+            finally:
+                place.release()
+
+        try:
+            return await to_thread.run_sync(
+                wait, limiter=CapacityLimiter(1), abandon_on_cancel=True
+            )
+        finally:
+            with contextlib.suppress(IndexError):
+                ticket.pop().release()
 
     def _serves(self, request: httpx.Request) -> bool:
         if self._source.environment.serves(str(request.url)):

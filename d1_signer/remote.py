@@ -6,25 +6,15 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from d1_signer.errors import ConfigurationError, SignerTimeout, SignerUnavailable
 from d1_signer.hosts import is_loopback
 
 T = TypeVar("T")
-
-# One for all: making boto3 clients in two threads at once is not safe, whatever the session.
-_making = threading.Lock()
-
-
-def _new_lock() -> None:
-    global _making  # noqa: PLW0603 (the parent's lock may have been held at the moment of the fork)
-    _making = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
 
 
 class PerProcess(Generic[T]):
@@ -37,15 +27,19 @@ class PerProcess(Generic[T]):
     def __init__(self, make: Callable[[], T]) -> None:
         """Keep ``make``, which is called once in each process, by one thread at a time."""
         self._make = make
+        # One lock for each: a caller's function may use another signer of ours, and one service
+        # that hangs must not hold up the others.
+        self._lock = threading.RLock()
         self._made: tuple[int, T] | None = None
         self._inherited: list[T] = []
+        _all.add(self)
 
     def get(self) -> T:
         """The object of this process."""
         made = self._made
         if made is not None and made[0] == os.getpid():
             return made[1]
-        with _making:
+        with self._lock:
             made = self._made
             if made is not None and made[0] == os.getpid():
                 return made[1]
@@ -59,6 +53,18 @@ class PerProcess(Generic[T]):
         """The object of this process, or None where it was not made yet."""
         made = self._made
         return made[1] if made is not None and made[0] == os.getpid() else None
+
+
+_all: weakref.WeakSet[PerProcess[Any]] = weakref.WeakSet()
+
+
+def _new_locks() -> None:
+    # The parent's may have been held at the moment of the fork.
+    for one in list(_all):
+        one._lock = threading.RLock()  # noqa: SLF001 (this module's own class)
+
+
+os.register_at_fork(after_in_child=_new_locks)
 
 
 def only_in_this_process(value: T, what: str) -> Callable[[], T]:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from d1_signer import jose
 from d1_signer.errors import ConfigurationError
+from d1_signer.secret import Secret
 
 KEY_LENGTH = 32
 _NONCE_LENGTH = 12
@@ -70,23 +71,23 @@ class SharedToken:
 class Sealer:
     """Seals tokens with AES-256-GCM, bound to the issuer, the environment and the scope."""
 
-    def __init__(self, key: bytes | None, *, issuer_id: str, base_url: str) -> None:
+    def __init__(self, key: Secret | None, *, issuer_id: str, base_url: str) -> None:
         """Take the fleet's key.
 
         Args:
-            key: 32 random bytes.
+            key: 32 random bytes, in hexadecimal.
             issuer_id: Whose tokens.
             base_url: Of which D1.
 
         Raises:
             ConfigurationError: The key is missing or not 32 bytes.
         """
-        if not isinstance(key, bytes) or len(key) != KEY_LENGTH:
+        if key is None or len(key.reveal()) != 2 * KEY_LENGTH:
             raise ConfigurationError(
                 "A shared token store needs a store_key of 32 bytes.",
                 hint="Make one with os.urandom(32), and give the same to all of the fleet.",
             )
-        self._cipher = AESGCM(key)
+        self._cipher = AESGCM(bytes.fromhex(key.reveal()))
         self._binding = {"v": _VERSION, "iss": issuer_id, "env": base_url}
 
     def seal(self, token: SharedToken) -> bytes:

@@ -36,6 +36,7 @@ from d1_signer.events import Observer, checked
 from d1_signer.fleet import FleetRenewal
 from d1_signer.keeper import TokenKeeper
 from d1_signer.renewal import Limits, Renewal, seconds
+from d1_signer.secret import Secret
 from d1_signer.signer import Signer
 from d1_signer.signer_set import SignerSet
 from d1_signer.stores import TokenStore
@@ -116,6 +117,9 @@ class TokenFetcher(TokenKeeper):
                 environments that includes a missing client certificate.
             InvalidInputError: A value is out of range.
         """
+        # Masked before anything can fail: the frame of an error shows its local variables.
+        sealing_key = Secret(store_key.hex()) if isinstance(store_key, bytes) else None
+        store_key_given, store_key = store_key is not None, None
         self._environment = Environment.of(environment)
         if (
             self._environment.is_thales
@@ -129,7 +133,7 @@ class TokenFetcher(TokenKeeper):
             )
         if limits is not None and not isinstance(limits, Limits):
             raise ConfigurationError("limits is not a Limits.", hint="Write Limits(total=20.0).")
-        if store is None and store_key is not None:
+        if store is None and store_key_given:
             raise ConfigurationError(
                 "A store_key was given without a store.", hint="Give both, or neither."
             )
@@ -168,7 +172,7 @@ class TokenFetcher(TokenKeeper):
             shared = FleetRenewal(
                 alone,
                 store,
-                key=store_key,
+                key=sealing_key,
                 issuer_id=issuer_id,
                 environment=self._environment,
                 limits=limits,

@@ -213,6 +213,9 @@ def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> 
         detail(f"exportable: {said(evidence.exportable)}")
         detail(f"generated in place: {said(evidence.generated_in_place)}")
         detail(f"hardware: {said(evidence.hardware)}")
+        for fact in evidence.facts:
+            if fact.name == "locking":
+                detail(f"locking: {fact.value}")
     return signer if able else None
 
 

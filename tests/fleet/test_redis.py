@@ -290,17 +290,16 @@ def test_whoever_waits_for_a_lease_goes_on_when_it_runs_out(
     assert sandbox.counters.token_requests == 1
 
 
-def test_a_lease_that_never_ends_is_an_error_in_time(
+def test_a_lease_that_never_ends_is_done_without(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
 ) -> None:
-    fetcher = fleet(limits=Limits(total=0.5))
+    # No renewal holds one for so long: somebody has set the key by hand, or without a time to live.
+    fetcher = fleet(limits=Limits(total=1.5))
     take_lease(redis_server, fetcher, 60_000)
     started = time.monotonic()
-    with pytest.raises(D1SignerError) as failure:
-        fetcher.token()
-    assert failure.value.code == "token_timeout"
-    assert time.monotonic() - started < 2
-    assert sandbox.counters.token_requests == 0
+    assert fetcher.token().value
+    assert time.monotonic() - started >= 1.0  # a holder has had its time
+    assert sandbox.counters.token_requests == 1
 
 
 def test_a_lease_lost_during_the_work_is_no_error_and_another_keeps_it(

@@ -35,6 +35,7 @@ from d1_signer import (
 )
 from d1_signer.events import Event
 from d1_signer.sandbox import Fault, Sandbox
+from tests.conftest import LeakWatch
 from tests.token.conftest import ISSUER, KID, FetcherMaker, certificate_of
 
 
@@ -511,3 +512,13 @@ def test_no_assertion_outlives_fifteen_minutes_however_wrong_d1s_clock_is(
     assert len(sandbox.requests) == 2
     for request in sandbox.requests:
         assert request.claims["exp"] <= request.at + 900  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("key", [b"fleet-key" * 4, b"short-fleet-key"])
+def test_a_store_key_that_cannot_be_used_is_in_no_frame(
+    make_fetcher: FetcherMaker, leak_watch: LeakWatch, key: bytes
+) -> None:
+    leak_watch.note(key)
+    leak_watch.note(repr(key)[2:-1])
+    with pytest.raises(ConfigurationError, match="32 bytes"):
+        make_fetcher(store=object(), store_key=key)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -114,6 +115,18 @@ def clients(
     return PerProcess(only_in_this_process(client, "KMS client"))
 
 
+# Making boto3 clients in two threads at once is not safe, whatever the session.
+_making = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _making  # noqa: PLW0603 (the parent's lock may have been held at the moment of the fork)
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
 def _client(settings: Settings) -> KMSClient:
     config = Config(
         connect_timeout=settings.connect_timeout,
@@ -124,8 +137,10 @@ def _client(settings: Settings) -> KMSClient:
         use_fips_endpoint=settings.fips or None,
     )
     # A session of its own: boto3's default session is shared, and sessions are not thread-safe.
-    session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
-    client: KMSClient = session.client("kms", endpoint_url=settings.endpoint, config=config)
+    with _making:
+        session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
+    with _making:
+        client: KMSClient = session.client("kms", endpoint_url=settings.endpoint, config=config)
     client.meta.events.register("before-send.kms", _refuse_late_attempt)
     return client
 
