@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import ssl
@@ -240,6 +241,25 @@ async def test_a_cancelled_call_leaves_at_once_and_the_renewal_goes_on(
         assert time.monotonic() - started < 0.4
         assert (await client.get(f"{sandbox.banking_url}/ping")).status_code == 200
     assert sandbox.counters.token_requests == 1
+
+
+@pytest.mark.anyio
+async def test_calls_that_give_up_do_not_pile_up_threads(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=0.6)
+    before = threading.active_count()
+
+    async def give_up(client: httpx.AsyncClient) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(client.get(f"{sandbox.banking_url}/ping"), 0.03)
+
+    async with httpx.AsyncClient(**client_settings(fetcher)) as client:
+        for _ in range(5):
+            await asyncio.gather(*(give_up(client) for _ in range(4)))
+        # Four that wait, and the renewal itself.
+        assert threading.active_count() - before <= 5
+        assert (await client.get(f"{sandbox.banking_url}/ping")).status_code == 200
 
 
 def test_one_auth_serves_event_loops_one_after_the_other_and_at_once(
