@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from d1_signer.custody import Evidence
 from d1_signer.errors import D1SignerError, SignerError
@@ -63,6 +63,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what is held; calling it again does nothing."""
+        ...
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """A backend with a bounded number of sessions; what an operator watches."""
+
+    def pool_use(self) -> tuple[int, int]:
+        """Sessions in use now, and how many there may be."""
         ...
 
 

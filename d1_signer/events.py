@@ -36,6 +36,8 @@ class SignEvent:
         duration: Seconds from call to end, verification included.
         error: Code of the error, or None for a signature.
         use: What the caller said the signature is for.
+        pool_use: Sessions in use as the call began, and how many there may be; None for a backend
+            without such a bound.
     """
 
     backend: str
@@ -43,6 +45,7 @@ class SignEvent:
     duration: float
     error: str | None = None
     use: Use | None = None
+    pool_use: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

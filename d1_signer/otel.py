@@ -41,6 +41,7 @@ _SCOPE = "d1_signer"
 # Seconds. The first ones tell a local HSM from one on a network; the rest are those of the
 # semantic conventions for HTTP durations.
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SHARES: Final = (0, 0.25, 0.5, 0.75, 0.999)
 
 _Attributes = dict[str, str | int | bool]
 
@@ -80,6 +81,12 @@ class OpenTelemetryObserver:
         self._sign = seconds("sign.duration", "Duration of a signature, verification included.")
         self._request = seconds("token.request.duration", "Duration of a request for a token.")
         self._renewal = seconds("token.renewal.duration", "Duration of a renewal, all attempts.")
+        self._in_use = meter.create_histogram(
+            f"{_SCOPE}.sign.sessions_in_use",
+            unit="1",
+            description="Share of the backend's sessions that were in use as a signature began.",
+            explicit_bucket_boundaries_advisory=_SHARES,
+        ).record
         self._failovers = meter.create_counter(
             f"{_SCOPE}.failovers",
             unit="{failover}",
@@ -109,6 +116,9 @@ class OpenTelemetryObserver:
             event.error, {"d1_signer.backend": event.backend, "d1_signer.kid": event.kid}
         )
         self._sign(event.duration, labels)
+        if event.pool_use is not None:
+            in_use, size = event.pool_use
+            self._in_use(in_use / size, labels)
         if event.use is not None:
             # Of a span alone: a metric would grow with each value.
             labels = labels | {"d1_signer.use.purpose": event.use.purpose}

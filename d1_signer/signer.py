@@ -31,7 +31,7 @@ from typing import Any, NoReturn, Self, final
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
-from d1_signer.backend import Backend, GeneratedKey, SignatureEncoding, guarded
+from d1_signer.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
 from d1_signer.custody import CustodyPolicy, CustodyReport, Evidence
 from d1_signer.errors import (
     ConfigurationError,
@@ -173,6 +173,7 @@ class Signer:
         if not self._observers:
             return self._sign(digest, timeout)
         error: str | None = "interrupted"
+        pool = self._backend.pool_use() if isinstance(self._backend, Pooled) else None
         started = time.perf_counter()
         try:
             signature = self._sign(digest, timeout)
@@ -188,6 +189,7 @@ class Signer:
                 duration=duration,
                 error=error,
                 use=use,
+                pool_use=pool,
             )
             notify(self._observers, event)
         return signature

@@ -620,3 +620,14 @@ def test_an_option_of_a_wrong_kind_is_our_error(options: dict[str, object]) -> N
 def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
     with pytest.raises(InvalidInputError):
         Signer(KeyBackend(KEY)).sign(b"m", timeout=timeout)
+
+
+def test_the_use_of_a_pool_is_told_where_there_is_one() -> None:
+    class PooledBackend(KeyBackend):
+        def pool_use(self) -> tuple[int, int]:
+            return 3, 4
+
+    told: list[Event] = []
+    for backend in (PooledBackend(KEY), KeyBackend(KEY)):
+        Signer(backend, observers=[told.append]).sign(b"m")
+    assert [event.pool_use for event in told if isinstance(event, SignEvent)] == [(3, 4), None]
