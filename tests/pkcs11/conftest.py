@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from d1_signer.backends.pkcs11.login import refused
 from d1_signer.signer import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11 import shim as shims
@@ -36,6 +37,12 @@ def prepared_token(tmp_path_factory: pytest.TempPathFactory) -> SoftHsmToken:
         else:
             os.environ["SOFTHSM2_CONF"] = before
     return token
+
+
+@pytest.fixture(autouse=True)
+def no_pin_failed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies are one token to the memory of failed PINs, which lasts as long as the process."""
+    monkeypatch.setattr(refused, "_digests", set())
 
 
 @pytest.fixture

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pkcs11
 import pytest
 from pkcs11 import Attribute, KeyType, MechanismFlag
 
 from d1_signer.backends.pkcs11.keys import P256
-from d1_signer.errors import ConfigurationError, LoginError, SecretSourceError
+from d1_signer.errors import ConfigurationError, LoginError, SecretSourceError, SignerUnavailable
 from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 
 _WRONG = "wrong-pin-of-the-test"
 _FINAL_TRY, _LOCKED, _PIN_PAD = 0x20000, 0x40000, 0x100
+_UNCLEAR = (0x05, 0x06, 0x80000123)  # CKR_GENERAL_ERROR, CKR_FUNCTION_FAILED, a vendor's own
 
 
 def test_refused_pin_is_tried_once_in_a_process(token: SoftHsmToken, shim: Shim) -> None:
@@ -117,7 +120,9 @@ def test_pin_from_the_uri_itself(token: SoftHsmToken) -> None:
         signer.sign(b"message")
 
 
-def test_key_that_wants_its_pin_with_each_signature(token: SoftHsmToken, shim: Shim) -> None:
+@pytest.fixture
+def careful(token: SoftHsmToken) -> str:
+    """URI of a key that wants its PIN with each signature."""
     session = (
         pkcs11.lib(token.module_path)
         .get_token(token_label=token.label)
@@ -135,11 +140,97 @@ def test_key_that_wants_its_pin_with_each_signature(token: SoftHsmToken, shim: S
     )
     session.close()
     pkcs11.lib(token.module_path).finalize()
-    with open_signer(token.key_uri("careful"), module_path=shim.path) as signer:
+    return token.key_uri("careful")
+
+
+def test_key_that_wants_its_pin_with_each_signature(careful: str, shim: Shim) -> None:
+    with open_signer(careful, module_path=shim.path) as signer:
         before = shim.calls(Call.LOGIN)
         _sign_twice(signer)
         assert shim.calls(Call.LOGIN) == before + 2
         assert shim.user_type == 2  # CKU_CONTEXT_SPECIFIC
+
+
+@pytest.mark.parametrize("code", [0xA0, 0xA3, *_UNCLEAR])  # CKR_PIN_INCORRECT, CKR_PIN_EXPIRED
+def test_pin_that_fails_at_a_signature_is_sent_once(careful: str, shim: Shim, code: int) -> None:
+    with open_signer(careful, module_path=shim.path) as signer:
+        before = shim.calls(Call.LOGIN)
+        shim.fail(Call.LOGIN, code)
+        with ThreadPoolExecutor(4) as threads:
+            attempts = [threads.submit(signer.sign, b"message") for _ in range(8)]
+        assert {type(attempt.exception()) for attempt in attempts} == {LoginError}
+        assert shim.calls(Call.LOGIN) == before + 1
+        shim.heal()
+    for _ in range(2):
+        with pytest.raises(LoginError):
+            open_signer(careful, module_path=shim.path)
+    assert shim.calls(Call.LOGIN) == before + 1
+    assert shim.sessions == 0
+
+
+@pytest.mark.parametrize("flag", [_FINAL_TRY, _LOCKED])
+def test_signature_does_not_risk_the_last_try(careful: str, shim: Shim, flag: int) -> None:
+    with open_signer(careful, module_path=shim.path) as signer:
+        before = shim.calls(Call.LOGIN)
+        shim.add_token_flags(flag)
+        with pytest.raises(LoginError):
+            signer.sign(b"message")
+        assert shim.calls(Call.LOGIN) == before
+        shim.add_token_flags(0)
+        _sign_twice(signer)
+
+
+def test_pin_pad_with_each_signature(
+    careful: str, token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim.add_token_flags(_PIN_PAD)
+    monkeypatch.setenv("SHIM_PIN", token.pin)
+    uri = careful.partition("?")[0]
+    with open_signer(uri, module_path=shim.path, protected_authentication_path=True) as signer:
+        before = shim.calls(Call.LOGIN)
+        _sign_twice(signer)
+        assert shim.calls(Call.LOGIN) == before + 2
+
+
+@pytest.mark.parametrize("code", _UNCLEAR)
+def test_pin_is_sent_once_to_a_token_that_fails_without_a_reason(
+    token: SoftHsmToken, shim: Shim, code: int
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        before = shim.calls(Call.LOGIN)
+        shim.fail(Call.LOGIN, code)
+        shim.fail(Call.SIGN, 0x30, times=1)
+        for _ in range(3):
+            with pytest.raises(LoginError):
+                signer.sign(b"message")
+        assert shim.calls(Call.LOGIN) == before + 1
+
+
+def test_pin_is_sent_once_for_each_initialisation_to_a_lost_device(
+    token: SoftHsmToken, shim: Shim
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        logins, initializations = shim.calls(Call.LOGIN), shim.calls(Call.INITIALIZE)
+        shim.fail(Call.LOGIN, 0x32)  # CKR_DEVICE_REMOVED
+        shim.fail(Call.SIGN, 0x30, times=1)
+        for _ in range(3):
+            with pytest.raises(SignerUnavailable):
+                signer.sign(b"message")
+        module = signer._backend._module  # type: ignore[attr-defined]
+        for _ in range(2):
+            with pytest.raises(pkcs11.exceptions.DeviceRemoved):
+                module.run(lambda: _log_in(signer), None)
+        sent = shim.calls(Call.LOGIN) - logins
+        assert 1 <= sent <= shim.calls(Call.INITIALIZE) - initializations
+        shim.heal()
+        module.reinitialize(module.generation, None)
+        signer._backend._circuit.closed_by_success()  # type: ignore[attr-defined]
+        _sign_twice(signer)
+
+
+def _log_in(signer: Signer) -> None:
+    backend: Any = signer._backend
+    backend._ensure_login(backend._current_token())
 
 
 def _sign_twice(signer: Signer) -> None:

@@ -255,7 +255,7 @@ def test_no_session_leaks(token: SoftHsmToken, shim: Shim, signatures: int) -> N
         (Call.FIND_OBJECTS_INIT, 0x06),
         (Call.GET_ATTRIBUTE_VALUE, 0x30),
         (Call.SIGN, 0x30),
-        (Call.LOGIN, 0x06),
+        (Call.LOGIN, 0x30),
         (Call.CLOSE_SESSION, 0x06),
     )
     with open_signer(token.uri, module_path=shim.path, verify=False) as signer:

@@ -293,8 +293,14 @@ class Pkcs11Backend:
             with contextlib.suppress(sdk.PKCS11Error):
                 session.close()
             raise
-        sign = self._module.cryptoki.signer(handle(session), handle(found.private))
-        worker.use(session, sign, self._pin if found.always_authenticate else None, generation)
+        log_in = self._login_for_each(session) if found.always_authenticate else None
+        sign = self._module.cryptoki.signer(handle(session), handle(found.private), log_in)
+        worker.use(session, sign, generation)
+
+    def _login_for_each(self, session: pkcs11.Session) -> Callable[[], None] | None:
+        if self._login is None or (self._pin.kept is None and not self._settings.pin_pad):
+            return None
+        return self._login.for_each(session, self._pin, pin_pad=self._settings.pin_pad)
 
     def _current_token(self) -> pkcs11.Token:
         """The token, looked up once in each generation: slot numbers move."""

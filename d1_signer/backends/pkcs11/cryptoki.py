@@ -28,7 +28,6 @@ CKR_CRYPTOKI_ALREADY_INITIALIZED = 0x191
 _LOGGED_IN_STATES = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 
 _CKM_ECDSA = 0x1041
-_CKU_CONTEXT_SPECIFIC = 2
 _DIGEST_LENGTH = 32
 _LONGEST_SIGNATURE = 128  # 64 are expected; a module that gives more is refused by its caller
 
@@ -169,28 +168,33 @@ class Cryptoki:
         """Call ``C_Finalize``; returns its ``CK_RV``."""
         return int(self._finalize(None))
 
-    def signer(self, session: int, key: int) -> Callable[[bytes, str | None], bytes]:
+    def signer(
+        self, session: int, key: int, log_in: Callable[[], None] | None
+    ) -> Callable[[bytes], bytes]:
         """A function that signs under a key, for one thread at a time.
 
-        It takes a digest of 32 bytes and, for a key that wants it with each signature, the PIN; it
-        returns r||s, and raises `pkcs11.PKCS11Error`. Made once, so that a signature is two calls
-        and nothing else.
+        It takes a digest of 32 bytes, returns r||s, and raises `pkcs11.PKCS11Error`. Made once, so
+        that a signature is two calls and nothing else.
+
+        Args:
+            session: Its handle.
+            key: The private key's handle.
+            log_in: Called between the two, for a key that wants a login with each signature.
         """
-        begin, sign, login = self._sign_init, self._sign, self._login
+        begin, sign = self._sign_init, self._sign
         mechanism = _Mechanism(mechanism=_CKM_ECDSA)
         buffer = ctypes.create_string_buffer(_LONGEST_SIGNATURE)
         length = ctypes.c_ulong()
         to_mechanism, to_length = ctypes.pointer(mechanism), ctypes.pointer(length)
 
-        def signature(digest: bytes, pin: str | None) -> bytes:
+        def signature(digest: bytes) -> bytes:
             length.value = _LONGEST_SIGNATURE
             code = begin(session, to_mechanism, key)
-            if pin is not None and code == CKR_OK:
-                code = login(session, _CKU_CONTEXT_SPECIFIC, pin.encode(), len(pin.encode()))
+            if log_in is not None and code == CKR_OK:
+                log_in()
             if code == CKR_OK:
                 code = sign(session, digest, _DIGEST_LENGTH, buffer, to_length)
             if code != CKR_OK:
-                del pin  # the error keeps this frame
                 raise error_of(code)
             return buffer.raw[: length.value]
 

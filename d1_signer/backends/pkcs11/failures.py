@@ -103,11 +103,16 @@ def recovery_for(failure: sdk.PKCS11Error) -> Recovery:
     """How much to make anew after a failure."""
     if isinstance(failure, _SESSION):
         return Recovery.SESSION
-    if isinstance(failure, _MODULE) or _NOT_INITIALIZED in str(failure):
+    if isinstance(failure, _MODULE) or not_initialized(failure):
         return Recovery.MODULE
     # A return value that the binding does not know (vendors define their own): begin small.
     unknown = type(failure) is sdk.PKCS11Error and _last_word(failure) not in _UNMAPPED
     return Recovery.SESSION if unknown else Recovery.NONE
+
+
+def not_initialized(failure: sdk.PKCS11Error) -> bool:
+    """Whether it is ``CKR_CRYPTOKI_NOT_INITIALIZED``."""
+    return _NOT_INITIALIZED in str(failure)
 
 
 def translated(failure: sdk.PKCS11Error, *, step: str) -> D1SignerError:

@@ -14,11 +14,19 @@ import hmac
 import logging
 import secrets
 import threading
+from collections.abc import Callable
 
 import pkcs11
 from pkcs11 import TokenFlag, exceptions as sdk
 
-from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, translated
+from d1_signer.backends.pkcs11.cryptoki import Cryptoki
+from d1_signer.backends.pkcs11.failures import (
+    Recovery,
+    not_initialized,
+    recovery_for,
+    told,
+    translated,
+)
 from d1_signer.backends.pkcs11.module import Module, handle
 from d1_signer.errors import LoginError, SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_secret
@@ -26,11 +34,30 @@ from d1_signer.secret import Secret, SecretSource, read_secret
 _log = logging.getLogger(__name__)
 
 CKU_USER = 1
-_REFUSALS = (sdk.PinIncorrect, sdk.PinInvalid, sdk.PinLenRange, sdk.PinLocked)
+_CKU_CONTEXT_SPECIFIC = 2
+
+_REFUSALS = (sdk.PinIncorrect, sdk.PinInvalid, sdk.PinLenRange, sdk.PinLocked, sdk.PinExpired)
+# Answers that say why the PIN was not looked at. After any other one it may have been counted as a
+# wrong try, whatever the answer's name says.
+_SESSION_LOST = (sdk.SessionHandleInvalid, sdk.SessionClosed)
+_DEVICE_LOST = (
+    sdk.DeviceError,
+    sdk.DeviceRemoved,
+    sdk.SlotIDInvalid,
+    sdk.TokenNotPresent,
+    sdk.TokenNotRecognised,
+)
+_NOT_NOW = (
+    sdk.AnotherUserAlreadyLoggedIn,
+    sdk.FunctionCancelled,
+    sdk.UserAlreadyLoggedIn,
+    sdk.UserPinNotInitialized,
+    sdk.UserTooManyTypes,
+)
 
 
 class Refused:
-    """The PINs that tokens refused, as salted digests; kept for the life of the process."""
+    """The PINs that are not tried again, as salted digests; kept for the life of the process."""
 
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(32)
@@ -65,6 +92,9 @@ class Refused:
 
 
 refused = Refused()
+# The generation of its module in which a device was lost at the login with a PIN, and how. It is
+# tried again after the module was initialised anew, and not before.
+_lost: dict[tuple[str, bytes], tuple[int, sdk.PKCS11Error]] = {}
 
 
 class Pin:
@@ -194,30 +224,66 @@ class Login:
                 "The token has no protected authentication path.",
                 "Leave protected_authentication_path out and name a pin_source.",
             )
-        digest = None if pin is None else refused.digest(self._name, pin)
-        _check_may_try(flags, known_bad=digest is not None and digest in refused)
-        failure = self._tried(pin)
-        if isinstance(failure, sdk.UserAlreadyLoggedIn):  # between our question and our try
-            self._accept(pin)
-            return
-        if failure is None:
-            self._digest = digest
-            return
-        if digest is not None and isinstance(failure, _REFUSALS):
-            refused.add(digest)
-        if recovery_for(failure) is not Recovery.NONE:
-            raise failure
-        raise translated(failure, step="login")
-
-    def _tried(self, pin: Secret | None) -> sdk.PKCS11Error | None:
         assert self._holder is not None  # noqa: S101 (_still_in saw to it)
         try:
-            self._module.cryptoki.login(
-                handle(self._holder), self._user_type, None if pin is None else pin.reveal()
-            )
+            self._send(self._module.cryptoki, handle(self._holder), self._user_type, pin)
+        except sdk.UserAlreadyLoggedIn:  # between our question and our try
+            self._accept(pin)
+        else:
+            self._digest = None if pin is None else refused.digest(self._name, pin)
+
+    def for_each(self, session: pkcs11.Session, pin: Pin, *, pin_pad: bool) -> Callable[[], None]:
+        """What logs in for one signature (``CKA_ALWAYS_AUTHENTICATE``), as carefully as `ensure`.
+
+        It is called between ``C_SignInit`` and ``C_Sign``, and raises what `ensure` does.
+        """
+        cryptoki, number = self._module.cryptoki, handle(session)
+
+        def log_in() -> None:
+            # The lock: of several threads with a PIN that is wrong by now, one is refused.
+            with self._lock:
+                self._send(cryptoki, number, _CKU_CONTEXT_SPECIFIC, None if pin_pad else pin.kept)
+
+        return log_in
+
+    def _send(self, cryptoki: Cryptoki, session: int, user_type: int, pin: Secret | None) -> None:
+        """Send the PIN, unless it failed before or might lock the token; remember if it fails."""
+        digest = None if pin is None else refused.digest(self._name, pin)
+        flags = self._token.slot.get_token().flags
+        _check_may_try(flags, known_bad=digest is not None and digest in refused)
+        generation = self._module.generation
+        if digest is not None:
+            lost_in, loss = _lost.get((self._module.path, digest), (None, None))
+            if loss is not None and lost_in == generation:
+                raise loss
+        try:
+            cryptoki.login(session, user_type, None if pin is None else pin.reveal())
         except sdk.PKCS11Error as failure:
+            raise self._judged(failure.with_traceback(None), digest, generation) from None
+
+    def _judged(self, failure: sdk.PKCS11Error, digest: bytes | None, generation: int) -> Exception:
+        """What to raise for a login that failed; with a PIN, only a clear loss is recovered from.
+
+        Recovery logs in again, up to twice for each signature: with a wrong PIN, at a token that
+        refuses it by a return value of its own, that would lock the token.
+        """
+        if isinstance(failure, sdk.UserAlreadyLoggedIn):
             return failure
-        return None
+        lost = isinstance(failure, _DEVICE_LOST) or not_initialized(failure)
+        if digest is not None and lost:
+            _lost[self._module.path, digest] = generation, failure
+        elif digest is not None and not isinstance(failure, (*_SESSION_LOST, *_NOT_NOW)):
+            refused.add(digest)
+            if not isinstance(failure, _REFUSALS):
+                return LoginError(
+                    f"The login failed ({told(failure)}); the PIN is not sent again.",
+                    hint="It may have counted as a wrong try. Check the token and the PIN with the "
+                    "vendor's tool, then correct the PIN or restart the process.",
+                    details={"step": "login", "pkcs11": told(failure)},
+                )
+        if recovery_for(failure) is not Recovery.NONE:
+            return failure
+        return translated(failure, step="login")
 
     def _same(self, pin: Secret | None) -> bool:
         if pin is None or self._digest is None:
@@ -235,7 +301,7 @@ class Login:
 def _check_may_try(flags: TokenFlag, *, known_bad: bool) -> None:
     if known_bad:
         raise _login_error(
-            "The token refused this PIN before; it is not tried again.",
+            "A login with this PIN failed before; it is not tried again.",
             "Correct the PIN; the same value is refused until the process is restarted.",
         )
     if flags & TokenFlag.USER_PIN_LOCKED:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import pkcs11
 from pkcs11 import exceptions as sdk
 
-from d1_signer.backends.pkcs11.login import Pin
-from d1_signer.errors import SignerClosedError, SignerTimeout
+from d1_signer.errors import D1SignerError, SignerClosedError, SignerTimeout
 
 
 class Worker:
@@ -23,20 +22,18 @@ class Worker:
         instance: The module's instance in which a call is under way; None: there is none.
     """
 
-    __slots__ = ("_pin", "_session", "_sign", "generation", "instance")
+    __slots__ = ("_session", "_sign", "generation", "instance")
 
     def __init__(self) -> None:
         self.generation = -1
         self.instance: int | None = None
         self._session: pkcs11.Session | None = None
-        self._sign: Callable[[bytes, str | None], bytes] = _unopened
-        self._pin: Pin | None = None
+        self._sign: Callable[[bytes], bytes] = _unopened
 
     def use(
         self,
         session: pkcs11.Session,
-        sign: Callable[[bytes, str | None], bytes],
-        pin: Pin | None,
+        sign: Callable[[bytes], bytes],
         generation: int,
     ) -> None:
         """Take a session and what signs in it.
@@ -44,18 +41,17 @@ class Worker:
         Args:
             session: Closed by `drop`.
             sign: Made by `Cryptoki.signer`.
-            pin: For a key that wants it with each signature; else None.
             generation: The module's.
         """
-        self._session, self._sign, self._pin = session, sign, pin
-        self.generation = generation
+        self._session, self._sign, self.generation = session, sign, generation
 
     def sign(self, digest: bytes) -> bytes:
         """Sign with `CKM_ECDSA`: 64 bytes, r||s."""
-        if self._pin is None:
-            return self._sign(digest, None)
-        kept = self._pin.kept
-        return self._sign(digest, None if kept is None else kept.reveal())
+        try:
+            return self._sign(digest)
+        except D1SignerError:  # the login for this signature, whose operation is still active
+            self.drop(self.generation)
+            raise
 
     def drop(self, generation: int) -> None:
         """Close the session, unless it died with an older generation of the module."""
@@ -156,5 +152,5 @@ def closed() -> SignerClosedError:
     return SignerClosedError("The PKCS#11 signer is closed.", hint="Open it anew.")
 
 
-def _unopened(_digest: bytes, _pin: str | None) -> bytes:
+def _unopened(_digest: bytes) -> bytes:
     raise sdk.SessionClosed
