@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -30,8 +31,6 @@ from d1_signer.backends.pkcs11.wire import (
 )
 from d1_signer.errors import D1SignerError, SignerError
 
-_SECONDS_TO_CLOSE = 2.0
-
 
 def main(numbers: list[int]) -> None:
     """Open the key that the first frame describes, then serve until the parent has gone."""
@@ -46,6 +45,8 @@ def main(numbers: list[int]) -> None:
         receive(control)  # nothing is ever sent: this waits for the end
     except Gone:
         pass
+    except BaseException as error:  # noqa: BLE001 (it ends here, and nobody else would tell)
+        _show(error)
     finally:
         os._exit(0)  # threads may be in a call that does not return
 
@@ -61,6 +62,9 @@ def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
     except D1SignerError as error:
         send(control, FAILED, encoded_error(error, refused=refused.export()))
         return None
+    except Exception as error:  # noqa: BLE001 (the parent waits for an answer)
+        send(control, FAILED, encoded_error(_unexpected(error), refused=refused.export()))
+        return None
     send(control, DONE, backend.public_key().pem().encode())
     return backend
 
@@ -73,10 +77,15 @@ def _serve(backend: Backend, connection: socket.socket) -> None:
                 answer = _answer(backend, kind, body)
             except D1SignerError as error:
                 send(connection, FAILED, encoded_error(error, refused=refused.export()))
+            except Exception as error:  # noqa: BLE001 (the parent waits for an answer)
+                failed = _unexpected(error)
+                send(connection, FAILED, encoded_error(failed, refused=refused.export()))
             else:
                 send(connection, DONE, answer)
     except Gone:
         pass
+    finally:
+        connection.close()  # however this thread ends, the parent does not wait for it
 
 
 def _answer(backend: Backend, kind: bytes, body: bytes) -> bytes:
@@ -85,6 +94,20 @@ def _answer(backend: Backend, kind: bytes, body: bytes) -> bytes:
     if kind == CUSTODY:
         return json.dumps(asdict(backend.custody())).encode()
     raise SignerError(f"The host process was asked for something unknown ({kind!r}).")
+
+
+def _unexpected(error: Exception) -> SignerError:
+    _show(error)
+    return SignerError(
+        f"The process that hosts the PKCS#11 module failed with {type(error).__name__}.",
+        hint="Its standard error says where; report it to the maintainers of d1_signer.",
+    )
+
+
+def _show(error: BaseException) -> None:
+    """Tell where it failed; not its text, which may hold the PIN."""
+    traceback.print_tb(error.__traceback__)
+    sys.stderr.write(f"{type(error).__name__} in the process that hosts the PKCS#11 module\n")
 
 
 if __name__ == "__main__":
