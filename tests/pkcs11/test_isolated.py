@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer.errors import LoginError, SignerTimeout, SignerUnavailable
+from d1_signer.backends.pkcs11 import child, host, opening
+from d1_signer.backends.pkcs11.wire import FAILED, SIGN, receive, send
+from d1_signer.errors import (
+    D1SignerError,
+    LoginError,
+    SignerError,
+    SignerTimeout,
+    SignerUnavailable,
+)
 from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import ABORT, HANG, Call, Shim
@@ -117,6 +129,305 @@ def test_child_killed_from_outside_is_replaced(signer: Signer) -> None:
     with pytest.raises(SignerUnavailable):
         signer.sign(b"message")
     signer.sign(b"message")
+
+
+@pytest.mark.parametrize("source", ["callable", "file"])
+def test_wrong_pin_reaches_the_token_once_whatever_the_number_of_processes(
+    token: SoftHsmToken, shim: Shim, tmp_path: Path, source: str, spawned: list[child.Host]
+) -> None:
+    wrong = f"wrong-pin-{source}"
+    file = tmp_path / "pin"
+    file.touch(0o600)
+    file.write_text(wrong)
+    for _ in range(3):
+        with pytest.raises(LoginError) as raised:
+            open_signer(
+                token.uri,
+                module_path=shim.path,
+                isolation="process",
+                processes=4,
+                pin_source=f"file:{file}" if source == "file" else lambda: wrong,
+            )
+        assert not raised.value.retryable
+        assert raised.value.details["step"] == "login"
+    assert shim.calls(Call.LOGIN) == 1
+    assert len(spawned) == 1
+
+
+def test_signers_that_are_opened_at_once_send_a_wrong_pin_once(
+    token: SoftHsmToken, shim: Shim
+) -> None:
+    errors: list[D1SignerError] = []
+
+    def opens() -> None:
+        try:
+            open_signer(
+                token.uri,
+                module_path=shim.path,
+                isolation="process",
+                pin_source=lambda: "wrong-pin-3",
+            )
+        except D1SignerError as error:
+            errors.append(error)
+
+    _together(opens, 3)
+    assert [type(error) for error in errors] == [LoginError] * 3
+    assert shim.calls(Call.LOGIN) == 1
+
+
+def test_pin_that_became_wrong_reaches_the_token_once(
+    token: SoftHsmToken, shim: Shim, spawned: list[child.Host]
+) -> None:
+    pin = token.pin
+    errors: list[D1SignerError] = []
+    with open_signer(
+        token.uri,
+        module_path=shim.path,
+        isolation="process",
+        processes=2,
+        pin_source=lambda: pin,
+    ) as signer:
+        _until(lambda: len(_hosts(signer)) == 2)
+        before, children = shim.calls(Call.LOGIN), len(spawned)
+        pin = "wrong-pin-4"
+
+        def signs() -> None:
+            for _ in range(3):
+                try:
+                    signer.sign(b"message")
+                except D1SignerError as error:
+                    errors.append(error)
+
+        for opened in _hosts(signer):
+            os.kill(opened, signal.SIGKILL)
+        _together(signs, 4)
+        _until(lambda: not signer._backend._starting)  # type: ignore[attr-defined]
+        assert shim.calls(Call.LOGIN) == before + 1
+        assert len(spawned) == children + 1
+        assert isinstance(errors[-1], LoginError)
+
+
+def test_token_that_is_away_costs_one_child_for_a_pause(
+    token: SoftHsmToken, shim: Shim, spawned: list[child.Host]
+) -> None:
+    with open_signer(token.uri, module_path=shim.path, isolation="process", processes=2) as signer:
+        _until(lambda: len(_hosts(signer)) == 2)
+        shim.fail(Call.OPEN_SESSION, 0x32)  # CKR_DEVICE_REMOVED
+        for opened in _hosts(signer):
+            os.kill(opened, signal.SIGKILL)
+        children = len(spawned)
+        _until(lambda: _fails(signer) and not _hosts(signer) and len(spawned) > children)
+        _until(lambda: not signer._backend._starting)  # type: ignore[attr-defined]
+        children = len(spawned)
+        started = time.monotonic()
+        for _ in range(200):
+            assert _fails(signer)
+        # A pause is 0.1 s at least, and starting Python takes longer than a refusal.
+        assert len(spawned) - children <= 1 + (time.monotonic() - started) / 0.1
+        shim.heal()
+        _until(lambda: not _fails(signer))
+
+
+def test_nothing_is_imported_from_the_current_directory(
+    token: SoftHsmToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("pkcs11.py", "json.py", "d1_signer.py"):
+        (here / name).write_text("open('ran', 'w').close()\nraise SystemExit\n")
+    monkeypatch.chdir(here)
+    with open_signer(token.uri, isolation="process") as signer:
+        signer.sign(b"message")
+    assert not (here / "ran").exists()
+
+
+class _SoftLimit(BaseException):
+    pass
+
+
+def test_exception_of_a_signal_handler_costs_no_connection(token: SoftHsmToken, shim: Shim) -> None:
+    def interrupts(*_: object) -> None:
+        raise _SoftLimit
+
+    before = signal.signal(signal.SIGALRM, interrupts)
+    try:
+        with open_signer(
+            token.uri, module_path=shim.path, isolation="process", max_sessions=1
+        ) as signer:
+            first = _hosts(signer)[0]
+            shim.fail(Call.SIGN, HANG, times=1)
+            main = threading.get_ident()
+
+            def alarm() -> None:
+                _until(lambda: shim.inside == 1)
+                signal.pthread_kill(main, signal.SIGALRM)
+
+            clock = threading.Thread(target=alarm)
+            clock.start()
+            with pytest.raises(_SoftLimit):
+                signer.sign(b"message")
+            clock.join()
+            assert not Path(f"/proc/{first}").exists()
+            signer.public_key.verify(signer.sign(b"message"), b"message")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_thread_that_cannot_start_is_tried_again(
+    signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(_: threading.Thread) -> None:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    os.kill(_hosts(signer)[0], signal.SIGKILL)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", cannot)
+        for _ in range(2):
+            with pytest.raises(SignerUnavailable) as raised:
+                signer.sign(b"message")
+            assert not isinstance(raised.value, SignerTimeout)
+    signer.public_key.verify(signer.sign(b"message"), b"message")
+
+
+def test_unexpected_failure_in_the_host_is_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        failure: BaseException = ValueError("secret-text")
+
+        def sign_digest(self, *_: object) -> bytes:
+            raise self.failure
+
+    ours, theirs = socket.socketpair()
+    broken = Broken()
+
+    def serve() -> None:
+        with contextlib.suppress(SystemExit):
+            host._serve(broken, theirs)  # type: ignore[arg-type]
+
+    serving = threading.Thread(target=serve)
+    with ours:
+        ours.settimeout(5)
+        serving.start()
+        for _ in range(2):  # it goes on serving
+            send(ours, SIGN, bytes(32))
+            answered, answer = receive(ours)
+            assert answered == FAILED
+            assert b"ValueError" in answer
+            assert b"secret-text" not in answer
+        told = capfd.readouterr().err
+        assert "in sign_digest" in told
+        assert "secret-text" not in told
+        broken.failure = SystemExit()
+        send(ours, SIGN, bytes(32))
+        assert ours.recv(1) == b""  # closed, rather than never answered
+    serving.join(5)
+    assert not serving.is_alive()
+
+
+def test_host_tells_why_it_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", host.__name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+        send(ours, b"O", b"no json: secret-text")
+        _, told = process.communicate(timeout=20)
+    assert b"JSONDecodeError" in told
+    assert b"in main" in told
+    assert b"secret-text" not in told
+
+
+def test_killing_a_child_holds_up_nobody_else(
+    token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_signer(token.uri, module_path=shim.path, isolation="process", processes=2) as signer:
+        _until(lambda: len(_hosts(signer)) == 2)
+        reaping, go_on = threading.Event(), threading.Event()
+        kill = child.Host.kill
+
+        def slow(self: child.Host) -> None:
+            reaping.set()
+            assert go_on.wait(20)
+            kill(self)
+
+        monkeypatch.setattr(child.Host, "kill", slow)
+        shim.fail(Call.SIGN, HANG, times=1)
+        late = threading.Thread(target=lambda: _fails(signer, timeout=0.2))
+        late.start()
+        try:
+            assert reaping.wait(10)
+            signer.sign(b"message", timeout=5)
+        finally:
+            go_on.set()
+            late.join(20)
+
+
+def test_prompt_is_read_once_before_any_clock(
+    token: SoftHsmToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[threading.Thread] = []
+    started: list[float] = []
+
+    def person(_: str, **__: object) -> str:
+        asked.append(threading.current_thread())
+        started.append(time.monotonic())
+        _until(lambda: time.monotonic() > started[0] + 0.2)  # longer than session_timeout
+        return token.pin
+
+    monkeypatch.setattr("d1_signer.secret.getpass.getpass", person)
+    monkeypatch.setattr("d1_signer.secret.sys.stdin.isatty", lambda: True, raising=False)
+    uri = token.uri.replace("pin-source", "x-unused")
+    with open_signer(
+        uri, pin_source="prompt", isolation="process", processes=2, session_timeout=0.1
+    ) as signer:
+        _until(lambda: len(_hosts(signer)) == 2)
+        signer.sign(b"message")
+    assert asked == [threading.main_thread()]
+
+
+def test_opening_is_bounded_by_the_limit_for_starting(
+    token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch, spawned: list[child.Host]
+) -> None:
+    monkeypatch.setattr(opening, "_SECONDS_TO_START", 1.0)
+    shim.fail(Call.LOGIN, HANG)
+    with pytest.raises(SignerTimeout) as raised:
+        open_signer(token.uri, module_path=shim.path, isolation="process", session_timeout=600)
+    assert raised.value.details["step"] == "token"
+    assert len(spawned) == 1
+    assert spawned[0].process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[child.Host]:
+    """Each child that is started, by whomever."""
+    made: list[child.Host] = []
+    start = child.Host.__init__
+
+    def counted(self: child.Host, connections: int) -> None:
+        made.append(self)
+        start(self, connections)
+
+    monkeypatch.setattr(child.Host, "__init__", counted)
+    return made
+
+
+def _fails(signer: Signer, timeout: float | None = None) -> bool:
+    try:
+        signer.sign(b"message", timeout=timeout)
+    except SignerError:
+        return True
+    return False
+
+
+def _together(run: Callable[[], None], number: int) -> None:
+    threads = [threading.Thread(target=run) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def _hosts(signer: Signer) -> list[int]:
