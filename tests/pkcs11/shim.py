@@ -41,11 +41,13 @@ class Call(IntEnum):
     GET_SESSION_INFO = 15
     LOGIN = 18
     LOGOUT = 19
+    DESTROY_OBJECT = 22
     GET_ATTRIBUTE_VALUE = 24
     FIND_OBJECTS_INIT = 26
     FIND_OBJECTS = 27
     SIGN_INIT = 42
     SIGN = 43
+    GENERATE_KEY_PAIR = 59
 
 
 def build(directory: Path) -> Path:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
 from pkcs11.util.ec import encode_named_curve_parameters
 
+from d1_signer.backends.pkcs11.generate import _PRIVATE
 from d1_signer.errors import (
     AmbiguousKeyError,
     ConfigurationError,
@@ -95,6 +96,43 @@ def test_key_made_otherwise_than_asked_is_removed(token: SoftHsmToken, shim: Shi
     with pytest.raises(KeyNotFoundError):
         open_signer(token.key_uri("new"), module_path=shim.path)
     assert shim.sessions == 0
+
+
+def test_module_that_refuses_the_long_template_makes_no_key_that_derives(
+    token: SoftHsmToken, shim: Shim
+) -> None:
+    shim.fail(Call.GENERATE_KEY_PAIR, 0xD1, times=1)  # CKR_TEMPLATE_INCONSISTENT
+    made = generate_key(token.key_uri("new"), module_path=shim.path)
+    with open_signer(made.uri, module_path=shim.path) as signer:
+        facts = {fact.name: fact.value for fact in signer.custody().evidence.facts}
+    forbidden = ("CKA_DERIVE", "CKA_DECRYPT", "CKA_UNWRAP")
+    assert {facts[name] for name in forbidden} == {False}
+    assert facts["CKA_SIGN"] is True
+    assert shim.calls(Call.GENERATE_KEY_PAIR) == 2
+
+
+@pytest.mark.parametrize("name", [Attribute.DERIVE, Attribute.DECRYPT, Attribute.UNWRAP])
+def test_key_that_can_more_than_sign_is_refused(
+    token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch, name: Attribute
+) -> None:
+    monkeypatch.setitem(_PRIVATE, name, value=True)  # as a token that adds it by itself
+    with pytest.raises(SignerError, match=f"CKA_{name.name}") as raised:
+        generate_key(token.key_uri("new"), module_path=shim.path)
+    assert "was removed" in raised.value.hint
+    with pytest.raises(KeyNotFoundError):
+        open_signer(token.key_uri("new"), module_path=shim.path)
+    shim.fail(Call.DESTROY_OBJECT, 0x06)
+    with pytest.raises(SignerError) as raised:
+        generate_key(token.key_uri("new"), module_path=shim.path)
+    assert "was removed" not in raised.value.hint
+    assert "object=new" in raised.value.hint
+
+
+def test_locking_of_generate_key(token: SoftHsmToken, shim: Shim) -> None:
+    generate_key(token.key_uri("new"), module_path=shim.path, locking="lock")
+    assert shim.initialized_with_os_locking == 0
+    with pytest.raises(ConfigurationError):
+        generate_key(token.key_uri("other"), module_path=shim.path, locking="none")
 
 
 def test_no_key_fits(token: SoftHsmToken) -> None:

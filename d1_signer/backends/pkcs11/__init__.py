@@ -170,6 +170,7 @@ def generate_key(
     *,
     pin_source: SecretSource | None = None,
     module_path: str | None = None,
+    locking: str = "auto",
     user_type: int | None = None,
     protected_authentication_path: bool = False,
     init_reserved: str | None = None,
@@ -181,6 +182,7 @@ def generate_key(
             random bytes; a token that wants another form (YubiHSM: 2 bytes) is told by ``id``.
         pin_source: As for `open_backend`.
         module_path: As for `open_backend`.
+        locking: As for `open_backend`.
         user_type: As for `open_backend`.
         protected_authentication_path: As for `open_backend`.
         init_reserved: As for `open_backend`.
@@ -190,8 +192,8 @@ def generate_key(
 
     Raises:
         KeyExistsError: A key with that label or that id exists; nothing was changed.
-        SignerError: The token did not make the key as it was asked to; what it made instead was
-            removed.
+        SignerError: The token did not make the key as it was asked to; the hint tells whether what
+            it made instead was removed.
     """
     parsed = Pkcs11Uri.parse(uri)
     if not parsed.object:
@@ -204,6 +206,7 @@ def generate_key(
         user_type=CKU_USER
         if user_type is None
         else _in_range("user_type", user_type, 0, 2**32 - 1),
+        locking=_choice("locking", locking, ("auto", "os", "lock")),
         pin_pad=protected_authentication_path,
         init_reserved=init_reserved,
     )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from typing import Any
 
@@ -46,12 +45,15 @@ _DEMANDED = {
     Attribute.EXTRACTABLE: False,
     Attribute.SIGN: True,
 }
+_FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 
 
 def generate(settings: Settings, pin: Pin) -> GeneratedKey:
     """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
     secret = pin.read()
-    module = Module.acquire(settings.module_path, locking="auto", reserved=settings.init_reserved)
+    module = Module.acquire(
+        settings.module_path, locking=settings.locking, reserved=settings.init_reserved
+    )
 
     def inside() -> GeneratedKey:
         token = keys.find_token(module, settings.uri)
@@ -85,14 +87,20 @@ def _generate(session: pkcs11.Session, settings: Settings) -> GeneratedKey:
             )
     public, private = _pair(session, str(uri.object), key_id)
     try:
-        _check(private)
-        point = keys.attribute(public, Attribute.EC_POINT)
-        return GeneratedKey(uri=uri.generated(key_id), public_key=PublicKey.from_point(point))
+        wrong = _wrong(private)
+        if not wrong:
+            point = keys.attribute(public, Attribute.EC_POINT)
+            return GeneratedKey(uri=uri.generated(key_id), public_key=PublicKey.from_point(point))
     except BaseException:
-        for item in (private, public):
-            with contextlib.suppress(sdk.PKCS11Error):
-                item.destroy()
+        _removed(private, public)
         raise
+    gone = _removed(private, public)
+    raise SignerError(
+        f"The token made a key with another {' and '.join(wrong)} than asked for.",
+        hint=("It was removed." if gone else f"Remove it from the token: {uri.location(key_id)}.")
+        + " Check the token's policy on the attributes of new keys.",
+        details={"step": "key"},
+    )
 
 
 def _pair(session: pkcs11.Session, label: str, key_id: bytes) -> tuple[Any, Any]:
@@ -108,18 +116,28 @@ def _pair(session: pkcs11.Session, label: str, key_id: bytes) -> tuple[Any, Any]
             **common,
         )
     except _REFUSALS:
-        return parameters.generate_keypair(private_template=_LESS, **common)
-
-
-def _check(private: Any) -> None:
-    wrong = [
-        f"CKA_{name.name}"
-        for name, value in _DEMANDED.items()
-        if keys.attribute(private, name) is not value
-    ]
-    if wrong:
-        raise SignerError(
-            f"The token made a key with another {' and '.join(wrong)} than asked for.",
-            hint="It was removed. Check the token's policy on the attributes of new keys.",
-            details={"step": "key"},
+        # The capabilities: without them, python-pkcs11 asks for a key that derives others too.
+        return parameters.generate_keypair(
+            capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+            private_template=_LESS,
+            **common,
         )
+
+
+def _wrong(private: Any) -> list[str]:
+    """The attributes that are not as demanded, by name."""
+    wrong = [
+        name for name, value in _DEMANDED.items() if keys.attribute(private, name) is not value
+    ]
+    wrong += [name for name in _FORBIDDEN if keys.attribute(private, name) is True]
+    return [f"CKA_{name.name}" for name in wrong]
+
+
+def _removed(*items: Any) -> bool:
+    gone = True
+    for item in items:
+        try:
+            item.destroy()
+        except sdk.PKCS11Error:
+            gone = False
+    return gone
