@@ -186,6 +186,37 @@ def test_hanging_call_gives_its_caller_back(signer: Signer, shim: Shim) -> None:
     assert shim.sessions <= 5
 
 
+@pytest.mark.parametrize("call", [Call.INITIALIZE, Call.LOGIN, Call.SIGN], ids=str)
+def test_opening_that_is_left_behind_gives_all_back(
+    token: SoftHsmToken, shim: Shim, call: Call
+) -> None:
+    shim.fail(call, HANG)
+    started = time.monotonic()
+    with pytest.raises(SignerTimeout):
+        open_signer(token.uri, module_path=shim.path, timeout=0.2)
+    assert time.monotonic() - started < 0.5
+    shim.heal()
+    _until(lambda: shim.calls(Call.FINALIZE) == 1)
+    _until(lambda: shim.inside == 0)
+    assert shim.sessions == 0
+    with open_signer(token.uri, module_path=shim.path, timeout=5) as signer:
+        signer.public_key.verify(signer.sign(b"message"), b"message")
+    _until(lambda: shim.sessions == 0)
+
+
+@pytest.mark.parametrize("call", [Call.CLOSE_SESSION, Call.FINALIZE], ids=str)
+def test_close_leaves_a_hanging_call_behind(token: SoftHsmToken, shim: Shim, call: Call) -> None:
+    signer = open_signer(token.uri, module_path=shim.path)
+    shim.fail(call, HANG)
+    started = time.monotonic()
+    signer.close()
+    assert time.monotonic() - started < 1.5
+    shim.heal()
+    with open_signer(token.uri, module_path=shim.path, timeout=5) as again:
+        again.sign(b"message")
+    _until(lambda: shim.sessions == 0)
+
+
 def test_nothing_finalises_beside_a_hanging_call(token: SoftHsmToken, shim: Shim) -> None:
     with open_signer(token.uri, module_path=shim.path) as signer:
         shim.fail(Call.SIGN, HANG, times=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from queue import Queue
 
 import pytest
 
-from d1_signer.errors import SignerTimeout
+from d1_signer.errors import SignerTimeout, SignerUnavailable
 from d1_signer.signer import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import ROOT, Run
@@ -175,6 +176,44 @@ def test_frozen_server_keeps_no_caller(token: SoftHsmToken, hsm: Wire) -> None:
         hsm.signal(signal.SIGCONT)
         threads.until_all(work=True, seconds=2)
         threads.end()
+
+
+@pytest.fixture
+def own_client(hsm: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A copy of the client: one that is loaded keeps to the server of its first use."""
+    monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", hsm.env["P11_KIT_SERVER_ADDRESS"])
+    return str(shutil.copy2(hsm.client, tmp_path / "client.so"))
+
+
+def test_frozen_server_keeps_nobody_who_opens(
+    token: SoftHsmToken, hsm: Wire, own_client: str
+) -> None:
+    hsm.signal(signal.SIGSTOP)
+    try:
+        for _ in range(2):  # the second one waits for the first one's C_Initialize
+            started = time.monotonic()
+            with pytest.raises(SignerUnavailable):
+                open_signer(token.uri, module_path=own_client, timeout=0.4)
+            assert time.monotonic() - started < 1.0
+    finally:
+        hsm.signal(signal.SIGCONT)
+    with open_signer(token.uri, module_path=own_client, timeout=5) as signer:
+        signer.sign(b"message")
+
+
+def test_frozen_server_keeps_nobody_who_closes(
+    token: SoftHsmToken, hsm: Wire, own_client: str
+) -> None:
+    signer = open_signer(token.uri, module_path=own_client)
+    hsm.signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        signer.close()
+        assert time.monotonic() - started < 2.0
+    finally:
+        hsm.signal(signal.SIGCONT)
+    with open_signer(token.uri, module_path=own_client, timeout=5) as again:
+        again.sign(b"message")
 
 
 def test_frozen_server_and_a_hosted_module(token: SoftHsmToken, hsm: Wire) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from pkcs11 import exceptions as sdk
 
 from d1_signer.backend import SignatureEncoding
 from d1_signer.backends.pkcs11 import keys
+from d1_signer.backends.pkcs11.cryptoki import handle
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
 from d1_signer.backends.pkcs11.handoff import Handoff
 from d1_signer.backends.pkcs11.keys import FoundKey
 from d1_signer.backends.pkcs11.login import CKU_USER, Login, Pin
-from d1_signer.backends.pkcs11.module import Module, handle
+from d1_signer.backends.pkcs11.module import Module
 from d1_signer.backends.pkcs11.pool import Pool, Worker
 from d1_signer.backends.pkcs11.recovery import Circuit
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
@@ -40,7 +42,6 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds for cleaning up, which nobody waits for
-_PROOF = b"d1_signer/pkcs11/proof-of-key/v1\0"  # no JWT and no TLS handshake begins so
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,10 @@ class Pkcs11Backend:
         """
         self._settings = settings
         self._pin = pin
+        self._life = threading.Lock()
         self._closed = False
+        self._opening = True  # then what was taken is given back by the opening itself
+        self._module: Module
         self._token: pkcs11.Token | None = None
         self._token_generation = -1
         self._login: Login | None = None
@@ -84,12 +88,10 @@ class Pkcs11Backend:
         # A generation in which a repeated call failed: the next one begins with a new one.
         self._lost: tuple[int, sdk.PKCS11Error] | None = None
         self._circuit = Circuit(settings.uri.token_location())
-        self._module = Module.acquire(
-            settings.module_path, locking=settings.locking, reserved=settings.init_reserved
-        )
         _all.add(self)
+        deadline = self._deadline(None)
         try:
-            self._bounded(self._deadline(None), self._open)
+            self._bounded(deadline, lambda: self._begin(deadline))
         except BaseException:
             self.close()
             raise
@@ -114,22 +116,38 @@ class Pkcs11Backend:
         return self._bounded(deadline, lambda: self._served(self._ask, deadline))
 
     def close(self) -> None:
-        """Close all sessions and give the module back; calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
+        """Close all sessions and give the module back; calling it again does nothing.
+
+        It returns after a second at most; if the module hangs, the rest is done when it answers.
+        """
+        with self._life:
+            if self._closed:
+                return
+            self._closed = True
+            opening = self._opening
         self._handoff.close()
         free = self._pool.close()
+        if opening:
+            return
+        try:
+            _closing.run(lambda: self._let_go(free), time.monotonic() + _PATIENCE)
+        except SignerTimeout:
+            _log.warning("pkcs11.close_hangs token=%s", self._settings.uri.token_location())
+        except SignerUnavailable:  # no thread can be started
+            self._let_go(free)
+
+    def _let_go(self, free: list[Worker]) -> None:
         with contextlib.suppress(D1SignerError):
-            self._module.run(lambda: self._close_sessions(free), time.monotonic() + _PATIENCE)
+            self._module.run(lambda: self._close_sessions(free), None)
         self._module.release()
 
     def _close_sessions(self, workers: list[Worker]) -> None:
         for worker in workers:
             worker.drop(self._module.generation)
-        if self._login is not None and self._token_generation == self._module.generation:
-            self._login.release()
-        self._login = None
+        with self._life:
+            login, self._login = self._login, None
+        if login is not None and self._token_generation == self._module.generation:
+            login.release()
 
     # -- signing ------------------------------------------------------------------------------
 
@@ -236,12 +254,32 @@ class Pkcs11Backend:
         return error
 
     def _drop(self, worker: Worker) -> None:
+        def drop() -> None:
+            worker.drop(self._module.generation)
+            if self._closed:
+                self._close_sessions([])  # a login that a late recovery made
+
         with contextlib.suppress(D1SignerError):
-            self._module.run(
-                lambda: worker.drop(self._module.generation), time.monotonic() + _PATIENCE
-            )
+            self._module.run(drop, time.monotonic() + _PATIENCE)
 
     # -- opening ------------------------------------------------------------------------------
+
+    def _begin(self, deadline: float | None) -> None:
+        """Take the module and open the key; gives all back if nobody waits for it any more."""
+        settings = self._settings
+        self._module = Module.acquire(
+            settings.module_path,
+            locking=settings.locking,
+            reserved=settings.init_reserved,
+            deadline=deadline,
+        )
+        try:
+            self._open()
+        finally:
+            with self._life:
+                self._opening, late = False, self._closed
+            if late:
+                self._let_go([])
 
     def _open(self) -> None:
         """Take every step once, so that a wrong setting shows at opening."""
@@ -250,7 +288,7 @@ class Pkcs11Backend:
         except sdk.PKCS11Error as failure:
             raise translated(failure, step="key") from None
         self._pinned = found.public
-        digest = _digest_to_prove()
+        digest = keys.digest_to_prove()
         try:
             self._pinned.verify_digest(self._sign(digest, None), digest)
         except InvalidSignatureError:
@@ -343,6 +381,7 @@ class Pkcs11Backend:
     def renew_in_child(self) -> None:
         """Forget everything inherited; the first signature opens it anew."""
         self._handoff.after_fork()
+        self._life = threading.Lock()
         self._token = None
         self._login = None
         self._circuit.renew()
@@ -356,15 +395,14 @@ class Pkcs11Backend:
 _all: weakref.WeakSet[Pkcs11Backend] = weakref.WeakSet()
 
 
+# Its thread is kept for all that are closed; see handoff.py.
+_closing = Handoff()
+
+
 def _renew_all() -> None:
+    _closing.after_fork()
     for backend in list(_all):
         backend.renew_in_child()
 
 
 os.register_at_fork(after_in_child=_renew_all)
-
-
-def _digest_to_prove() -> bytes:
-    import hashlib
-
-    return hashlib.sha256(_PROOF + os.urandom(32)).digest()

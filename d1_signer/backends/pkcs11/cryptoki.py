@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pkcs11 import exceptions as sdk
+from pkcs11 import _pkcs11, exceptions as sdk
 
 CKF_OS_LOCKING_OK = 0x2
 CKR_OK = 0x0
@@ -233,6 +233,18 @@ class Cryptoki:
         return int(info.state) in _LOGGED_IN_STATES
 
 
+def loaded(path: str) -> tuple[Any, Cryptoki]:
+    """Load a module: python-pkcs11's object for it, and ours on the same function list.
+
+    Raises:
+        pkcs11.PKCS11Error: It cannot be loaded.
+    """
+    # Without the binding's __init__, which would call C_Initialize(NULL): a private path, which the
+    # tests pin.
+    binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
+    return binding, Cryptoki(path, binding)
+
+
 def _list_of(binding: Any) -> int | None:
     """Address of the function list in python-pkcs11's object; None where it looks otherwise.
 
@@ -245,6 +257,12 @@ def _list_of(binding: Any) -> int | None:
         return None
     first, *others = pointers.from_address(id(binding) + object.__basicsize__)
     return first if first is not None and others == [None, None] else None
+
+
+def handle(item: Any) -> int:
+    """The handle of one of the binding's sessions or objects."""
+    number: int = item.handle
+    return number
 
 
 def error_of(code: int) -> sdk.PKCS11Error:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,7 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 
 P256 = bytes.fromhex("06082a8648ce3d030107")  # the OID secp256r1 in DER, as in CKA_EC_PARAMS
+_PROOF = b"d1_signer/pkcs11/proof-of-key/v1\0"  # no JWT and no TLS handshake begins so
 _SHOWN = 10  # candidates listed in an error
 
 _UNREADABLE = (
@@ -164,6 +167,11 @@ def find_key(session: pkcs11.Session, uri: Pkcs11Uri, given: PublicKey | None) -
         id=key_id,
         always_authenticate=attribute(private, Attribute.ALWAYS_AUTHENTICATE) is True,
     )
+
+
+def digest_to_prove() -> bytes:
+    """What a key signs to prove that it fits its public key: a digest of 32 bytes."""
+    return hashlib.sha256(_PROOF + os.urandom(32)).digest()
 
 
 def objects(

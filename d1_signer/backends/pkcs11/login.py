@@ -19,7 +19,7 @@ from collections.abc import Callable
 import pkcs11
 from pkcs11 import TokenFlag, exceptions as sdk
 
-from d1_signer.backends.pkcs11.cryptoki import Cryptoki
+from d1_signer.backends.pkcs11.cryptoki import Cryptoki, handle
 from d1_signer.backends.pkcs11.failures import (
     Recovery,
     not_initialized,
@@ -27,7 +27,7 @@ from d1_signer.backends.pkcs11.failures import (
     told,
     translated,
 )
-from d1_signer.backends.pkcs11.module import Module, handle
+from d1_signer.backends.pkcs11.module import Module
 from d1_signer.errors import LoginError, SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_secret
 

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from pkcs11 import _pkcs11, exceptions as sdk
+from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11 import cryptoki
-from d1_signer.backends.pkcs11.cryptoki import Cryptoki
 from d1_signer.backends.pkcs11.failures import told
-from d1_signer.backends.pkcs11.gate import Gate
+from d1_signer.backends.pkcs11.gate import Gate, remaining
 from d1_signer.errors import (
     ConfigurationError,
     SignerClosedError,
@@ -75,7 +74,7 @@ class Module:
         self.instance = 0
         self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
         try:
-            self.binding, self.cryptoki = _loaded(path)
+            self.binding, self.cryptoki = cryptoki.loaded(path)
         except sdk.PKCS11Error as error:
             raise ConfigurationError(
                 f"The PKCS#11 module cannot be loaded: {path}: {told(error)}.",
@@ -201,14 +200,14 @@ class Module:
         """
         if self._one_at_a_time:
             return False  # the call that does not return holds the lock
-        binding, cryptoki = _loaded(self.path)
-        if cryptoki.address == self.cryptoki.address:
+        binding, functions = cryptoki.loaded(self.path)
+        if functions.address == self.cryptoki.address:
             return False
         _log.warning("pkcs11.instance_left_behind module=%s: a call is outstanding", self.path)
         gate = Gate()
         gate.shut(time.monotonic())
         self._abandoned.append((self.binding, self.cryptoki))
-        self.binding, self.cryptoki, self._gate = binding, cryptoki, gate
+        self.binding, self.cryptoki, self._gate = binding, functions, gate
         self._ours = False
         self.instance += 1
         return True
@@ -264,15 +263,20 @@ class Module:
     # -- owners -------------------------------------------------------------------------------
 
     @classmethod
-    def acquire(cls, path: str, *, locking: str, reserved: str | None) -> Module:
+    def acquire(
+        cls, path: str, *, locking: str, reserved: str | None, deadline: float | None = None
+    ) -> Module:
         """Load and initialise a module, or share it with the signers that use it already.
 
         Args:
             path: Its file.
             locking: ``"auto"``, ``"os"`` or ``"lock"``.
             reserved: What the module takes as ``pReserved`` of ``C_Initialize``, if anything.
+            deadline: Moment on ``time.monotonic()`` until which to wait for others that initialise
+                or finalise it; None: no limit. A call of the module itself has none.
 
         Raises:
+            SignerUnavailable: Others did so until the deadline.
             ConfigurationError: It cannot be loaded or initialised, or has other settings.
         """
         real = os.path.realpath(path)
@@ -280,8 +284,13 @@ class Module:
             module = _registry.get(real)
             if module is None:
                 module = _registry[real] = cls(path, reserved)
-        with module._life:
+        left = remaining(deadline)
+        if not module._life.acquire(timeout=-1 if left is None else left):
+            raise _busy()
+        try:
             module._begin(locking, reserved)
+        finally:
+            module._life.release()
         return module
 
     def _begin(self, locking: str, reserved: str | None) -> None:
@@ -309,7 +318,10 @@ class Module:
             raise
 
     def release(self) -> None:
-        """Give the module back; the last one to do so finalises it, if nobody is in a call."""
+        """Give the module back; the last one to do so finalises it, if nobody is in a call.
+
+        It may take as long as a call of the module: a caller with a deadline hands it off.
+        """
         with self._life:
             self._users -= 1
             if self._users or self._stale:
@@ -374,13 +386,6 @@ os.register_at_fork(
 )
 
 
-def _loaded(path: str) -> tuple[Any, Cryptoki]:
-    # Without the binding's __init__, which would call C_Initialize(NULL): a private path, which the
-    # tests pin.
-    binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
-    return binding, Cryptoki(path, binding)
-
-
 def _busy() -> SignerUnavailable:
     return SignerUnavailable(
         "The PKCS#11 module cannot be initialised anew: a call does not return.",
@@ -393,9 +398,3 @@ def _settings(text: str) -> ConfigurationError:
     return ConfigurationError(
         text, hint="Use the same settings for all signers on it.", details={"step": "module"}
     )
-
-
-def handle(item: Any) -> int:
-    """The handle of one of the binding's sessions or objects."""
-    number: int = item.handle
-    return number
