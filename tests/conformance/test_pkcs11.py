@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from d1_signer.events import Event, SignEvent
 from d1_signer.signer import Signer, generate_key, open_signer
 from d1_signer.testing import SignerConformance, SoftHsmToken
 
@@ -45,3 +48,16 @@ class TestPkcs11Isolated(TestPkcs11):
     def signer(self, softhsm_token: SoftHsmToken) -> Signer:
         generate_key(softhsm_token.uri)
         return open_signer(softhsm_token.uri, isolation="process")
+
+
+@pytest.mark.parametrize("options", [{}, {"isolation": "process", "processes": 2}], ids=str)
+def test_the_use_of_sessions_is_told(softhsm_token: SoftHsmToken, options: dict[str, Any]) -> None:
+    generate_key(softhsm_token.uri)
+    told: list[Event] = []
+    with open_signer(
+        softhsm_token.uri, max_sessions=3, observers=[told.append], **options
+    ) as signer:
+        signer.sign(b"message")
+    (event,) = told
+    assert isinstance(event, SignEvent)
+    assert event.pool_use in {(0, 3), (0, 6)}

@@ -115,6 +115,10 @@ class Pkcs11Backend:
         deadline = self._deadline(None)
         return self._bounded(deadline, lambda: self._served(self._ask, deadline))
 
+    def pool_use(self) -> tuple[int, int]:
+        """Sessions in use, and how many there may be; see `d1_signer.backend.Pooled`."""
+        return self._pool.busy, self._settings.max_sessions
+
     def close(self) -> None:
         """Close all sessions and give the module back; calling it again does nothing.
 

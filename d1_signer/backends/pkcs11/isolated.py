@@ -31,6 +31,7 @@ from d1_signer.custody import Assurance, Evidence, Fact
 from d1_signer.errors import (
     D1SignerError,
     KeyMismatchError,
+    KeyNotFoundError,
     SignerClosedError,
     SignerTimeout,
     SignerUnavailable,
@@ -93,6 +94,12 @@ class IsolatedBackend:
         ]
         facts.append(Fact(name="isolation", value="process", source="d1_signer"))
         return Evidence(**document, facts=tuple(facts))
+
+    def pool_use(self) -> tuple[int, int]:
+        """Connections in use, and how many there may be; see `d1_signer.backend.Pooled`."""
+        with self._lock:
+            busy = sum(host.busy for host in self._hosts)
+        return busy, self._settings.connections * self._settings.processes
 
     def close(self) -> None:
         """End the children; calling it again does nothing."""
@@ -226,6 +233,8 @@ class IsolatedBackend:
         try:
             host = self._opened()
             error = None
+        except KeyNotFoundError as gone:  # it was there at opening: the HSM is away
+            error = SignerUnavailable(gone.message, hint=gone.hint, details=gone.details)
         except D1SignerError as failure:
             error = failure
         finally:
@@ -249,7 +258,17 @@ class IsolatedBackend:
             host.end()  # the signer was closed meanwhile
 
     def _opened(self) -> Host:
-        host, public = self._opener.open()
+        try:
+            host, public = self._opener.open()
+        except KeyNotFoundError as failure:
+            if failure.details.get("step") != "token":
+                raise
+            # It was there when the signer was opened, so it is away and may come back.
+            raise SignerUnavailable(
+                "The token is not there any more.",
+                hint="Check that the device is connected; it is looked for again by itself.",
+                details=failure.details,
+            ) from None
         if public == self._pinned:
             return host
         host.kill()
