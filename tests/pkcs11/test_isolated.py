@@ -230,6 +230,22 @@ def test_token_that_is_away_costs_one_child_for_a_pause(
         _until(lambda: not _fails(signer))
 
 
+def test_token_that_was_there_at_opening_is_away_for_now(
+    signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    empty = tmp_path / "empty.conf"
+    empty.write_text(f"directories.tokendir = {nothing}\n")
+    with monkeypatch.context() as patched:
+        patched.setenv("SOFTHSM2_CONF", str(empty))
+        os.kill(_hosts(signer)[0], signal.SIGKILL)
+        for _ in range(2):  # the first sees the end of the child, the second that of its successor
+            with pytest.raises(SignerUnavailable):
+                signer.sign(b"message")
+    _until(lambda: not _fails(signer))
+
+
 def test_nothing_is_imported_from_the_current_directory(
     token: SoftHsmToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
