@@ -233,8 +233,6 @@ class IsolatedBackend:
         try:
             host = self._opened()
             error = None
-        except KeyNotFoundError as gone:  # it was there at opening: the HSM is away
-            error = SignerUnavailable(gone.message, hint=gone.hint, details=gone.details)
         except D1SignerError as failure:
             error = failure
         finally:
