@@ -67,7 +67,6 @@ class FleetRenewal:
         identity = hashlib.sha256(f"{issuer_id}\0{environment.base_url}".encode()).hexdigest()
         self._name = f"d1-signer:{{{identity[:32]}}}"
         self._kept: Lease | None = None
-        self._waits_since: float | None = None
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -85,7 +84,6 @@ class FleetRenewal:
                 self._give_back()
                 shared = self._shared(refused)
                 if shared is not None:
-                    self._waits_since = None
                     return shared
                 # Counted from before the lease, so that the lease outlives it.
                 turn = min(deadline, time.monotonic() + self._turn)
@@ -94,7 +92,7 @@ class FleetRenewal:
                     shared = self._shared(refused) if mine else None
                     if shared is not None:
                         return shared
-                    if mine or self._holder_is_overdue(mine=mine):
+                    if mine:
                         held = self._renewal.obtain(deadline=turn, stopped=stopped)
                         self._share(held)
                         return held
@@ -109,21 +107,6 @@ class FleetRenewal:
             if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
             look = min(2 * look, _LONGEST_LOOK)
-
-    def _holder_is_overdue(self, *, mine: bool) -> bool:
-        """Whether another has held the lease for longer than a lease lives.
-
-        Then it is no lease of a renewal: a key without a time to live, or a store whose clock
-        stands still. Going on costs a request; waiting for it would cost the fleet its token.
-        """
-        now = self._clock()
-        if mine or self._waits_since is None:
-            self._waits_since = None if mine else now
-            return False
-        overdue = now - self._waits_since > self._lease_life
-        if overdue:
-            _log.warning("fleet.lease_overdue: going on without it")
-        return overdue
 
     def _shared(self, refused: str | None) -> HeldToken | None:
         """The store's token, if it is fresh."""

@@ -31,6 +31,7 @@ from redis import Redis
 # A Redis that hung executes later what nobody waits for any more: a lease is taken for a moment
 # first, so that one which its asker never heard of does not hold up the fleet.
 _CLAIM = 2000  # milliseconds
+_LONGEST_LEASE = 600_000  # milliseconds; no renewal of any fleet takes ten minutes
 
 _IF_MINE = "if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end "
 _EXTEND = _IF_MINE + "return redis.call('pexpire', KEYS[1], ARGV[2])"
@@ -87,6 +88,10 @@ class RedisTokenStore:
         key, owner = f"{name}:lease", secrets.token_hex(16)
         try:
             if not self._client.set(key, owner, nx=True, px=_CLAIM):
+                # -1: no time to live. -2: it has just ended, and the next look takes it.
+                left = self._client.pttl(key)
+                if left == -1 or left > _LONGEST_LEASE:
+                    raise _no_lease()
                 return None
             mine = self._extend(keys=[key], args=[owner, int(life * 1000)])
         except (RedisError, OSError) as error:
@@ -105,6 +110,13 @@ class _Lease:
             self._release(keys=[self._key], args=[self._owner])
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
+
+
+def _no_lease() -> StoreUnavailable:
+    return StoreUnavailable(
+        "The lease in the token store is no renewal's: it has no time to live, or too long a one.",
+        hint="Delete the key that ends in :lease; tokens are fetched without it meanwhile.",
+    )
 
 
 def _unavailable(error: Exception) -> StoreUnavailable:

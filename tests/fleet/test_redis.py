@@ -275,7 +275,7 @@ def test_an_expired_token_in_the_store_is_not_taken(
     assert sandbox.counters.token_requests == 2
 
 
-def take_lease(server: RedisServer, fetcher: TokenFetcher, milliseconds: int) -> None:
+def take_lease(server: RedisServer, fetcher: TokenFetcher, milliseconds: int | None) -> None:
     with server.client() as client:
         name = fetcher._renewal._name  # type: ignore[union-attr]
         assert client.set(f"{name}:lease", "another", px=milliseconds, nx=True)
@@ -290,16 +290,27 @@ def test_whoever_waits_for_a_lease_goes_on_when_it_runs_out(
     assert sandbox.counters.token_requests == 1
 
 
+@pytest.mark.parametrize("milliseconds", [None, 86_400_000])
 def test_a_lease_that_never_ends_is_done_without(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, milliseconds: int | None
+) -> None:
+    fetcher = fleet()
+    take_lease(redis_server, fetcher, milliseconds)
+    assert fetcher.token(timeout=5).value
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_lease_that_outlives_the_patience_is_an_error_in_time(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
 ) -> None:
-    # No renewal holds one for so long: somebody has set the key by hand, or without a time to live.
-    fetcher = fleet(limits=Limits(total=1.5))
+    fetcher = fleet(limits=Limits(total=0.5))
     take_lease(redis_server, fetcher, 60_000)
     started = time.monotonic()
-    assert fetcher.token().value
-    assert time.monotonic() - started >= 1.0  # a holder has had its time
-    assert sandbox.counters.token_requests == 1
+    with pytest.raises(D1SignerError) as failure:
+        fetcher.token()
+    assert failure.value.code == "token_timeout"
+    assert time.monotonic() - started < 2
+    assert sandbox.counters.token_requests == 0
 
 
 def test_a_lease_lost_during_the_work_is_no_error_and_another_keeps_it(
