@@ -20,6 +20,7 @@ from d1_signer.errors import (
     TlsError,
     TokenError,
     TokenResponseError,
+    TokenTimeout,
     TokenUnavailable,
 )
 from d1_signer.secret import Secret
@@ -88,9 +89,19 @@ class TokenEndpoint:
             A grant, or an error: `TlsError` where either side's certificate is refused,
             `TokenUnavailable` where no whole answer came, `TokenRefusedError` or
             `TokenResponseError` for what the answer says. Its details have the correlation id.
+
+        Raises:
+            TokenTimeout: The deadline passed before anything was sent.
         """
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TokenTimeout(
+                "No token within the deadline: it passed before the assertion was sent.",
+                hint="Try again; look at what else is slow: the network, the signer, this machine.",
+            )
+        connect, read = (min(limit, remaining) for limit in self._timeouts)
         try:
-            reply = self._exchange(assertion, correlation_id, deadline)
+            reply = self._exchange(assertion, correlation_id, deadline, timeout=(connect, read))
         # The errors of requests hold the request, and with it the assertion, so they end here:
         # ours is made new, with no traceback and no context that leads to theirs.
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
@@ -108,11 +119,17 @@ class TokenEndpoint:
             reply.outcome.details["correlation_id"] = correlation_id
         return reply
 
-    def _exchange(self, assertion: Secret, correlation_id: str, deadline: float) -> Reply:
+    def _exchange(
+        self,
+        assertion: Secret,
+        correlation_id: str,
+        deadline: float,
+        *,
+        timeout: tuple[float, float],
+    ) -> Reply:
         if self._closed:
             raise FetcherClosedError("The token fetcher is closed.")
         sent_at = time.time()
-        connect, read = (min(limit, _remaining(deadline)) for limit in self._timeouts)
         response = self._session.post(
             self._url,
             data={"grant_type": GRANT_TYPE, "assertion": assertion.reveal()},
@@ -123,7 +140,7 @@ class TokenEndpoint:
             },
             allow_redirects=False,
             stream=True,
-            timeout=(connect, read),
+            timeout=timeout,
         )
         with contextlib.closing(response):
             body = b"".join(_chunks(response, deadline))
@@ -155,15 +172,6 @@ class TokenEndpoint:
         self._session.close()
 
 
-def _remaining(deadline: float) -> float:
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TokenUnavailable(
-            "D1's answer did not come in time.", hint="Try again; look at the network to D1."
-        )
-    return remaining
-
-
 def _chunks(response: requests.Response, deadline: float) -> Iterator[bytes]:
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise TokenResponseError(
@@ -179,7 +187,10 @@ def _chunks(response: requests.Response, deadline: float) -> Iterator[bytes]:
                 "D1's answer is larger than 64 KiB.",
                 hint="Check that the environment's URL is D1's token endpoint.",
             )
-        _remaining(deadline)
+        if time.monotonic() >= deadline:
+            raise TokenUnavailable(
+                "D1's answer did not come in time.", hint="Try again; look at the network to D1."
+            )
         yield chunk
 
 

@@ -139,6 +139,7 @@ class Renewal:
         """
         refused_kids: frozenset[str] = frozenset()
         refusal: D1SignerError | None = None
+        last: D1SignerError | None = None
         skew_corrected = False
         attempt = 0
         while True:
@@ -146,13 +147,17 @@ class Renewal:
             started = (self._clock(), self._wall())
             try:
                 kid, reply = self._try_once(deadline, stopped, refused_kids)
-            except (SignerError, ConfigurationError):
-                if refusal is None:
+            except (SignerError, ConfigurationError, TokenTimeout) as error:
+                # That time ran out before another attempt was sent hides nothing of what D1
+                # answered before, nor does another key that cannot sign.
+                late = isinstance(error, TokenTimeout) or time.monotonic() >= deadline
+                answered = last if late else refusal
+                if answered is None:
                     raise
-                # That another key cannot sign hides nothing: D1 refused the one that can.
-                raise refusal.fresh() from None
+                raise answered.fresh() from None
             if isinstance(reply.outcome, Grant):
                 return self._held(reply.outcome, *started)
+            last = reply.outcome
             # The two attempts below do not repeat what was refused: each sends another assertion
             # that removes the reason which the refusal points to, and each happens once.
             if not skew_corrected and self._corrects_skew(reply):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 
@@ -131,6 +132,28 @@ def test_retry_after_cannot_hold_the_fetcher_for_ever(
     assert time.monotonic() - started < 2
     age(fetcher, 61)
     assert fetcher.token().value
+
+
+def test_time_that_runs_out_before_an_attempt_does_not_hide_what_d1_answered(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    total = 1.0
+    started = time.monotonic()
+    told: list[str] = []
+
+    def correlation_id() -> str:
+        told.append(secrets.token_hex(16))
+        if len(told) == 2:  # the assertion is signed, and nothing sent
+            threading.Event().wait(started + total + 0.05 - time.monotonic())
+        return told[-1]
+
+    fetcher = make_fetcher(limits=Limits(total=total), correlation_id=correlation_id)
+    sandbox.misbehave(Fault.STATUS_500)
+    started = time.monotonic()
+    with pytest.raises(TokenUnavailable, match="500") as failure:
+        fetcher.token()
+    assert failure.value.details["correlation_id"] == told[0]
+    assert sandbox.counters.token_requests == 1
 
 
 def test_a_second_key_that_cannot_sign_does_not_hide_what_d1_refused(
