@@ -15,7 +15,7 @@ import click
 
 from d1_signer.cli._output import Output, with_output_options
 from d1_signer.cli.check import check
-from d1_signer.cli.keys import custody, generate_key, public_key
+from d1_signer.cli.keys import csr, custody, generate_key, public_key
 from d1_signer.cli.sandbox import sandbox
 from d1_signer.cli.tokens import assertion, token
 from d1_signer.errors import ConfigurationError, D1SignerError, InvalidInputError
@@ -47,7 +47,7 @@ def cli(output: Output) -> None:
     """
 
 
-for _command in (token, assertion, public_key, generate_key, check, custody, sandbox):
+for _command in (token, assertion, public_key, csr, generate_key, check, custody, sandbox):
     cli.add_command(_command)
 
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import click
 from click.core import ParameterSource
+from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.key_uri import scheme_of
@@ -95,6 +96,29 @@ def checked_proxy(
     if match is None or not 0 < int(match["port"]) < 1 << 16:
         raise click.UsageError("--proxy takes http://HOST:PORT.")
     return value
+
+
+def checked_subject(
+    context: click.Context,  # noqa: ARG001 (click's signature of a callback)
+    parameter: click.Parameter,  # noqa: ARG001
+    value: str,
+) -> x509.Name:
+    """The subject of a certificate signing request, as a callback of click.
+
+    Raises:
+        click.UsageError: It is no distinguished name, or has not one common name.
+    """
+    try:
+        subject = x509.Name.from_rfc4514_string(value)
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise click.UsageError(
+            f"--subject is no distinguished name ({reason or 'not as in RFC 4514'}). "
+            "Write CN=…,O=Bank,C=FR, and a backslash before a comma within a value."
+        ) from None
+    if len(subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)) != 1:
+        raise click.UsageError("--subject has not one common name (CN=…), which D1 checks.")
+    return subject
 
 
 def _source(context: click.Context, parameter: click.Parameter) -> ParameterSource | None:

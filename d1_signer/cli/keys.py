@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`d1-signer public-key`, `generate-key` and `custody`."""
+"""`d1-signer public-key`, `csr`, `generate-key` and `custody`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import click
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from d1_signer.cli._callbacks import checked_subject
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -28,6 +32,8 @@ from d1_signer.secret import shown_path
 from d1_signer.signer import Signer, generate_key as generate
 from d1_signer.signer_set import SignerSet
 
+_to_file = click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
+
 
 @click.command("public-key", cls=OptionsOnly)
 @with_keys
@@ -39,7 +45,7 @@ from d1_signer.signer_set import SignerSet
     show_default=True,
     help="jwks holds all given keys, the others a single one.",
 )
-@click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
+@_to_file
 @with_output_options
 def public_key(keys: Keys, *, form: str, output_file: str | None, output: Output) -> None:
     """Print the public key to register at D1.
@@ -48,19 +54,12 @@ def public_key(keys: Keys, *, form: str, output_file: str | None, output: Output
     """
     if form != "jwks":
         keys.single()
-    if form == "der" and not output.json and output_file is None and sys.stdout.isatty():
-        raise ConfigurationError(
-            "DER is binary and is not written to a terminal.", hint="Give -o FILE, or use a pipe."
-        )
+    _refuse_der_on_terminal(form, output_file, output)
     with keys.opened() as signers:
         encoded, shown = _encode(signers, form)
         named = [{"kid": s.kid, "thumbprint": s.public_key.thumbprint()} for s in signers]
-    if output_file is not None:
-        _write(output_file, encoded)
-    if output.json:
-        output.result({"format": form, "keys": named, "public_key": shown}, "")
-    elif output_file is None:
-        click.echo(encoded, nl=False)
+    document = {"format": form, "keys": named, "public_key": shown}
+    _deliver(encoded, document, output_file, output)
 
 
 def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
@@ -75,12 +74,68 @@ def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
     return json.dumps(document, indent=2).encode() + b"\n", document
 
 
-def _write(path: str, content: bytes) -> None:
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        shown = shown_path(Path(path).absolute())
-        raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
+def _refuse_der_on_terminal(form: str, output_file: str | None, output: Output) -> None:
+    if form == "der" and not output.json and output_file is None and sys.stdout.isatty():
+        raise ConfigurationError(
+            "DER is binary and is not written to a terminal.", hint="Give -o FILE, or use a pipe."
+        )
+
+
+def _deliver(
+    encoded: bytes, document: dict[str, object], output_file: str | None, output: Output
+) -> None:
+    if output_file is not None:
+        try:
+            Path(output_file).write_bytes(encoded)
+        except OSError as error:
+            shown = shown_path(Path(output_file).absolute())
+            raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
+    if output.json:
+        output.result(document, "")
+    elif output_file is None:
+        click.echo(encoded, nl=False)
+
+
+@click.command(cls=OptionsOnly)
+@with_keys
+@click.option(
+    "--subject",
+    required=True,
+    metavar="NAME",
+    callback=checked_subject,
+    help="Distinguished name as in RFC 4514: 'CN=…,O=Bank,C=FR'. D1 prescribes the common name.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["pem", "der"]),
+    default="pem",
+    show_default=True,
+)
+@_to_file
+@with_output_options
+def csr(
+    keys: Keys, *, subject: x509.Name, form: str, output_file: str | None, output: Output
+) -> None:
+    """Print a certificate signing request (PKCS#10), signed by the key.
+
+    Thales makes the client certificate of mutual TLS from one. Its key must be another than the
+    one that signs assertions. With --json it is the member csr: text for pem, base64 for der.
+    """
+    uri = keys.single()
+    _refuse_der_on_terminal(form, output_file, output)
+    with keys.open(uri) as signer:
+        builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+        request = builder.sign(signer.as_private_key(), SHA256())
+        thumbprint = signer.public_key.thumbprint()
+    encoded = request.public_bytes(Encoding.DER if form == "der" else Encoding.PEM)
+    document: dict[str, object] = {
+        "format": form,
+        "subject": subject.rfc4514_string(),
+        "thumbprint": thumbprint,
+        "csr": base64.b64encode(encoded).decode() if form == "der" else encoded.decode(),
+    }
+    _deliver(encoded, document, output_file, output)
 
 
 @click.command("generate-key", cls=OptionsOnly)

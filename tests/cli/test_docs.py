@@ -41,12 +41,13 @@ def test_all_commands_are_listed() -> None:
     assert set(listed) == set(cli.commands)
 
 
-@pytest.mark.parametrize("command", ["token", "custody", "assertion", "check"])
+@pytest.mark.parametrize("command", ["token", "custody", "assertion", "check", "csr"])
 def test_members_of_the_json_object(run: Run, settings: dict[str, str], command: str) -> None:
     scripts = PAGE.partition("## For scripts")[2]
     (told,) = re.findall(rf"^\| `{command}` \| (.*) \|$", scripts, re.MULTILINE)
     named = set(re.findall(r"`([a-z_]+)`", told))
-    document = run(command, "--json", **settings).document
+    subject = ["--subject", "CN=bank"] if command == "csr" else []
+    document = run(command, "--json", *subject, **settings).document
     assert set(document) <= named
     for members in document.get("keys") or document.get("steps") or []:
         assert set(members) <= named

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jwt
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from d1_signer.sandbox import Sandbox
 from d1_signer.testing import SoftHsmToken
@@ -47,6 +49,14 @@ def test_custody_tells_where_the_key_lives(uri: str) -> None:
     assert facts["CKA_SENSITIVE"] is True
     assert facts["CKA_EXTRACTABLE"] is False
     assert facts["CKA_LOCAL"] is True
+
+
+def test_a_signing_request_from_the_hsm(uri: str) -> None:
+    made = run_process("csr", "--key", uri, "--subject", "CN=bank")
+    request = x509.load_pem_x509_csr(made.out.encode())
+    assert request.is_signature_valid
+    public = run_process("public-key", "--key", uri).out
+    assert request.public_key() == load_pem_public_key(public.encode())
 
 
 def test_from_the_hsm_to_a_token(uri: str, softhsm_token: SoftHsmToken) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jwt
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
@@ -57,10 +58,11 @@ def test_der_goes_to_a_pipe_and_to_a_file(key_uri: str, tmp_path: Path, run: Run
     assert base64.b64decode(shown["public_key"]) == piped.stdout
 
 
-def test_der_is_not_written_to_a_terminal(key_uri: str) -> None:
+@pytest.mark.parametrize("command", [["public-key"], ["csr", "--subject", "CN=a"]])
+def test_der_is_not_written_to_a_terminal(key_uri: str, command: list[str]) -> None:
     ours, theirs = pty.openpty()
     done = subprocess.run(
-        [*COMMAND, "public-key", "--key", key_uri, "--format", "der"],
+        [*COMMAND, *command, "--key", key_uri, "--format", "der"],
         stdout=theirs,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,6 +117,59 @@ def test_a_file_that_cannot_be_written(run: Run, key_uri: str, tmp_path: Path) -
     assert result.status == 2
     assert result.document["code"] == "configuration"
     assert "No such file" in result.document["message"]
+
+
+SUBJECT = r"CN=TLSMA/bank PPR,O=Banque Générale\, SA,C=FR"
+
+
+def test_a_signing_request_is_taken_by_others(run: Run, key_uri: str, tmp_path: Path) -> None:
+    file = tmp_path / "client.csr"
+    written = run("csr", "--key", key_uri, "--subject", SUBJECT, "-o", str(file))
+    assert (written.status, written.out, written.err) == (0, "", "")
+    request = x509.load_pem_x509_csr(file.read_bytes())
+    assert numbers(request.public_key()) == numbers(private_key_of(key_uri).public_key())
+    assert request.signature_algorithm_oid == x509.SignatureAlgorithmOID.ECDSA_WITH_SHA256
+    openssl = ["openssl", "req", "-verify", "-noout", "-subject", "-nameopt", "RFC2253,-esc_msb"]
+    told = subprocess.run([*openssl, "-in", str(file)], capture_output=True, check=True, timeout=30)
+    assert b"verify OK" in told.stdout + told.stderr
+    assert f"subject={SUBJECT}" in told.stdout.decode()
+
+
+def test_a_signing_request_in_other_forms(run: Run, key_uri: str) -> None:
+    arguments = ["csr", "--key", key_uri, "--subject", SUBJECT]
+    text = run(*arguments, "--json").document
+    assert x509.load_pem_x509_csr(text["csr"].encode()).is_signature_valid
+    assert (text["format"], text["subject"]) == ("pem", SUBJECT)
+    opened = run("public-key", "--json", "--key", key_uri).document
+    assert text["thumbprint"] == opened["keys"][0]["thumbprint"]
+    der = base64.b64decode(run(*arguments, "--format", "der", "--json").document["csr"])
+    assert x509.load_der_x509_csr(der).is_signature_valid
+    shown = run(*arguments).out
+    assert x509.load_pem_x509_csr(shown.encode()).is_signature_valid
+
+
+@pytest.mark.parametrize(
+    ("subject", "reason"),
+    [
+        ("bank", "not as in RFC 4514"),
+        ("CN=", "length"),
+        ("CN=a,C=FRA", "length"),
+        ("O=Bank", "common name"),
+        ("CN=a,CN=b", "common name"),
+    ],
+)
+def test_a_subject_that_d1_could_not_take(
+    run: Run, key_uri: str, subject: str, reason: str
+) -> None:
+    result = run("csr", "--key", key_uri, "--subject", subject)
+    assert (result.status, result.out) == (2, "")
+    assert reason in result.err
+
+
+def test_a_signing_request_is_for_one_key(run: Run, key_uri: str, other_uri: str) -> None:
+    result = run("csr", "--subject", "CN=a", "--key", key_uri, "--key", other_uri)
+    assert result.status == 2
+    assert "single key" in result.err
 
 
 def test_generate_key_makes_what_open_takes(run: Run, tmp_path: Path) -> None:
