@@ -17,11 +17,14 @@ from d1_signer.cli._callbacks import checked_keys, checked_path, checked_proxy
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
+from d1_signer.key_uri import scheme_of
 from d1_signer.secret import Secret
 from d1_signer.signer import Signer, open_signer
 from d1_signer.signer_set import SignerSet
 from d1_signer.tls import ClientCertificate
 from d1_signer.token import Audience, TokenFetcher
+
+_HSM_PATIENCE = 30.0  # seconds
 
 Decorator = Callable[[Command], Command]
 
@@ -75,7 +78,12 @@ class Keys:
 
     def open(self, uri: str) -> Signer:
         """Open one of the keys; the caller closes it."""
-        return open_signer(uri, kid=self.kid)
+        # The others have time limits by default. A vendor's library that hangs would be deaf to
+        # Ctrl-C as well.
+        options: dict[str, Any] = {}
+        if scheme_of(uri) == "pkcs11":
+            options["timeout"] = _HSM_PATIENCE
+        return open_signer(uri, kid=self.kid, **options)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pkcs11 import Attribute, KeyType, MechanismFlag
 
 from d1_signer.backends.pkcs11.keys import P256
 from d1_signer.errors import ConfigurationError, LoginError, SecretSourceError, SignerUnavailable
-from d1_signer.signer import Signer, open_signer
+from d1_signer.signer import Signer, generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 
@@ -109,6 +110,21 @@ def test_unreadable_pin_source_is_the_login_step(token: SoftHsmToken, tmp_path: 
     with pytest.raises(SecretSourceError) as raised:
         open_signer(token.uri, pin_source=f"file:{tmp_path}/none")
     assert raised.value.details["step"] == "login"
+
+
+def test_pin_is_asked_for_in_the_callers_thread(token: SoftHsmToken) -> None:
+    # Where a person types it, no time limit of the module's runs, and Ctrl-C arrives.
+    asked: list[threading.Thread] = []
+
+    def source() -> str:
+        asked.append(threading.current_thread())
+        return token.pin
+
+    with open_signer(token.uri, pin_source=source, timeout=20) as signer:
+        signer.sign(b"message")
+    assert asked[0] is threading.current_thread()
+    generate_key(token.key_uri("new"), pin_source=source)
+    assert asked[-1] is threading.current_thread()
 
 
 def test_pin_from_the_uri_itself(token: SoftHsmToken) -> None:

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 
+from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout, SignerUnavailable
-from d1_signer.signer import open_signer
+from d1_signer.signer import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import ROOT, Run
 from tests.pkcs11.shim import Shim
@@ -192,13 +194,51 @@ def test_frozen_server_keeps_nobody_who_opens(
     try:
         for _ in range(2):  # the second one waits for the first one's C_Initialize
             started = time.monotonic()
-            with pytest.raises(SignerUnavailable):
+            with pytest.raises(SignerUnavailable) as failure:
                 open_signer(token.uri, module_path=own_client, timeout=0.4)
             assert time.monotonic() - started < 1.0
+            assert failure.value.details["step"] in {"module", "token"}
     finally:
         hsm.signal(signal.SIGCONT)
     with open_signer(token.uri, module_path=own_client, timeout=5) as signer:
         signer.sign(b"message")
+
+
+def test_frozen_server_keeps_nobody_who_makes_a_key(
+    token: SoftHsmToken, hsm: Wire, own_client: str
+) -> None:
+    options: dict[str, Any] = {"module_path": own_client, "pin_source": lambda: token.pin}
+    uri = f"pkcs11:token={token.label};object=another"
+    generate_key(uri + "1", **options)
+    hsm.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(SignerTimeout, match="may still be made"):
+            generate_key(uri + "2", timeout=0.4, **options)
+    finally:
+        hsm.signal(signal.SIGCONT)
+    made = generate_key(uri + "3", **options)
+    with open_signer(made.uri, timeout=5, **options) as signer:
+        assert signer.public_key == made.public_key
+
+
+def test_frozen_server_keeps_no_command(
+    token: SoftHsmToken,
+    hsm: Wire,
+    own_client: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("d1_signer.cli._settings._HSM_PATIENCE", 0.4)
+    monkeypatch.setenv("D1_SIGNER_KEY", token.uri.replace(token.module_path, own_client))
+    hsm.signal(signal.SIGSTOP)
+    try:
+        assert main(["check", "--json"]) == 1
+    finally:
+        hsm.signal(signal.SIGCONT)
+    told = json.loads(capsys.readouterr().out)
+    assert told["stopped_at"]["step"] in {"module", "token"}
+    assert {step["error"]["code"] for step in told["steps"] if step["error"]} == {"signer_timeout"}
+    assert main(["check"]) == 0
 
 
 def test_frozen_server_keeps_nobody_who_closes(
@@ -250,6 +290,7 @@ def test_instance_with_a_hanging_call_is_left_behind(
 _HANG = """
 import sys, threading
 from d1_signer import open_signer
+from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout
 signer = open_signer(sys.argv[1], module_path=sys.argv[2])
 print("open", flush=True)

@@ -88,9 +88,9 @@ def open_backend(
             certificate; checked against the token's where it does.
         max_sessions: Sessions that sign, beside the one that holds the login.
         session_timeout: Seconds to wait at most for a free session.
-        timeout: Seconds for a call that is given no time limit of its own. None: such a call is
-            made directly and returns when the module returns. With a limit, a call is handed to
-            another thread, which costs about 0.1 ms.
+        timeout: Seconds for a call that is given no time limit of its own, and for opening, beside
+            reading the PIN. None: such a call is made directly and returns when the module returns.
+            With a limit, a call is handed to another thread, which costs about 0.1 ms.
         locking: ``"os"``: the module locks by itself (``CKF_OS_LOCKING_OK``); ``"lock"``: one lock
             around every call; ``"auto"``: the first where the module offers it.
         user_type: Number of the user type, for vendors that have their own (a Luna partition's
@@ -174,6 +174,7 @@ def generate_key(
     user_type: int | None = None,
     protected_authentication_path: bool = False,
     init_reserved: str | None = None,
+    timeout: float = 60.0,
 ) -> GeneratedKey:
     """Make a P-256 key on the token: sensitive, not extractable, for signing only.
 
@@ -186,6 +187,7 @@ def generate_key(
         user_type: As for `open_backend`.
         protected_authentication_path: As for `open_backend`.
         init_reserved: As for `open_backend`.
+        timeout: Seconds for all of it, beside reading the PIN.
 
     Returns:
         The key's URI, with its id, and its public key.
@@ -194,6 +196,7 @@ def generate_key(
         KeyExistsError: A key with that label or that id exists; nothing was changed.
         SignerError: The token did not make the key as it was asked to; the hint tells whether what
             it made instead was removed.
+        SignerTimeout: The token did not answer in time; the key may be made nevertheless.
     """
     parsed = Pkcs11Uri.parse(uri)
     if not parsed.object:
@@ -210,7 +213,7 @@ def generate_key(
         pin_pad=protected_authentication_path,
         init_reserved=init_reserved,
     )
-    return generate(settings, _pin(parsed, pin_source))
+    return generate(settings, _pin(parsed, pin_source), _seconds("timeout", timeout))
 
 
 def _pin(uri: Pkcs11Uri, source: SecretSource | None) -> Pin:

@@ -76,7 +76,7 @@ class Pkcs11Backend:
         self._pin = pin
         self._life = threading.Lock()
         self._closed = False
-        self._opening = True  # then what was taken is given back by the opening itself
+        self._opening = False  # while it is, what was taken is given back by the opening itself
         self._module: Module
         self._token: pkcs11.Token | None = None
         self._token_generation = -1
@@ -91,7 +91,13 @@ class Pkcs11Backend:
         _all.add(self)
         deadline = self._deadline(None)
         try:
-            self._bounded(deadline, lambda: self._begin(deadline))
+            self._open_step("module", lambda: self._begin(deadline), deadline)
+            asked = time.monotonic()
+            # In the caller's own thread, and its time is not the module's: it may ask a person.
+            pin.read()
+            if deadline is not None:
+                deadline += time.monotonic() - asked
+            self._open_step("token", self._open, deadline)
         except BaseException:
             self.close()
             raise
@@ -268,8 +274,15 @@ class Pkcs11Backend:
 
     # -- opening ------------------------------------------------------------------------------
 
+    def _open_step(self, name: str, work: Callable[[], None], deadline: float | None) -> None:
+        self._opening = True
+        try:
+            self._bounded(deadline, work)
+        except SignerTimeout as error:
+            error.details.setdefault("step", name)
+            raise
+
     def _begin(self, deadline: float | None) -> None:
-        """Take the module and open the key; gives all back if nobody waits for it any more."""
         settings = self._settings
         self._module = Module.acquire(
             settings.module_path,
@@ -277,24 +290,30 @@ class Pkcs11Backend:
             reserved=settings.init_reserved,
             deadline=deadline,
         )
-        try:
-            self._open()
-        finally:
-            with self._life:
-                self._opening, late = False, self._closed
-            if late:
-                self._let_go([])
+        self._step_ended()
+
+    def _step_ended(self) -> None:
+        """Give all back if nobody waits for a step of the opening any more."""
+        with self._life:
+            self._opening, late = False, self._closed
+        if late:
+            self._let_go([])
 
     def _open(self) -> None:
         """Take every step once, so that a wrong setting shows at opening."""
         try:
             found = self._opened()
+            self._pinned = found.public
+            self._prove(found)
         except sdk.PKCS11Error as failure:
             raise translated(failure, step="key") from None
-        self._pinned = found.public
+        finally:
+            self._step_ended()
+
+    def _prove(self, found: FoundKey) -> None:
         digest = keys.digest_to_prove()
         try:
-            self._pinned.verify_digest(self._sign(digest, None), digest)
+            found.public.verify_digest(self._sign(digest, None), digest)
         except InvalidSignatureError:
             raise KeyMismatchError(
                 "The private key does not fit its public key: "
@@ -308,7 +327,6 @@ class Pkcs11Backend:
         self._proven = True
 
     def _opened(self) -> FoundKey:
-        self._pin.read()
         try:
             self._module.run(self._current_token, None)
         except (KeyNotFoundError, sdk.GeneralError):

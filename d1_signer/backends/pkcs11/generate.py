@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import time
 from typing import Any
 
 import pkcs11
@@ -13,11 +15,13 @@ from d1_signer.backend import GeneratedKey
 from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.backend import Settings
 from d1_signer.backends.pkcs11.failures import translated
+from d1_signer.backends.pkcs11.handoff import Handoff
 from d1_signer.backends.pkcs11.keys import P256
 from d1_signer.backends.pkcs11.login import Login, Pin
 from d1_signer.backends.pkcs11.module import Module
-from d1_signer.errors import KeyExistsError, SignerError
+from d1_signer.errors import KeyExistsError, SignerError, SignerTimeout
 from d1_signer.es256 import PublicKey
+from d1_signer.secret import Secret
 
 _ID_LENGTH = 8
 
@@ -48,11 +52,28 @@ _DEMANDED = {
 _FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 
 
-def generate(settings: Settings, pin: Pin) -> GeneratedKey:
+# Its thread is kept for the next key; see handoff.py.
+_handoff = Handoff()
+os.register_at_fork(after_in_child=_handoff.after_fork)
+
+
+def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
     """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
     secret = pin.read()
+    deadline = time.monotonic() + timeout
+    try:
+        return _handoff.run(lambda: _made(settings, secret, deadline), deadline)
+    except SignerTimeout as error:
+        error.hint = "Look whether the key is there before you try again: it may still be made."
+        raise
+
+
+def _made(settings: Settings, secret: Secret | None, deadline: float) -> GeneratedKey:
     module = Module.acquire(
-        settings.module_path, locking=settings.locking, reserved=settings.init_reserved
+        settings.module_path,
+        locking=settings.locking,
+        reserved=settings.init_reserved,
+        deadline=deadline,
     )
 
     def inside() -> GeneratedKey:
@@ -66,7 +87,7 @@ def generate(settings: Settings, pin: Pin) -> GeneratedKey:
             login.release()
 
     try:
-        return module.run(inside, None)
+        return module.run(inside, deadline)
     except sdk.PKCS11Error as failure:
         raise translated(failure, step="key") from None
     finally:
