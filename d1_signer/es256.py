@@ -35,6 +35,7 @@ COORDINATE_LENGTH = 32
 SIGNATURE_LENGTH = 2 * COORDINATE_LENGTH
 DIGEST_LENGTH = 32
 
+_ZERO, _ORDER = (number.to_bytes(COORDINATE_LENGTH, "big") for number in (0, ORDER))
 _LONGEST_DER = 72  # SEQUENCE of two 33-byte INTEGERs, each with its two bytes of tag and length
 _UNCOMPRESSED = 0x04
 _ECDSA_SHA256 = ec.ECDSA(SHA256())
@@ -97,10 +98,8 @@ def check_raw(raw: bytes) -> None:
     """
     if not isinstance(raw, bytes) or len(raw) != SIGNATURE_LENGTH:
         raise _malformed("it is not 64 bytes of r||s")
-    if not (
-        0 < int.from_bytes(raw[:COORDINATE_LENGTH], "big") < ORDER
-        and 0 < int.from_bytes(raw[COORDINATE_LENGTH:], "big") < ORDER
-    ):
+    # Big-endian numbers of one length are in the order of their bytes.
+    if not (_ZERO < raw[:COORDINATE_LENGTH] < _ORDER and _ZERO < raw[COORDINATE_LENGTH:] < _ORDER):
         raise _malformed("r or s is outside 1..n-1")
 
 
