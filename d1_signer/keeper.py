@@ -196,11 +196,10 @@ class TokenKeeper:
         if flight is not None:
             flight.stopped.set()
             flight.end(FetcherClosedError("The token fetcher was closed during a renewal."))
-            self._endpoint.abort()
+        self._endpoint.close()
         if worker is not None and worker is not threading.current_thread():
             # Bounded: a signer that hangs in a vendor's library cannot be called back.
             worker.join(_EXIT_GRACE)
-        self._endpoint.close()
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
         patience = self._limits.total if timeout is None else timeout

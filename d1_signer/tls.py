@@ -6,13 +6,11 @@ Verification of the server cannot be switched off, here or by what a caller does
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import ssl
-import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 from urllib.parse import urlsplit
@@ -20,9 +18,8 @@ from urllib.parse import urlsplit
 import certifi
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from d1_signer.connections import Connections
 from d1_signer.errors import ConfigurationError, SecretSourceError
 from d1_signer.hosts import is_loopback
 from d1_signer.secret import SecretSource, read_private_file, read_secret, shown_path
@@ -177,52 +174,11 @@ def _is_anonymous(suite: Mapping[str, Any]) -> bool:
     return "null" in kind or "psk" in kind or "srp" in kind or "NULL" in str(suite["name"])
 
 
-class _Connections:
-    """The connections that an adapter has opened, so that they can be cut."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()
-
-    def add(self, connection: HTTPConnection) -> None:
-        with self._lock:
-            self._open.add(connection)
-
-    def cut(self) -> None:
-        with self._lock:
-            connections = list(self._open)
-        for connection in connections:
-            sock = connection.sock
-            if sock is not None:
-                # Not close(): another thread is inside a call on this descriptor.
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-
-    def pools(self) -> dict[str, type[HTTPConnectionPool]]:
-        """Pool classes of urllib3 whose connections report here."""
-        connections = self
-
-        class Connection(HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                connections.add(self)
-
-        class TlsConnection(HTTPSConnection):
-            def connect(self) -> None:
-                # At each handshake: a caller may have weakened its context since it gave it.
-                if self.ssl_context is None:
-                    raise ConfigurationError("A TLS connection has no context of ours.")
-                require_verifying(self.ssl_context)
-                super().connect()
-                connections.add(self)
-
-        class Pool(HTTPConnectionPool):
-            ConnectionCls = Connection  # type: ignore[mutable-override]
-
-        class TlsPool(HTTPSConnectionPool):
-            ConnectionCls = TlsConnection  # type: ignore[mutable-override]
-
-        return {"http": Pool, "https": TlsPool}
+def _require_ours(context: ssl.SSLContext | None) -> None:
+    # At each handshake: a caller may have weakened its context since it gave it.
+    if context is None:
+        raise ConfigurationError("A TLS connection has no context of ours.")
+    require_verifying(context)
 
 
 class TlsAdapter(HTTPAdapter):
@@ -245,20 +201,14 @@ class TlsAdapter(HTTPAdapter):
         """
         self._context: Final = context
         self._timeouts: Final = timeouts
-        self._connections = _Connections()
-        self._owner = os.getpid()
+        self._connections = Connections(_require_ours)
         super().__init__(pool_maxsize=pool_size, max_retries=0)
+        _adapters.add(self)
 
     def send(
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
-        """Send one request; see `HTTPAdapter`. A forked child begins with no connection."""
-        if os.getpid() != self._owner:
-            # Both sides writing into one inherited TLS stream would break it for both.
-            self._connections = _Connections()
-            self.proxy_manager.clear()
-            self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
-            self._owner = os.getpid()
+        """Send one request; see `HTTPAdapter`."""
         if kwargs.get("timeout") is None:
             kwargs["timeout"] = self._timeouts
         try:
@@ -305,9 +255,34 @@ class TlsAdapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self._connections.pools()
         return manager
 
+    def bounded(self, deadline: float) -> AbstractContextManager[None]:
+        """Bound the calls of this thread; see `Connections.bounded`."""
+        return self._connections.bounded(deadline)
+
     def abort(self) -> None:
-        """Cut every open connection, so that a thread that waits on one comes back."""
+        """End every call under way, so that a thread that waits in one comes back."""
         self._connections.cut()
+
+    def after_fork(self) -> None:
+        """In a forked child: begin without a connection.
+
+        Both sides writing into one inherited TLS stream would break it for both, and so would one
+        side cutting it.
+        """
+        self._connections = Connections(_require_ours)
+        self.proxy_manager.clear()
+        self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
+
+
+_adapters: weakref.WeakSet[TlsAdapter] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for adapter in list(_adapters):
+        adapter.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _without_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
