@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One renewal for a whole fleet: the token in a shared store, the right to renew in a lease.
 
-The lease is best effort: a store that is away, or a lease that runs out, costs an extra request and
-never an error.
+The lease is best effort: a store that is away, or a lease that runs out or that no renewal can have
+taken, costs an extra request and never an error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from d1_signer.access_token import HeldToken, hold
@@ -119,16 +120,20 @@ class FleetRenewal:
         # The store's own count does not depend on the clocks of two machines being alike. Ours are
         # read before it, which errs on the safe side.
         remaining = min(token.expires_at - wall, found[1])
-        held = hold(
+        held = partial(
+            hold,
             value=token.value,
             scope=token.scope,
             expires_in=life,
             requested_at=now + remaining - life,
             requested_at_wall=wall + remaining - life,
-            chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
             shared=True,
         )
-        return held if self._clock() < held.renew_at else None
+        # By the earliest moment: one drawn at random would give a member that renews early its own
+        # token back.
+        if self._clock() >= held(chance=0.0).renew_at:
+            return None
+        return held(chance=random.random())  # noqa: S311 (spreads load, keeps no secret)
 
     @contextmanager
     def _leased(self) -> Iterator[bool]:

@@ -29,7 +29,7 @@ from d1_signer.errors import (
 )
 from d1_signer.events import Observer, RenewalEvent, notify
 from d1_signer.fleet import FleetRenewal
-from d1_signer.renewal import Limits, Renewal
+from d1_signer.renewal import Limits, Renewal, seconds
 
 _log = logging.getLogger("d1_signer.token")
 
@@ -105,7 +105,7 @@ class TokenKeeper:
         self._wall = wall
         self._observers = tuple(observers)
         self._refused: str | None = None
-        self._refused_young = False
+        self._refused_young_until = _NEVER
         self._young_until = _NEVER
         self._closed = False
         self._held: HeldToken | None = None
@@ -133,6 +133,7 @@ class TokenKeeper:
             TokenError: D1 gave none, and no earlier one is valid.
             SignerError: No signer could sign, and no earlier token is valid.
             TokenTimeout: It did not come in time.
+            InvalidInputError: There is none yet, and ``timeout`` is not a number of seconds.
         """
         renew_at, expires_at, token = self._fresh
         # The wall clock as well: a virtual machine that was suspended may not know it.
@@ -162,11 +163,12 @@ class TokenKeeper:
         """
         with self._lock:
             if self._held is not None and self._held.token.value == token.value:
-                young = self._clock() < self._young_until
-                if young and self._refused_young:
+                now = self._clock()
+                young = now < self._young_until
+                if young and now < self._refused_young_until:
                     _log.warning("token.refused_again a new token does not help")
                     return
-                self._refused_young = young
+                self._refused_young_until = now + _YOUNG if young else _NEVER
                 self._refused = token.value
                 self._held = None
                 self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
@@ -202,6 +204,8 @@ class TokenKeeper:
             worker.join(_EXIT_GRACE)
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
+        if timeout is not None:
+            seconds(timeout, "timeout", least=0)
         patience = self._limits.total if timeout is None else timeout
         until = time.monotonic() + patience
         remaining = timeout

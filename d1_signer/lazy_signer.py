@@ -15,7 +15,9 @@ from d1_signer.errors import (
     D1SignerError,
     KeyMismatchError,
     SignerClosedError,
+    SignerError,
     SignerTimeout,
+    SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.signer import Signer
@@ -74,6 +76,7 @@ class LazySigner:
             SignerTimeout: It is not open in time; the opening goes on.
             KeyMismatchError: The key or the kid is not the one that was told.
             SignerClosedError: It was closed; it is not opened again.
+            SignerUnavailable: No thread can be started to open it.
             SignerError: It cannot be opened.
         """
         with self._lock:
@@ -83,10 +86,9 @@ class LazySigner:
                 return self._signer
             opening = self._opening
             if opening is None:
-                opening = self._opening = _Opening()
-                threading.Thread(
-                    target=self._open, args=(opening,), name="d1-signer-opening", daemon=True
-                ).start()
+                opening = _Opening()
+                self._start(opening)
+                self._opening = opening
         if not opening.ended.wait(timeout):
             raise SignerTimeout(
                 f"The signer of kid {self.kid!r} is not open within {timeout:g} seconds.",
@@ -98,21 +100,36 @@ class LazySigner:
             raise self._closed_error()
         return opening.signer
 
+    def _start(self, opening: _Opening) -> None:
+        try:
+            threading.Thread(
+                target=self._open, args=(opening,), name="d1-signer-opening", daemon=True
+            ).start()
+        except RuntimeError:
+            raise SignerUnavailable(
+                f"No thread can be started to open the signer of kid {self.kid!r}.",
+                hint="The process has reached its limit of threads.",
+            ) from None
+
     def _open(self, opening: _Opening) -> None:
         signer: Signer | None = None
         try:
             signer = guarded(f"opener of kid {self.kid!r}", self._checked)
         except D1SignerError as error:
             opening.error = error.fresh()
+        except BaseException as error:  # noqa: BLE001 (an opener that exits ends this thread alone)
+            opening.error = SignerError(
+                f"The opener of kid {self.kid!r} ended with {type(error).__name__}."
+            )
         with self._lock:
             if self._opening is opening:
                 self._opening = None
             if not self._closed:
                 self._signer = opening.signer = signer
                 signer = None
+        opening.ended.set()
         if signer is not None:
             signer.close()  # it came too late
-        opening.ended.set()
 
     def _checked(self) -> Signer:
         signer = self._opener()

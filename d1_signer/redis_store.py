@@ -31,7 +31,6 @@ from redis import Redis
 # A Redis that hung executes later what nobody waits for any more: a lease is taken for a moment
 # first, so that one which its asker never heard of does not hold up the fleet.
 _CLAIM = 2000  # milliseconds
-_LONGEST_LEASE = 600_000  # milliseconds; no renewal of any fleet takes ten minutes
 
 _IF_MINE = "if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end "
 _EXTEND = _IF_MINE + "return redis.call('pexpire', KEYS[1], ARGV[2])"
@@ -42,7 +41,8 @@ _RELEASE = _IF_MINE + "return redis.call('del', KEYS[1])"
 class RedisTokenStore:
     """Keeps sealed tokens under ``d1-signer:{…}:token`` and leases under ``d1-signer:{…}:lease``.
 
-    Its user needs the commands GET, PTTL, SET and EVALSHA, EVAL or SCRIPT LOAD on these keys.
+    Its user needs the commands GET, SET, PTTL, PEXPIRE and DEL on these keys, and EVALSHA with
+    SCRIPT LOAD.
     """
 
     CLIENT_SETTINGS: Final[dict[str, Any]] = {
@@ -85,15 +85,15 @@ class RedisTokenStore:
 
     def lease(self, name: str, *, life: float) -> Lease | None:
         """See `TokenStore.lease`."""
-        key, owner = f"{name}:lease", secrets.token_hex(16)
+        key, owner, milliseconds = f"{name}:lease", secrets.token_hex(16), int(life * 1000)
         try:
             if not self._client.set(key, owner, nx=True, px=_CLAIM):
                 # -1: no time to live. -2: it has just ended, and the next look takes it.
                 left = self._client.pttl(key)
-                if left == -1 or left > _LONGEST_LEASE:
+                if left == -1 or left > max(milliseconds, _CLAIM):
                     raise _no_lease()
                 return None
-            mine = self._extend(keys=[key], args=[owner, int(life * 1000)])
+            mine = self._extend(keys=[key], args=[owner, milliseconds])
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
         return _Lease(self._release, key, owner) if mine else None
@@ -115,7 +115,8 @@ class _Lease:
 def _no_lease() -> StoreUnavailable:
     return StoreUnavailable(
         "The lease in the token store is no renewal's: it has no time to live, or too long a one.",
-        hint="Delete the key that ends in :lease; tokens are fetched without it meanwhile.",
+        hint="Delete the key that ends in :lease, and give all of the fleet the same Limits.total; "
+        "tokens are fetched without it meanwhile.",
     )
 
 

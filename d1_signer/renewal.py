@@ -184,23 +184,23 @@ class Renewal:
     def _try_once(
         self, deadline: float, stopped: threading.Event, without: frozenset[str]
     ) -> tuple[str, Reply]:
-        def sign(signer: Signer) -> tuple[str, Secret]:
+        def patience() -> float:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TokenTimeout(
                     "No token within the deadline: signing took too long.",
                     hint="Look at the device or service that holds the key.",
                 )
-            timeout = min(self._limits.sign, remaining)
+            # Half of it for each of several, so that two that hang leave time for a third.
+            return min(self._limits.sign, remaining / 2 if len(self._signers) > 1 else remaining)
+
+        def sign(signer: Signer) -> tuple[str, Secret]:
             assertion = sign_assertion(
-                signer,
-                self._profile,
-                clock_offset=self._clock_offset,
-                timeout=timeout,
+                signer, self._profile, clock_offset=self._clock_offset, timeout=patience()
             )
             return signer.kid, assertion
 
-        kid, assertion = self._signers.attempt(sign, without=without, timeout=self._limits.sign)
+        kid, assertion = self._signers.attempt(sign, without=without, patience=patience)
         if stopped.is_set():
             raise FetcherClosedError("The token fetcher was closed during a renewal.")
         correlation_id = (

@@ -200,7 +200,7 @@ class SignerSet:
         work: Callable[[Signer], _T],
         *,
         without: frozenset[str] = frozenset(),
-        timeout: float | None = None,
+        patience: Callable[[], float] | None = None,
     ) -> _T:
         """Do work with the first member that can.
 
@@ -208,7 +208,8 @@ class SignerSet:
             work: Called with one signer after the other until it raises neither `SignerError` nor
                 `ConfigurationError`.
             without: Kids that are not asked this time.
-            timeout: Seconds to wait at most for a member that has to be opened first.
+            patience: Asked before each member: seconds to wait at most where it has to be opened
+                first. None: as long as it takes.
 
         Returns:
             What ``work`` returned.
@@ -219,8 +220,7 @@ class SignerSet:
             SignerUnavailable: All members rest after failures.
             SignerClosedError: The set is closed.
         """
-        if self._closed:
-            raise SignerClosedError("The SignerSet is closed.", hint="Make a new one.")
+        self._require_open()
         first: SignerError | ConfigurationError | None = None
         members = self._members
         for member in members:
@@ -232,7 +232,7 @@ class SignerSet:
             if ticket is None:
                 continue
             try:
-                result = work(member.signer(timeout))
+                result = work(member.signer(patience() if patience else None))
             # A PIN file that cannot be read is one device's trouble, like a device that is down.
             except (SignerError, ConfigurationError) as error:
                 member.failed(ticket, error, self._clock())
@@ -245,6 +245,10 @@ class SignerSet:
                 member.succeeded()
                 return result
         raise first.fresh() if first else self._all_resting(without)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SignerClosedError("The SignerSet is closed.", hint="Make a new one.")
 
     def _all_resting(self, without: frozenset[str]) -> SignerUnavailable:
         states = [state for state in self.health() if state.kid not in without]
@@ -261,8 +265,10 @@ class SignerSet:
 
         Raises:
             ConfigurationError: Another key stands under its kid.
+            SignerClosedError: The set is closed.
         """
         with self._lock:
+            self._require_open()
             members = (*self._members, *_members_of([member]))
             _require_one_key_a_kid(members)
             self._members = members
@@ -313,6 +319,9 @@ class SignerSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __len__(self) -> int:
+        return len(self._members)
 
     def __repr__(self) -> str:
         return f"<SignerSet {', '.join(self.kids)}>"

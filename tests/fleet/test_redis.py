@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,16 @@ from typing import Any
 import pytest
 import redis
 
-from d1_signer import D1SignerError, Limits, RenewalEvent, StoreUnavailable, TokenFetcher
+from d1_signer import (
+    D1SignerError,
+    LazySigner,
+    Limits,
+    RenewalEvent,
+    Signer,
+    SignerSet,
+    StoreUnavailable,
+    TokenFetcher,
+)
 from d1_signer.events import Event
 from d1_signer.redis_store import RedisTokenStore
 from d1_signer.sandbox import Fault, Sandbox
@@ -73,6 +83,60 @@ def test_a_refused_token_is_not_taken_from_the_store_again(
     assert sandbox.counters.token_requests == 2
 
 
+def test_a_member_alone_renews_and_does_not_take_its_own_token_back(
+    fleet: FleetMaker, sandbox: Sandbox
+) -> None:
+    fetcher = fleet()
+    ahead = 0.0
+    fetcher._clock = fetcher._renewal._clock = lambda: time.monotonic() + ahead
+    fetcher._wall = fetcher._renewal._wall = lambda: time.time() + ahead
+    fetcher._renewal._renewal._clock = fetcher._clock  # type: ignore[union-attr]
+    fetcher._renewal._renewal._wall = fetcher._wall  # type: ignore[union-attr]
+    values = set()
+    for number in range(1, 16):  # each draws its moment at random
+        values.add(fetcher.token().value)
+        until(lambda number=number: sandbox.counters.token_requests == number)  # type: ignore[misc]
+        until(lambda: fetcher._flight is None)
+        assert fetcher._held is not None
+        ahead = fetcher._held.renew_at - time.monotonic()
+    assert len(values) > 1
+
+
+def test_a_user_of_redis_with_the_rights_that_are_named(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text()
+    (rule,) = re.findall(r"`ACL SETUSER d1 on >… (.*)`", page)
+    with redis_server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "d1", "on", ">password", *rule.split())
+    with (
+        redis_server.client(username="d1", password="password") as one,
+        redis_server.client(username="d1", password="password") as two,
+    ):
+        first, second = (fleet(store=RedisTokenStore(client)) for client in (one, two))
+        assert first.token().value == second.token().value
+        until(lambda: not keys(redis_server, "lease"))
+    assert sandbox.counters.token_requests == 1
+    assert "fleet." not in caplog.text
+
+
+def test_signers_that_hang_leave_time_for_the_one_that_signs(
+    fleet: FleetMaker, signer: Signer
+) -> None:
+    over = threading.Event()
+
+    def hang() -> Signer:
+        over.wait(20)
+        return signer
+
+    hanging = [LazySigner(hang, kid=kid, public_key=signer.public_key) for kid in ("a", "b")]
+    fetcher = fleet(signer=SignerSet([*hanging, signer]), limits=Limits(total=3.0))
+    try:
+        assert fetcher.token().value
+    finally:
+        over.set()
+
+
 class Load:
     """Threads that ask for tokens without pause, and what they got."""
 
@@ -88,12 +152,13 @@ class Load:
     def _call(self, number: int) -> None:
         fetcher = self._fetchers[number % len(self._fetchers)]
         while not self._end.wait(0.001):
+            asked = time.time()  # after the call a thread may pause while a good token expires
             try:
                 token = fetcher.token()
             except D1SignerError as error:
                 self.errors.append(error.code)
             else:
-                self.expired += time.time() >= token.expires_at
+                self.expired += asked >= token.expires_at
                 self.values.add(token.value)
             self.calls += 1
 
@@ -300,14 +365,28 @@ def test_a_lease_that_never_ends_is_done_without(
     assert sandbox.counters.token_requests == 1
 
 
-def test_a_lease_that_outlives_the_patience_is_an_error_in_time(
+def test_a_lease_that_somebody_takes_over_and_over_is_an_error_in_time(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
 ) -> None:
     fetcher = fleet(limits=Limits(total=0.5))
-    take_lease(redis_server, fetcher, 60_000)
-    started = time.monotonic()
-    with pytest.raises(D1SignerError) as failure:
-        fetcher.token()
+    take_lease(redis_server, fetcher, 300)
+    (lease,) = keys(redis_server, "lease")
+    over = threading.Event()
+
+    def take() -> None:
+        with redis_server.client() as client:
+            while not over.wait(0.01):
+                client.set(lease, "another", px=300)
+
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(take)
+        started = time.monotonic()
+        try:
+            with pytest.raises(D1SignerError) as failure:
+                fetcher.token()
+        finally:
+            over.set()
+        taking.result()
     assert failure.value.code == "token_timeout"
     assert time.monotonic() - started < 2
     assert sandbox.counters.token_requests == 0

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -319,6 +320,31 @@ def test_invalidate_forgets_only_the_token_that_was_refused(
     fetcher.invalidate(first)
     assert fetcher.token() is second
     assert sandbox.counters.token_requests == 2
+
+
+def test_what_was_refused_long_ago_does_not_count(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher(retry_interval=0.01)
+    fetcher.invalidate(fetcher.token())  # young, as one from a fleet's store may be
+    for _ in range(3):
+        fetcher.token()
+        age(fetcher, 895)
+    fetcher.invalidate(young := fetcher.token())
+    assert fetcher.token() is not young
+    again = fetcher.token()
+    fetcher.invalidate(again)  # the second in a row: another one does not help
+    assert fetcher.token() is again
+    age(fetcher, 31)
+    fetcher.invalidate(again)
+    assert fetcher.token() is not again
+    assert sandbox.counters.token_requests == 7
+
+
+@pytest.mark.parametrize("timeout", ["5", float("nan"), -1, object()])
+def test_a_timeout_is_a_number_of_seconds(fetcher: TokenFetcher, timeout: Any) -> None:
+    with pytest.raises(InvalidInputError, match="timeout"):
+        fetcher.token(timeout=timeout)
 
 
 def test_a_failed_signer_is_told_to_all(

@@ -402,6 +402,35 @@ def test_threads_open_a_lazy_signer_once() -> None:
     assert set(map(id, found)) == {id(opened[0])}
 
 
+def test_lazy_signer_without_a_thread_is_opened_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = LazySigner(lambda: signer(0), kid="k0", public_key=PUBLIC[0])
+
+    def refuse(_: threading.Thread) -> None:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(SignerUnavailable):
+            lazy.signer(timeout=PATIENCE)
+    assert lazy.signer(timeout=PATIENCE).kid == "k0"
+
+
+def test_lazy_signer_whose_opener_exits_is_opened_again() -> None:
+    exits = [SystemExit(1), KeyboardInterrupt()]
+
+    def opener() -> Signer:
+        if exits:
+            raise exits.pop()
+        return signer(0)
+
+    lazy = LazySigner(opener, kid="k0", public_key=PUBLIC[0])
+    for kind in ("KeyboardInterrupt", "SystemExit"):
+        with pytest.raises(SignerError, match=kind):
+            lazy.signer(timeout=PATIENCE)
+    assert lazy.signer(timeout=PATIENCE).kid == "k0"
+
+
 # -- kids and keys ----------------------------------------------------------------------------
 
 
@@ -421,7 +450,7 @@ def test_clones_share_a_kid(clock: Clock) -> None:
     assert both.attempt(work) == 1
     assert asked == clones
     both.add(signer(0, "k"))
-    assert len(both.health()) == 3
+    assert len(both) == len(both.health()) == 3
 
 
 def test_two_keys_under_one_kid_are_refused(two: SignerSet) -> None:
@@ -524,6 +553,8 @@ def test_closed_set_says_so_each_time() -> None:
         with pytest.raises(SignerClosedError) as caught:
             signers.attempt(Work())
         assert not caught.value.retryable
+    with pytest.raises(SignerClosedError):
+        signers.add(signer(2))
     assert all(backend(member).closed for member in members)
 
 
