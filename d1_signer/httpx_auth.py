@@ -23,22 +23,31 @@ from typing import Protocol, final
 
 from d1_signer.access_token import AccessToken
 from d1_signer.auth import TokenSource
-from d1_signer.errors import MissingExtraError
+from d1_signer.errors import D1SignerError, MissingExtraError
 
 try:
     import httpx
 
     # What httpx itself rests on, whichever event loop runs.
-    from anyio import CapacityLimiter, sleep, to_thread
+    from anyio import CapacityLimiter, Event, sleep, to_thread
+    from anyio.lowlevel import current_token
 except ModuleNotFoundError as error:
     raise MissingExtraError.of(error.name or "httpx", "httpx") from None
 
 _log = logging.getLogger("d1_signer.auth")
 _UNAUTHORIZED = 401
-# Threads that wait for a token. A thread for each caller of an event loop would be as many threads
-# as calls; the event loop's shared threads, waiting for D1, would stop a whole web server.
+# Threads that wait for a token: one for each event loop, and those that cancelled calls left. The
+# event loop's shared threads, waiting for D1, would stop a whole web server.
 _WAITING_THREADS = 4
 _LOOK_AGAIN = 0.01
+
+
+class _Wait:
+    """One task of an event loop that waits for all of them, and the failure it met."""
+
+    def __init__(self) -> None:
+        self.ended = Event()
+        self.error: D1SignerError | None = None
 
 
 class WaitlessSource(TokenSource, Protocol):
@@ -99,13 +108,35 @@ class HttpxD1Auth(httpx.Auth):
     def _new_places(self) -> None:
         self._owner = os.getpid()
         self._places = threading.BoundedSemaphore(_WAITING_THREADS)
+        self._waits: dict[object, _Wait] = {}
 
     async def _token(self) -> AccessToken:
-        token = self._source.token_now()
-        if token is not None:
-            return token
-        if self._owner != os.getpid():
-            self._new_places()  # the threads that held them are the parent's
+        while (token := self._source.token_now()) is None:
+            if self._owner != os.getpid():
+                self._new_places()  # the threads that held them are the parent's
+            loop = current_token()
+            wait = self._waits.get(loop)
+            if wait is None:
+                return await self._token_for_all(loop)
+            await wait.ended.wait()
+            if wait.error is not None:
+                raise wait.error.fresh()
+        return token
+
+    async def _token_for_all(self, loop: object) -> AccessToken:
+        """Wait in a thread, on behalf of all tasks of this event loop."""
+        wait = self._waits[loop] = _Wait()
+        try:
+            return await self._token_in_thread()
+        except D1SignerError as error:
+            wait.error = error
+            raise
+        finally:
+            # Where this task was cancelled, one of the others takes its turn.
+            self._waits.pop(loop, None)
+            wait.ended.set()
+
+    async def _token_in_thread(self) -> AccessToken:
         while not self._places.acquire(blocking=False):
             await sleep(_LOOK_AGAIN)
             token = self._source.token_now()

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from d1_signer import (
+    AccessToken,
     ConfigurationError,
     D1SignerError,
     HttpxD1Auth,
@@ -202,6 +203,43 @@ async def test_two_hundred_cold_tasks_ask_once_and_the_event_loop_turns(
     # Waiting on the loop would have stopped it for a second.
     assert pulse.longest < 0.8
     assert sum("AnyIO" in thread.name for thread in threading.enumerate()) <= 4
+
+
+@pytest.mark.anyio
+async def test_tasks_that_wait_leave_the_event_loop_to_others(
+    fetcher: TokenFetcher, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=0.5)
+    looks = 0
+    token_now = TokenFetcher.token_now
+
+    def counted(self: TokenFetcher) -> AccessToken | None:
+        nonlocal looks
+        looks += 1
+        return token_now(self)
+
+    monkeypatch.setattr(TokenFetcher, "token_now", counted)
+    auth = HttpxD1Auth(fetcher)
+    await asyncio.gather(*(auth._token() for _ in range(200)))
+    assert looks <= 2 * 200  # once before the wait, once after it
+
+
+@pytest.mark.anyio
+async def test_whoever_waits_for_all_may_be_cancelled(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    sandbox.misbehave(Fault.DELAY, seconds=0.3)
+    auth = HttpxD1Auth(fetcher)
+    first, *others = [asyncio.create_task(auth._token()) for _ in range(20)]
+    until_started = asyncio.get_running_loop().run_in_executor(
+        None, until, lambda: sandbox.counters.token_requests == 1
+    )
+    await until_started
+    first.cancel()
+    tokens = await asyncio.gather(*others)
+    assert first.cancelled()
+    assert len({token.value for token in tokens}) == 1
+    assert sandbox.counters.token_requests == 1
 
 
 @pytest.mark.anyio
