@@ -52,7 +52,9 @@ class Connections:
             check: Called with the TLS context before each handshake; raises to refuse it.
         """
         self.check = check
-        self.lock = threading.Lock()
+        # Reentrant: a pool that is collected as garbage closes its connections in whatever thread
+        # and line that happens.
+        self.lock = threading.RLock()
         self.cuts = 0
         self._open: weakref.WeakSet[_Tracked] = weakref.WeakSet()
 
