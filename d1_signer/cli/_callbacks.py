@@ -6,6 +6,7 @@ No text here repeats the value: it may be the secret itself.
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import unquote
 
@@ -14,7 +15,7 @@ from click.core import ParameterSource
 from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.key_uri import scheme_of
+from d1_signer.key_uri import scheme_of, split_fragment
 
 # PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
 # (RFC 5958 section 2, RFC 5915 section 3).
@@ -56,6 +57,23 @@ def checked_keys(
             "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."
         )
     return value
+
+
+def checked_client_key(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The key URI of a client key, as a callback of click.
+
+    Raises:
+        KeyUriError: As for `checked_keys`.
+        click.UsageError: As for `checked_keys`; or it is a key that signs assertions.
+    """
+    (uri,) = checked_keys(context, parameter, (value,))
+    ours = [split_fragment(one)[0] for one in os.environ.get("D1_SIGNER_KEY", "").split()]
+    if split_fragment(uri)[0] in ours:
+        raise click.UsageError(
+            "This key signs assertions (D1_SIGNER_KEY). The client certificate needs a key of its "
+            "own; make one with generate-key."
+        )
+    return uri
 
 
 def checked_path(

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from d1_signer.cli._callbacks import checked_subject
+from d1_signer.cli._callbacks import checked_client_key, checked_subject
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -97,7 +97,13 @@ def _deliver(
 
 
 @click.command(cls=OptionsOnly)
-@with_keys
+@click.option(
+    "--key",
+    required=True,
+    metavar="URI",
+    callback=checked_client_key,
+    help="Key URI of the client key. D1_SIGNER_KEY is not read: that one signs assertions.",
+)
 @click.option(
     "--subject",
     required=True,
@@ -115,16 +121,15 @@ def _deliver(
 @_to_file
 @with_output_options
 def csr(
-    keys: Keys, *, subject: x509.Name, form: str, output_file: str | None, output: Output
+    *, key: str, subject: x509.Name, form: str, output_file: str | None, output: Output
 ) -> None:
     """Print a certificate signing request (PKCS#10), signed by the key.
 
     Thales makes the client certificate of mutual TLS from one. Its key must be another than the
     one that signs assertions. With --json it is the member csr: text for pem, base64 for der.
     """
-    uri = keys.single()
     _refuse_der_on_terminal(form, output_file, output)
-    with keys.open(uri) as signer:
+    with Keys(uris=(key,), kid=None).open(key) as signer:
         builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
         request = builder.sign(signer.as_private_key(), SHA256())
         thumbprint = signer.public_key.thumbprint()

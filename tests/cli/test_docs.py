@@ -42,12 +42,14 @@ def test_all_commands_are_listed() -> None:
 
 
 @pytest.mark.parametrize("command", ["token", "custody", "assertion", "check", "csr"])
-def test_members_of_the_json_object(run: Run, settings: dict[str, str], command: str) -> None:
+def test_members_of_the_json_object(
+    run: Run, settings: dict[str, str], other_uri: str, command: str
+) -> None:
     scripts = PAGE.partition("## For scripts")[2]
     (told,) = re.findall(rf"^\| `{command}` \| (.*) \|$", scripts, re.MULTILINE)
     named = set(re.findall(r"`([a-z_]+)`", told))
-    subject = ["--subject", "CN=bank"] if command == "csr" else []
-    document = run(command, "--json", *subject, **settings).document
+    more = ["--subject", "CN=bank", "--key", other_uri] if command == "csr" else []
+    document = run(command, "--json", *more, **settings).document
     assert set(document) <= named
     for members in document.get("keys") or document.get("steps") or []:
         assert set(members) <= named

@@ -166,10 +166,15 @@ def test_a_subject_that_d1_could_not_take(
     assert reason in result.err
 
 
-def test_a_signing_request_is_for_one_key(run: Run, key_uri: str, other_uri: str) -> None:
-    result = run("csr", "--subject", "CN=a", "--key", key_uri, "--key", other_uri)
+def test_a_signing_request_is_for_a_key_of_its_own(run: Run, key_uri: str, other_uri: str) -> None:
+    result = run("csr", "--subject", "CN=a", D1_SIGNER_KEY=key_uri)
     assert result.status == 2
-    assert "single key" in result.err
+    assert "--key" in result.err
+    for uri in (key_uri, key_uri.partition("#")[0] + "#another"):
+        refused = run("csr", "--subject", "CN=a", "--key", uri)
+        assert (refused.status, refused.out) == (2, "")
+        assert "signs assertions" in refused.err
+    assert run("csr", "--subject", "CN=a", "--key", other_uri).status == 0
 
 
 def test_generate_key_makes_what_open_takes(run: Run, tmp_path: Path) -> None:

@@ -74,11 +74,9 @@ def test_the_commands_run_in_the_order_of_the_page(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (block,) = (block for block in blocks("sh") if "d1-signer check" in block)
-    client_key = tmp_path / "client.key"
-    generate_key(client_key.as_uri())
-    block = block.replace("file:///etc/d1/client.key", client_key.as_uri())
+    block = block.replace("file:///etc/d1/client.key", (tmp_path / "client.key").as_uri())
     commands = KEY_URI.sub(lambda _: softhsm_token.uri, block).splitlines()
-    assert [line.split()[0] for line in commands] == ["export", *["d1-signer"] * 6]
+    assert [line.split()[0] for line in commands] == ["export", *["d1-signer"] * 7]
     with sandbox:
         env = environment(softhsm_token, sandbox)
         told = run([*commands[:3], "d1-signer public-key --format jwks -o jwks.json"], env)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -39,6 +41,26 @@ def test_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert package == tracked
+
+
+def test_source_distribution_holds_what_make_needs(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+    ]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, timeout=50)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    recipes = re.findall(r"[\w.-]+/[\w./-]+", (ROOT / "Makefile").read_text())
+    needed = {name for name in recipes if (ROOT / name).is_file() and not name.startswith(".venv")}
+    assert {"scripts/system-packages", "softhsm/with-token", "requirements/dev.txt"} <= needed
+    assert needed | {"Makefile", "LICENSE", ".ci/run", "tests/conftest.py"} <= names
 
 
 def test_core_needs_three_libraries_and_what_requests_brings(wheel: Path) -> None:
