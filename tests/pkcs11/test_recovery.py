@@ -143,9 +143,16 @@ def _replace_key(signer: Signer) -> None:
         )
 
 
-def test_device_that_is_away(signer: Signer, shim: Shim, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "calls",
+    [(Call.SIGN_INIT, Call.OPEN_SESSION, Call.GET_SLOT_LIST), (Call.SIGN, Call.INITIALIZE)],
+    ids=["no session", "no C_Initialize"],
+)
+def test_device_that_is_away(
+    signer: Signer, shim: Shim, caplog: pytest.LogCaptureFixture, calls: tuple[Call, ...]
+) -> None:
     caplog.set_level(logging.WARNING, logger="d1_signer")
-    for call in (Call.SIGN_INIT, Call.OPEN_SESSION, Call.GET_SLOT_LIST):
+    for call in calls:
         shim.fail(call, _DEVICE_ERROR)
     before = shim.calls(Call.INITIALIZE)
     until = time.monotonic() + 1.0
@@ -165,6 +172,23 @@ def test_device_that_is_away(signer: Signer, shim: Shim, caplog: pytest.LogCaptu
         "pkcs11.back",
     ]
     assert shim.sessions == 2  # the login's, and one that signs
+
+
+def test_module_that_cannot_be_initialised_is_given_back(token: SoftHsmToken, shim: Shim) -> None:
+    signer = open_signer(token.uri, module_path=shim.path)
+    for call in (Call.SIGN, Call.INITIALIZE):
+        shim.fail(call, _DEVICE_ERROR)
+    with pytest.raises(SignerUnavailable) as raised:
+        signer.sign(b"message")
+    assert raised.value.retryable
+    tried = shim.calls(Call.INITIALIZE)
+    signer.close()
+    assert shim.calls(Call.INITIALIZE) == tried, "there is nothing left to close"
+    shim.heal()
+    with open_signer(token.uri, module_path=shim.path) as again:
+        again.sign(b"message")
+    assert shim.calls(Call.FINALIZE) == 2, "at the recovery, and by the last one to close"
+    assert shim.sessions == 0
 
 
 def test_hanging_call_gives_its_caller_back(signer: Signer, shim: Shim) -> None:

@@ -147,9 +147,11 @@ class Pkcs11Backend:
             self._let_go(free)
 
     def _let_go(self, free: list[Worker]) -> None:
-        with contextlib.suppress(D1SignerError):
-            self._module.run(lambda: self._close_sessions(free), None)
-        self._module.release()
+        try:
+            with contextlib.suppress(D1SignerError):
+                self._module.run(lambda: self._close_sessions(free), None, revive=False)
+        finally:
+            self._module.release()
 
     def _close_sessions(self, workers: list[Worker]) -> None:
         for worker in workers:
@@ -270,7 +272,7 @@ class Pkcs11Backend:
                 self._close_sessions([])  # a login that a late recovery made
 
         with contextlib.suppress(D1SignerError):
-            self._module.run(drop, time.monotonic() + _PATIENCE)
+            self._module.run(drop, time.monotonic() + _PATIENCE, revive=False)
 
     # -- opening ------------------------------------------------------------------------------
 

@@ -89,8 +89,12 @@ class Module:
 
     # -- calls --------------------------------------------------------------------------------
 
-    def enter(self, deadline: float | None) -> Gate:
+    def enter(self, deadline: float | None, *, revive: bool = True) -> Gate:
         """Begin a call, or several that belong together.
+
+        Args:
+            deadline: Moment on ``time.monotonic()``; None: no limit.
+            revive: Initialise a module that is not; else it is left so, and every handle has died.
 
         Returns:
             What `leave` takes, which must follow.
@@ -101,19 +105,19 @@ class Module:
         """
         if self._pid != os.getpid():
             _after_fork_in_child()  # a fork that Python was not told of
-        gate = self._gate_of_a_live_module(deadline)
+        gate = self._entered(deadline, revive=revive)
         if self._one_at_a_time:
             self._wait_for_the_turn(gate, deadline)
         return gate
 
-    def _gate_of_a_live_module(self, deadline: float | None) -> Gate:
+    def _entered(self, deadline: float | None, *, revive: bool) -> Gate:
         while True:
-            if self._stale:
+            if self._stale and revive:
                 self._require_users()
                 self._initialize_again(self.generation, deadline)
             gate = self._gate
             gate.enter(deadline)
-            if not self._stale and gate is self._gate:
+            if gate is self._gate and not (self._stale and revive):
                 return gate
             # While this thread waited at the gate, the last user gave the module back, or the
             # instance behind it was left behind.
@@ -138,14 +142,14 @@ class Module:
             self._call_lock.release()
         gate.leave()
 
-    def run(self, work: Callable[[], T], deadline: float | None) -> T:
-        """Do work between `enter` and `leave`.
+    def run(self, work: Callable[[], T], deadline: float | None, *, revive: bool = True) -> T:
+        """Do work between `enter` and `leave`; see `enter`.
 
         Its errors arrive without the frames they came through. Those hold the binding's objects,
         whose ``repr`` calls the module, where a crash reporter that shows local variables would
         call it whenever it likes; and the PIN, where a key wants it with each signature.
         """
-        gate = self.enter(deadline)
+        gate = self.enter(deadline, revive=revive)
         try:
             return work()
         except Exception as error:  # noqa: BLE001 (raised on, whatever it is)
