@@ -149,7 +149,7 @@ class Pkcs11Backend:
     def _let_go(self, free: list[Worker]) -> None:
         try:
             with contextlib.suppress(D1SignerError):
-                self._module.run(lambda: self._close_sessions(free), None, revive=False)
+                self._module.run(self._close_sessions, None, free, revive=False)
         finally:
             self._module.release()
 
@@ -188,8 +188,9 @@ class Pkcs11Backend:
     def _served(self, work: Callable[[Worker], T], deadline: float | None) -> T:
         """Give work a worker whose session is open; recover and repeat it once where that helps."""
         self._circuit.check()
-        worker = self._pool.take(deadline, self._module.instance)
+        taken: list[Worker] = []
         try:
+            worker = self._pool.take(taken, deadline, self._module.instance)
             lost = self._lost
             if lost is not None and lost[0] == self._module.generation:
                 result = self._recovered(worker, work, deadline, lost[1])
@@ -201,24 +202,25 @@ class Pkcs11Backend:
             self._circuit.closed_by_success()
             return result
         finally:
-            if not self._pool.give(worker):
-                self._drop(worker)
+            for worker in taken:
+                worker.busy = False
+                for unused in self._pool.given_back(worker):
+                    self._drop(unused)
 
     def _attempt(self, worker: Worker, work: Callable[[Worker], T], deadline: float | None) -> T:
-        module = self._module
-        if worker.generation != module.generation:
+        if worker.generation != self._module.generation:
             self._pin.read()  # outside the module: it may run the caller's code
-        gate = module.enter(deadline)
+        return self._module.run(self._in_module, deadline, worker, work)
+
+    def _in_module(self, worker: Worker, work: Callable[[Worker], T]) -> T:
+        module = self._module
         worker.instance = module.instance
         try:
             if worker.generation != module.generation:
                 self._open_worker(worker)
             return work(worker)
-        except Exception as error:  # noqa: BLE001 (as in Module.run, without its closure)
-            raise error.with_traceback(None) from None
         finally:
             worker.instance = None
-            module.leave(gate)
 
     def _recovered(
         self,

@@ -2,92 +2,97 @@
 """The gate that calls into a module pass: many inside at once, or nobody.
 
 Finalising a module while another thread is in a call crashes or freezes the process, and a fork in
-the middle of a call leaves the module's own locks held in the child for ever. So both close the
-gate first and wait until it has drained.
+the middle of a call leaves the module's own locks held in the child for ever. So both shut the gate
+first and wait until it has drained.
+
+A signal's handler may raise (Ctrl-C, a task queue's soft time limit), between any two calls of the
+main thread and at the first line of any function. Whoever it hits must not stay in the books. So
+there is no counter and no method to leave by: each passage and each shutting is an object of its
+own, put in within a ``try`` and taken out as the first thing its ``finally`` does, which is one
+call in C::
+
+    call = object()
+    try:
+        gate.enter(call, deadline)
+        ...
+    finally:
+        gate.inside.discard(call)
+
+Nobody is told of a change, since that could be cut off as well: who waits here looks again after a
+millisecond. Nobody waits here but beside a recovery or a fork.
 """
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Callable
 
 from d1_signer.errors import SignerTimeout
 
+_PAUSE = 0.001
+
 
 class Gate:
-    """Readers and a writer; the writer has a time limit and goes first."""
+    """Readers and a writer; the writer has a time limit and goes first.
+
+    Attributes:
+        inside: The calls under way.
+        shut_by: Those who have shut the gate or wait to; only the first one has it.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # taken by itself: a condition's own `with` costs three times
-        self._changed = threading.Condition(self._lock)
-        self._inside = 0
-        self._closed = False
+        self.inside: set[object] = set()
+        self.shut_by: list[object] = []
 
-    def enter(self, deadline: float | None) -> None:
-        """Go in; waits while the gate is closed.
+    def enter(self, call: object, deadline: float | None) -> None:
+        """Go in; waits while the gate is shut. ``inside.discard(call)`` must follow.
 
         Args:
+            call: Stands for this passage.
             deadline: Moment on ``time.monotonic()``; None: no limit.
 
         Raises:
-            SignerTimeout: It was closed until the deadline.
+            SignerTimeout: It was shut until the deadline.
         """
-        with self._lock:
-            while self._closed:
-                if not self._changed.wait(remaining(deadline)):
-                    raise SignerTimeout(
-                        "The PKCS#11 module was being initialised anew until the deadline.",
-                        hint="Try again, or allow more time.",
-                    )
-            self._inside += 1
+        while True:
+            if not self.shut_by:
+                self.inside.add(call)
+                if not self.shut_by:  # else whoever shut it meanwhile may have missed this call
+                    return
+                self.inside.discard(call)
+            if not _until(lambda: not self.shut_by, deadline):
+                raise SignerTimeout(
+                    "The PKCS#11 module was being initialised anew until the deadline.",
+                    hint="Try again, or allow more time.",
+                )
 
-    def leave(self) -> None:
-        """Go out."""
-        with self._lock:
-            self._inside -= 1
-            if self._closed:
-                self._changed.notify_all()
-
-    def close(self, limit: float) -> bool:
-        """Close the gate and wait until nobody is inside.
+    def shut(self, by: object, limit: float) -> bool:
+        """Let nobody in any more; taking ``by`` out again must follow.
 
         Args:
+            by: Stands for this shutting.
             limit: Moment on ``time.monotonic()``.
 
         Returns:
-            Whether it is closed and empty; if not, it is as it was.
+            Whether it is shut by this one; if not, another kept it shut until the limit.
         """
-        if not self.shut(limit):
-            return False
-        if self.drained(limit):
-            return True
-        self.open()
-        return False
-
-    def shut(self, limit: float) -> bool:
-        """Let nobody in any more; False where another kept it closed until the limit."""
-        with self._lock:
-            while self._closed:
-                if not self._changed.wait(remaining(limit)):
-                    return False
-            self._closed = True
-            return True
+        if by not in self.shut_by:
+            self.shut_by.append(by)
+        return _until(lambda: self.shut_by[0] == by, limit)
 
     def drained(self, limit: float) -> bool:
         """Wait until nobody is inside; False where somebody still is at the limit."""
-        with self._lock:
-            while self._inside:
-                if not self._changed.wait(remaining(limit)):
-                    return False
-            return True
-
-    def open(self) -> None:
-        """Let the waiting in."""
-        with self._lock:
-            self._closed = False
-            self._changed.notify_all()
+        return _until(lambda: not self.inside, limit)
 
 
 def remaining(deadline: float | None) -> float | None:
     """Seconds until a deadline, at least 0; None for no deadline."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _until(true: Callable[[], bool], limit: float | None) -> bool:
+    while not true():
+        if limit is not None and time.monotonic() >= limit:
+            return False
+        time.sleep(_PAUSE)
+    return True

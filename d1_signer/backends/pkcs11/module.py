@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one owner of a PKCS#11 module's life in this process.
 
-All signers on a module share its initialisation. Every call into it is made between `Module.enter`
-and `Module.leave`; whoever initialises it anew, and a fork, first wait until nobody is in a call.
+All signers on a module share its initialisation. Every call into it is made in `Module.run`;
+whoever initialises it anew, and a fork, first wait until nobody is in a call. What is taken here is
+given back as `gate` says, whatever a signal's handler raises; a lock by a release that may fail.
 Handles of sessions and objects restart at each initialisation, so whatever holds one also holds the
 `Module.generation` that it belongs to, and drops it once that has changed.
 """
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from pkcs11 import exceptions as sdk
 
@@ -30,6 +31,7 @@ from d1_signer.errors import (
 )
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +68,7 @@ class Module:
         self._ours = False  # initialised by us, not by other code in this process
         self._stale = True
         self._wanted = "auto"
-        self._fork_holder: int | None = None  # the thread that closed the gate to fork
-        self._drained = False  # when it did, nobody was in a call any more
+        self._drained = False  # when a fork had shut the gate, nobody was in a call any more
         self._poisoned = False  # forked from a process whose call hung: its locks are held for ever
         self._pid = os.getpid()
         self._new_locks()
@@ -85,77 +86,71 @@ class Module:
     def _new_locks(self) -> None:
         self._life = threading.RLock()
         self._gate = Gate()
-        self._call_lock = threading.RLock()
+        self._turn = threading.RLock()
 
     # -- calls --------------------------------------------------------------------------------
 
-    def enter(self, deadline: float | None, *, revive: bool = True) -> Gate:
-        """Begin a call, or several that belong together.
+    def run(
+        self, work: Callable[[*Ts], T], deadline: float | None, *args: *Ts, revive: bool = True
+    ) -> T:
+        """Make calls that belong together.
+
+        Their errors arrive without the frames they came through. Those hold the binding's objects,
+        whose ``repr`` calls the module, where a crash reporter that shows local variables would
+        call it whenever it likes; and the PIN, where a key wants it with each signature.
 
         Args:
-            deadline: Moment on ``time.monotonic()``; None: no limit.
+            work: What makes the calls.
+            deadline: Moment on ``time.monotonic()`` until which to wait for others; None: no limit.
+            *args: For ``work``.
             revive: Initialise a module that is not; else it is left so, and every handle has died.
-
-        Returns:
-            What `leave` takes, which must follow.
 
         Raises:
             SignerTimeout: The module was being initialised anew until the deadline.
             SignerUnavailable: The module cannot be used in this process.
         """
+        call = object()
+        try:
+            self._enter(call, deadline, revive=revive)
+            return work(*args)
+        except Exception as error:  # noqa: BLE001 (raised on, whatever it is)
+            raise error.with_traceback(None) from None
+        finally:
+            try:
+                self._gate.inside.discard(call)
+            finally:
+                if self._one_at_a_time:
+                    try:  # noqa: SIM105 (whose first line could be cut off)
+                        self._turn.release()
+                    except RuntimeError:
+                        pass  # it was not this call's turn yet
+
+    def _enter(self, call: object, deadline: float | None, *, revive: bool) -> None:
         if self._pid != os.getpid():
             _after_fork_in_child()  # a fork that Python was not told of
-        gate = self._entered(deadline, revive=revive)
-        if self._one_at_a_time:
-            self._wait_for_the_turn(gate, deadline)
-        return gate
-
-    def _entered(self, deadline: float | None, *, revive: bool) -> Gate:
         while True:
             if self._stale and revive:
                 self._require_users()
                 self._initialize_again(self.generation, deadline)
-            gate = self._gate
-            gate.enter(deadline)
-            if gate is self._gate and not (self._stale and revive):
-                return gate
-            # While this thread waited at the gate, the last user gave the module back, or the
-            # instance behind it was left behind.
-            gate.leave()
+            self._gate.enter(call, deadline)
+            if not (self._stale and revive):
+                break
+            # While this thread waited at the gate, the last user gave the module back.
+            self._gate.inside.discard(call)
+        if self._one_at_a_time:
+            self._wait_for_the_turn(deadline)
 
     def _require_users(self) -> None:
         if not self._users:
             raise SignerClosedError("The PKCS#11 module was given back.")
 
-    def _wait_for_the_turn(self, gate: Gate, deadline: float | None) -> None:
-        limit = -1 if deadline is None else max(0.0, deadline - time.monotonic())
-        if not self._call_lock.acquire(timeout=limit):
-            gate.leave()
+    def _wait_for_the_turn(self, deadline: float | None) -> None:
+        left = remaining(deadline)
+        if not self._turn.acquire(timeout=-1 if left is None else left):
             raise SignerTimeout(
                 "The PKCS#11 module was in another call until the deadline.",
                 hint="Allow more time; this module works for one thread at a time.",
             )
-
-    def leave(self, gate: Gate) -> None:
-        """End what `enter` began."""
-        if self._one_at_a_time:
-            self._call_lock.release()
-        gate.leave()
-
-    def run(self, work: Callable[[], T], deadline: float | None, *, revive: bool = True) -> T:
-        """Do work between `enter` and `leave`; see `enter`.
-
-        Its errors arrive without the frames they came through. Those hold the binding's objects,
-        whose ``repr`` calls the module, where a crash reporter that shows local variables would
-        call it whenever it likes; and the PIN, where a key wants it with each signature.
-        """
-        gate = self.enter(deadline, revive=revive)
-        try:
-            return work()
-        except Exception as error:  # noqa: BLE001 (raised on, whatever it is)
-            raise error.with_traceback(None) from None
-        finally:
-            self.leave(gate)
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -179,28 +174,38 @@ class Module:
         limit = time.monotonic() + _SECONDS_TO_DRAIN
         if deadline is not None:
             limit = min(limit, deadline)
-        if not self._life.acquire(timeout=max(0.0, limit - time.monotonic())):
-            raise _busy()
         try:
-            if self.generation != seen:
-                return
-            if not self._gate.close(limit) and not self._abandon():
+            if not self._life.acquire(timeout=max(0.0, limit - time.monotonic())):
                 raise _busy()
-            try:
-                self._restart()
-            finally:
-                self._gate.open()
+            if self.generation == seen:
+                self._renew(limit)
         finally:
-            self._life.release()
+            try:  # noqa: SIM105 (as in run)
+                self._life.release()
+            except RuntimeError:
+                pass  # another's
+
+    def _renew(self, limit: float) -> None:
+        """With `_life` held: initialise the module, after finalising it where that is ours."""
+        me = object()
+        try:
+            if not self._gate.shut(me, limit):
+                raise _busy()
+            if not self._gate.drained(limit) and not self._abandon():
+                raise _busy()
+            self._restart()
+        finally:
+            if me in self._gate.shut_by:
+                self._gate.shut_by.remove(me)
 
     def _abandon(self) -> bool:
-        """Leave an instance with calls that do not return, for another one of the same module.
+        """With the gate shut: leave calls that do not return behind, with their instance.
 
         p11-kit's client gives out a list, and a connection, of its own for each request; other
         modules have a single one, and then nothing can be done.
 
         Returns:
-            Whether there is another one now, its gate closed.
+            Whether there is another one now.
         """
         if self._one_at_a_time:
             return False  # the call that does not return holds the lock
@@ -208,16 +213,15 @@ class Module:
         if functions.address == self.cryptoki.address:
             return False
         _log.warning("pkcs11.instance_left_behind module=%s: a call is outstanding", self.path)
-        gate = Gate()
-        gate.shut(time.monotonic())
         self._abandoned.append((self.binding, self.cryptoki))
-        self.binding, self.cryptoki, self._gate = binding, functions, gate
+        self.binding, self.cryptoki = binding, functions
+        self._gate.inside.clear()
         self._ours = False
         self.instance += 1
         return True
 
     def _restart(self) -> None:
-        """With the gate closed."""
+        """With the gate shut."""
         if self._poisoned:
             raise SignerUnavailable(
                 "This process was forked while a PKCS#11 call hung: the module is unusable in it.",
@@ -228,7 +232,7 @@ class Module:
         self._stale = False
 
     def _end(self) -> None:
-        """With the gate closed: end what we began; no handle of this generation lives on."""
+        """With the gate shut: end what we began; no handle of this generation lives on."""
         self.logins.clear()
         self.generation += 1
         self._stale = True
@@ -289,12 +293,15 @@ class Module:
             if module is None:
                 module = _registry[real] = cls(path, reserved)
         left = remaining(deadline)
-        if not module._life.acquire(timeout=-1 if left is None else left):
-            raise _busy()
         try:
+            if not module._life.acquire(timeout=-1 if left is None else left):
+                raise _busy()
             module._begin(locking, reserved)
         finally:
-            module._life.release()
+            try:  # noqa: SIM105 (as in run)
+                module._life.release()
+            except RuntimeError:
+                pass  # another's
         return module
 
     def _begin(self, locking: str, reserved: str | None) -> None:
@@ -305,7 +312,7 @@ class Module:
         self._users += 1
         try:
             if self._stale:
-                self._initialize_again(self.generation, None)
+                self._renew(time.monotonic() + _SECONDS_TO_DRAIN)
             if locking == Locking.OS and self.locking is Locking.LOCK:
                 raise _settings(  # noqa: TRY301 (undone below like any other failure)
                     f"The module does not lock by itself: {self.path}."
@@ -318,7 +325,7 @@ class Module:
                 details={"step": "module"},
             ) from None
         except BaseException:
-            self.release()
+            self._given_back()
             raise
 
     def release(self) -> None:
@@ -327,33 +334,37 @@ class Module:
         It may take as long as a call of the module: a caller with a deadline hands it off.
         """
         with self._life:
-            self._users -= 1
-            if self._users or self._stale:
-                return
-            if self._gate.close(time.monotonic() + _SECONDS_TO_DRAIN):
-                try:
-                    self._end()
-                finally:
-                    self._gate.open()
+            self._given_back()
+
+    def _given_back(self) -> None:
+        self._users -= 1
+        if self._users or self._stale:
+            return
+        limit = time.monotonic() + _SECONDS_TO_DRAIN
+        me = object()
+        try:
+            if self._gate.shut(me, limit) and self._gate.drained(limit):
+                self._end()
             else:
                 _log.warning("pkcs11.not_finalized module=%s: a call is outstanding", self.path)
+        finally:
+            if me in self._gate.shut_by:
+                self._gate.shut_by.remove(me)
 
     # -- forks --------------------------------------------------------------------------------
 
     def _hold_for_fork(self, limit: float) -> None:
-        if self._gate.shut(limit):
-            self._fork_holder = threading.get_ident()
-        self._drained = self._fork_holder is not None and self._gate.drained(limit)
+        me = threading.get_ident()
+        self._drained = self._gate.shut(me, limit) and self._gate.drained(limit)
 
     def _resume_in_parent(self) -> None:
-        if self._fork_holder == threading.get_ident():
-            self._fork_holder = None
-            self._gate.open()
+        me = threading.get_ident()
+        if me in self._gate.shut_by:
+            self._gate.shut_by.remove(me)
 
     def _begin_in_child(self) -> None:
         self._new_locks()
         self._pid = os.getpid()
-        self._fork_holder = None
         self._poisoned = self._poisoned or not self._drained
         self._drained = False
         self._stale = True

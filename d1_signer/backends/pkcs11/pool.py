@@ -13,18 +13,22 @@ from pkcs11 import exceptions as sdk
 
 from d1_signer.errors import D1SignerError, SignerClosedError, SignerTimeout
 
+_LONGEST_WAIT = 0.1
+
 
 class Worker:
     """One place in the pool: a session without a PIN and the key found through it.
 
     Attributes:
+        busy: Whether somebody uses it.
         generation: The module's generation that the session belongs to; -1: there is none.
         instance: The module's instance in which a call is under way; None: there is none.
     """
 
-    __slots__ = ("_session", "_sign", "generation", "instance")
+    __slots__ = ("_session", "_sign", "busy", "generation", "instance")
 
     def __init__(self) -> None:
+        self.busy = False
         self.generation = -1
         self.instance: int | None = None
         self._session: pkcs11.Session | None = None
@@ -64,7 +68,11 @@ class Worker:
 
 
 class Pool:
-    """A bounded number of workers, each used by one thread at a time; the last used goes first."""
+    """A bounded number of workers, each used by one thread at a time; the first free one is taken.
+
+    As at the gate (see there), an exception of a signal's handler must not keep a worker out: it is
+    put back by ``worker.busy = False``, as the first thing that a ``finally`` does.
+    """
 
     def __init__(self, size: int, patience: float) -> None:
         """Make the places.
@@ -80,15 +88,15 @@ class Pool:
     def renew(self) -> None:
         """Begin with fresh places, whatever became of the others; for a child of a fork."""
         self._all = [Worker() for _ in range(self._size)]
-        self._free = list(self._all)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
 
-    def take(self, deadline: float | None, instance: int) -> Worker:
-        """Take a worker out; `give` puts it back.
+    def take(self, taken: list[Worker], deadline: float | None, instance: int) -> Worker:
+        """Take a worker out; ``worker.busy = False`` puts it back, then `given_back` is told.
 
         Args:
+            taken: Gets the worker, in case this call does not get as far as to return it.
             deadline: Moment on ``time.monotonic()``; None: the pool's patience alone.
             instance: The module's. A worker in a call of an older one does not come back: it is
                 set aside, and another one takes its place.
@@ -97,54 +105,69 @@ class Pool:
             SignerTimeout: None was free in time.
             SignerClosedError: The pool is closed.
         """
+        limit = None
         with self._lock:
-            if not self._free and not self._closed:
-                self._set_aside(instance)
-            if not self._free and not self._closed:
-                self._wait(deadline)
-            if self._closed:
-                raise closed()
-            return self._free.pop()
+            while not self._closed:
+                for worker in self._all:
+                    if not worker.busy:
+                        worker.busy = True  # nothing comes between this and the next step
+                        taken.append(worker)
+                        return worker
+                if not self._set_aside(instance):
+                    limit = limit or self._limit(deadline)
+                    self._wait(limit)
+        raise closed()
 
-    def _wait(self, deadline: float | None) -> None:
+    def _limit(self, deadline: float | None) -> float:
         limit = time.monotonic() + self._patience
-        if deadline is not None:
-            limit = min(limit, deadline)
-        while not self._free and not self._closed:
-            if not self._changed.wait(max(0.0, limit - time.monotonic())):
-                raise SignerTimeout(
-                    f"None of the {self._size} PKCS#11 sessions was free in time.",
-                    hint="Check that the HSM answers; else raise max_sessions or session_timeout.",
-                    details={"busy_sessions": self._size},
-                )
+        return limit if deadline is None else min(limit, deadline)
 
-    def _set_aside(self, instance: int) -> None:
+    def _wait(self, limit: float) -> None:
+        left = limit - time.monotonic()
+        if left <= 0:
+            raise SignerTimeout(
+                f"None of the {self._size} PKCS#11 sessions was free in time.",
+                hint="Check that the HSM answers; else raise max_sessions or session_timeout.",
+                details={"busy_sessions": self._size},
+            )
+        # Not all of it: the notice may have been lost to an exception of a signal's handler.
+        self._changed.wait(min(left, _LONGEST_WAIT))
+
+    def _set_aside(self, instance: int) -> bool:
+        found = False
         for place, worker in enumerate(self._all):
             if worker.instance is not None and worker.instance < instance:
                 self._all[place] = Worker()
-                self._free.append(self._all[place])
+                found = True
+        return found
 
-    def give(self, worker: Worker) -> bool:
-        """Put a worker back; False where it has no place any more, and the caller drops it."""
+    def given_back(self, worker: Worker) -> list[Worker]:
+        """Tell the waiting; returns workers that nobody uses any more, for the caller to drop."""
         with self._lock:
-            if self._closed or worker not in self._all:
-                return False
-            self._free.append(worker)
             self._changed.notify()
-            return True
+            unused = [] if worker in self._all else [worker]  # it was set aside
+            if self._closed:
+                unused += self._unused()
+            return unused
 
     def close(self) -> list[Worker]:
         """Close the pool; returns the workers that were free, for the caller to drop."""
         with self._lock:
             self._closed = True
-            free, self._free = self._free, []
             self._changed.notify_all()
-            return free
+            return self._unused()
+
+    def _unused(self) -> list[Worker]:
+        """What is free, for one caller only."""
+        unused = [worker for worker in self._all if not worker.busy]
+        for worker in unused:
+            worker.busy = True
+        return unused
 
     @property
     def busy(self) -> int:
         """How many are in use, stuck ones included."""
-        return self._size - len(self._free)
+        return sum(worker.busy for worker in self._all)
 
 
 def closed() -> SignerClosedError:
