@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from d1_signer.backends.pkcs11 import module as module_life
 from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout, SignerUnavailable
 from d1_signer.signer import generate_key, open_signer
@@ -287,9 +288,49 @@ def test_instance_with_a_hanging_call_is_left_behind(
             hsm.signal(signal.SIGCONT)
 
 
+def test_fork_that_waits_for_a_call_is_not_taken_for_a_call_that_hangs(
+    token: SoftHsmToken, own_client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_life, "_SECONDS_TO_DRAIN", 0.2)
+    with open_signer(token.uri, module_path=own_client) as signer:
+        module = signer._backend._module  # type: ignore[attr-defined]
+        inside, go_on = threading.Event(), threading.Event()
+
+        def long_call() -> None:
+            inside.set()
+            go_on.wait(20)
+
+        def forks() -> None:
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+
+        threads = [
+            threading.Thread(target=lambda: module.run(long_call, None)),
+            threading.Thread(target=forks),
+        ]
+        try:
+            threads[0].start()
+            assert inside.wait(20)
+            threads[1].start()
+            until = time.monotonic() + 3
+            while not module._gate.shut_by:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            with pytest.raises(SignerUnavailable):
+                module.reinitialize(module.generation, None)
+        finally:
+            go_on.set()
+            for thread in threads:
+                thread.join(20)
+        assert module.instance == 0
+        signer.public_key.verify(signer.sign(b"message", timeout=5), b"message")
+
+
 _HANG = """
 import sys, threading
 from d1_signer import open_signer
+from d1_signer.backends.pkcs11 import module as module_life
 from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout
 signer = open_signer(sys.argv[1], module_path=sys.argv[2])
