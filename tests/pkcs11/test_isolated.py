@@ -246,6 +246,17 @@ def test_token_that_was_there_at_opening_is_away_for_now(
     _until(lambda: not _fails(signer))
 
 
+def test_module_that_worked_at_opening_is_away_for_now(signer: Signer, shim: Shim) -> None:
+    shim.fail(Call.INITIALIZE, 0x30)  # CKR_DEVICE_ERROR
+    os.kill(_hosts(signer)[0], signal.SIGKILL)
+    for _ in range(2):  # the first sees the end of the child, the second that of its successor
+        with pytest.raises(SignerUnavailable) as raised:
+            signer.sign(b"message")
+        assert raised.value.retryable
+    shim.heal()
+    _until(lambda: not _fails(signer))
+
+
 def test_nothing_is_imported_from_the_current_directory(
     token: SoftHsmToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

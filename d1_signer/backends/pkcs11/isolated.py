@@ -29,6 +29,7 @@ from d1_signer.backends.pkcs11.recovery import Circuit
 from d1_signer.backends.pkcs11.wire import CUSTODY, DONE, SIGN, Gone, decoded_error, receive, send
 from d1_signer.custody import Assurance, Evidence, Fact
 from d1_signer.errors import (
+    ConfigurationError,
     D1SignerError,
     KeyMismatchError,
     KeyNotFoundError,
@@ -39,6 +40,11 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 
 __all__ = ["HostSettings", "IsolatedBackend"]
+
+_GONE = {
+    "module": "The PKCS#11 module does not work any more",
+    "token": "The token is not there any more",
+}
 
 
 class IsolatedBackend:
@@ -258,12 +264,13 @@ class IsolatedBackend:
     def _opened(self) -> Host:
         try:
             host, public = self._opener.open()
-        except KeyNotFoundError as failure:
-            if failure.details.get("step") != "token":
+        except (ConfigurationError, KeyNotFoundError) as failure:
+            gone = _GONE.get(str(failure.details.get("step")))
+            if gone is None:
                 raise
             # It was there when the signer was opened, so it is away and may come back.
             raise SignerUnavailable(
-                "The token is not there any more.",
+                f"{gone}: {failure.message}",
                 hint="Check that the device is connected; it is looked for again by itself.",
                 details=failure.details,
             ) from None
