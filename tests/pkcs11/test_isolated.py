@@ -207,6 +207,40 @@ def test_pin_that_became_wrong_reaches_the_token_once(
         assert isinstance(errors[-1], LoginError)
 
 
+def test_pin_is_sent_once_more_after_a_child_ended_in_the_login(
+    signer: Signer, token: SoftHsmToken, shim: Shim
+) -> None:
+    before = shim.calls(Call.LOGIN)
+    shim.fail(Call.LOGIN, ABORT)
+    os.kill(_hosts(signer)[0], signal.SIGKILL)
+    errors: list[D1SignerError] = []
+
+    def refused() -> bool:
+        try:
+            signer.sign(b"message")
+        except D1SignerError as error:
+            errors.append(error)
+        return isinstance(errors[-1], LoginError)
+
+    _until(refused)
+    assert not errors[-1].retryable
+    assert {type(error) for error in errors[:-1]} == {SignerUnavailable}
+    shim.heal()
+    with pytest.raises(LoginError):
+        open_signer(token.uri, module_path=shim.path, isolation="process")
+    assert shim.calls(Call.LOGIN) == before + 2
+
+
+def test_child_that_ends_after_the_login_says_nothing_about_the_pin(
+    signer: Signer, shim: Shim, spawned: list[child.Host]
+) -> None:
+    shim.fail(Call.FIND_OBJECTS_INIT, ABORT)
+    os.kill(_hosts(signer)[0], signal.SIGKILL)
+    _until(lambda: _fails(signer) and len(spawned) > 3)
+    shim.heal()
+    _until(lambda: not _fails(signer))
+
+
 def test_token_that_is_away_costs_one_child_for_a_pause(
     token: SoftHsmToken,
     shim: Shim,

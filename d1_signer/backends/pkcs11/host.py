@@ -7,22 +7,26 @@ served by a thread. It ends when the control socket does, even if the module han
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from d1_signer.backend import Backend
-from d1_signer.backends.pkcs11 import open_backend
+from d1_signer.backends.pkcs11 import login, open_backend
 from d1_signer.backends.pkcs11.login import refused
 from d1_signer.backends.pkcs11.wire import (
+    ACCEPTED,
     CUSTODY,
     DONE,
     FAILED,
+    LOGIN,
     SIGN,
     Gone,
     encoded_error,
@@ -57,6 +61,7 @@ def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
     pin = request.get("pin")
     if pin is not None:
         options["pin_source"] = lambda: pin
+    login.witness = lambda: _witnessed(control)
     try:
         backend = open_backend(request["uri"], **options)
     except D1SignerError as error:
@@ -65,8 +70,20 @@ def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
     except Exception as error:  # noqa: BLE001 (the parent waits for an answer)
         send(control, FAILED, encoded_error(_unexpected(error), refused=refused.export()))
         return None
+    finally:
+        login.witness = contextlib.nullcontext
     send(control, DONE, backend.public_key().pem().encode())
     return backend
+
+
+@contextlib.contextmanager
+def _witnessed(control: socket.socket) -> Iterator[None]:
+    """A login that the parent knows of before it begins."""
+    send(control, LOGIN, b"")
+    receive(control)
+    yield
+    send(control, ACCEPTED, b"")
+    receive(control)
 
 
 def _serve(backend: Backend, connection: socket.socket) -> None:

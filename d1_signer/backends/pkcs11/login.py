@@ -96,6 +96,10 @@ refused = Refused()
 # tried again after the module was initialised anew, and not before.
 _lost: dict[tuple[str, bytes], tuple[int, sdk.PKCS11Error]] = {}
 
+# Around the sending of a PIN; left by an exception where the token did not take it. For a process
+# of ours that may end in between, so that another one knows.
+witness: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
 
 class Pin:
     """A PIN and where it comes from.
@@ -256,8 +260,10 @@ class Login:
             lost_in, loss = _lost.get((self._module.path, digest), (None, None))
             if loss is not None and lost_in == generation:
                 raise loss
+        witnessed = contextlib.nullcontext if digest is None else witness
         try:
-            cryptoki.login(session, user_type, None if pin is None else pin.reveal())
+            with witnessed():
+                cryptoki.login(session, user_type, None if pin is None else pin.reveal())
         except sdk.PKCS11Error as failure:
             raise self._judged(failure.with_traceback(None), digest, generation) from None
 

@@ -2,7 +2,8 @@
 """Starting the children of `isolated`: one at a time for a token, never with a refused PIN.
 
 A token counts wrong PINs and locks itself after a few. Children know nothing of each other, so here
-is where the second one waits for what the first one's login comes to.
+is where the second one waits for what the first one's login comes to. One that ends or hangs in the
+login leaves that open: the PIN may have been right, so it is sent once more, and then no further.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from typing import Any
 
 from d1_signer.backends.pkcs11.child import Host
 from d1_signer.backends.pkcs11.login import refused
-from d1_signer.backends.pkcs11.wire import DONE, OPEN, Gone, decoded_error, receive, send
+from d1_signer.backends.pkcs11.wire import (
+    ACCEPTED,
+    DONE,
+    LOGIN,
+    OPEN,
+    Gone,
+    decoded_error,
+    receive,
+    send,
+)
 from d1_signer.errors import (
     D1SignerError,
     LoginError,
@@ -28,6 +38,7 @@ from d1_signer.secret import Secret, SecretSource, read_secret
 
 _SECONDS_TO_START = 10.0  # Python, the module and its login; then the child is taken as hung
 _SECONDS_FOR_TURN = 60.0  # behind other signers on the token that are being opened
+_UNANSWERED_RESENDS = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +95,14 @@ class Opener:
                     hint="Correct it; the same PIN is refused until the process is restarted.",
                     details={"step": "login"},
                 )
+            if _unanswered.get(mark, 0) > _UNANSWERED_RESENDS:
+                return LoginError(
+                    "The token gave no answer to the last logins with this PIN; it is not sent "
+                    "again.",
+                    hint="They may have counted as wrong tries. Check the token with the vendor's "
+                    "tool, then restart the process.",
+                    details={"step": "login"},
+                )
             return self._started(pin, mark)
         finally:
             turn.release()
@@ -124,8 +143,7 @@ class Opener:
         try:
             host.control.settimeout(_SECONDS_TO_START)
             send(host.control, OPEN, self._request(pin, known))
-            host.control.settimeout(max(0.001, limit - time.monotonic()))
-            answered, answer = receive(host.control)
+            answered, answer = self._answer(host, mark, limit)
             if answered == DONE:
                 return PublicKey.from_pem(answer)
             error, more = decoded_error(answer)
@@ -142,6 +160,20 @@ class Opener:
             refused.add(mark)
         return error
 
+    def _answer(self, host: Host, mark: bytes, limit: float) -> tuple[bytes, bytes]:
+        before = _unanswered.get(mark, 0)
+        while True:
+            host.control.settimeout(max(0.001, limit - time.monotonic()))
+            answered, answer = receive(host.control)
+            if answered == LOGIN:
+                _unanswered[mark] = before + 1
+            else:
+                before = 0
+                _unanswered.pop(mark, None)
+            if answered not in {LOGIN, ACCEPTED}:
+                return answered, answer
+            send(host.control, answered, b"")
+
     def _request(self, pin: Secret | None, known: dict[str, object]) -> bytes:
         """A file or a variable is read by the child itself, again where it has to log in anew."""
         request = {"uri": self._settings.uri, "options": self._settings.options, "refused": known}
@@ -150,6 +182,8 @@ class Opener:
         return json.dumps(request).encode()
 
 
+# How many children in a row ended in the login with a PIN.
+_unanswered: dict[bytes, int] = {}
 _turns: dict[str, threading.Lock] = {}
 
 
