@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
 
+from d1_signer.backends.pkcs11 import module as module_life, recovery
+from d1_signer.backends.pkcs11.gate import Gate
 from d1_signer.backends.pkcs11.keys import P256
 from d1_signer.errors import (
     KeyMismatchError,
@@ -253,6 +255,48 @@ def test_nothing_finalises_beside_a_hanging_call(token: SoftHsmToken, shim: Shim
         shim.heal()
         _until(lambda: shim.inside == 0)
         _until_signed(signer, 1.0)
+
+
+def test_hanging_call_holds_up_no_other_signer(
+    token: SoftHsmToken,
+    shim: Shim,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module_life, "_SECONDS_TO_DRAIN", 0.1)
+    monkeypatch.setattr(recovery, "_LONGEST_PAUSE", 0.0)  # each signature tries
+    shuts: list[object] = []
+    shut = Gate.shut
+
+    def counted(self: Gate, by: object, limit: float) -> bool:
+        shuts.append(by)
+        return shut(self, by, limit)
+
+    with (
+        open_signer(token.uri, module_path=shim.path) as one,
+        open_signer(token.uri, module_path=shim.path) as other,
+    ):
+        shim.fail(Call.SIGN, HANG, times=1)
+        with pytest.raises(SignerTimeout):
+            one.sign(b"message", timeout=0.1)
+        monkeypatch.setattr(Gate, "shut", counted)
+        shim.fail(Call.SIGN_INIT, _DEVICE_ERROR)
+        for _ in range(20):
+            with pytest.raises(SignerUnavailable) as raised:
+                one.sign(b"message")
+            assert raised.value.retryable
+        assert len(shuts) == 1
+        assert [record.message.split()[0] for record in caplog.records if record.levelno > 20] == [
+            "pkcs11.away"
+        ]
+        shim.fail(Call.SIGN_INIT, 0)
+        other.sign(b"message")
+        shim.fail(Call.SIGN_INIT, _DEVICE_ERROR, times=1)
+        shim.fail(Call.SIGN, 0)  # it returns
+        gate = one._backend._module._gate  # type: ignore[attr-defined]
+        _until(lambda: not gate.inside)
+        _until_signed(one, 1.0)
+        assert len(shuts) == 2
 
 
 def test_two_signers_survive_the_recovery_of_one(token: SoftHsmToken, shim: Shim) -> None:

@@ -246,7 +246,7 @@ class Pkcs11Backend:
             step = "token"
             try:
                 if current == Recovery.MODULE:
-                    self._module.reinitialize(seen, deadline)
+                    self._reinitialize(seen, deadline)
                 else:
                     self._drop(worker)
                 self._attempt(worker, lambda _: None, deadline)
@@ -258,6 +258,13 @@ class Pkcs11Backend:
                     break
         self._drop(worker)
         raise self._away(failure, step)
+
+    def _reinitialize(self, seen: int, deadline: float | None) -> None:
+        try:
+            self._module.reinitialize(seen, deadline)
+        except SignerUnavailable as error:
+            self._circuit.opened_by(error)
+            raise
 
     def _away(self, failure: sdk.PKCS11Error, step: str) -> D1SignerError:
         if recovery_for(failure) is Recovery.MODULE:

@@ -86,6 +86,7 @@ class Module:
     def _new_locks(self) -> None:
         self._life = threading.RLock()
         self._gate = Gate()
+        self._hanging: frozenset[object] = frozenset()
         self._turn = threading.RLock()
 
     # -- calls --------------------------------------------------------------------------------
@@ -189,14 +190,22 @@ class Module:
         """With `_life` held: initialise the module, after finalising it where that is ours."""
         me = object()
         try:
-            if not self._gate.shut(me, limit):
+            if self._hangs() or not self._gate.shut(me, limit):
                 raise _busy()
             if not self._gate.drained(limit) and not self._abandon():
+                self._hanging = frozenset(self._gate.inside)
                 raise _busy()
             self._restart()
         finally:
             if me in self._gate.shut_by:
                 self._gate.shut_by.remove(me)
+
+    def _hangs(self) -> bool:
+        """Whether a call is still under way that kept an earlier recovery from its work.
+
+        To wait for it again would hold up everybody whose calls do return.
+        """
+        return not self._hanging.isdisjoint(self._gate.inside)
 
     def _abandon(self) -> bool:
         """With the gate shut: leave calls that do not return behind, with their instance.
@@ -343,7 +352,7 @@ class Module:
         limit = time.monotonic() + _SECONDS_TO_DRAIN
         me = object()
         try:
-            if self._gate.shut(me, limit) and self._gate.drained(limit):
+            if not self._hangs() and self._gate.shut(me, limit) and self._gate.drained(limit):
                 self._end()
             else:
                 _log.warning("pkcs11.not_finalized module=%s: a call is outstanding", self.path)
