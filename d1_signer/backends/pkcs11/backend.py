@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 import weakref
@@ -17,7 +16,7 @@ import pkcs11
 from pkcs11 import exceptions as sdk
 
 from d1_signer.backend import SignatureEncoding
-from d1_signer.backends.pkcs11 import keys
+from d1_signer.backends.pkcs11 import forks, keys
 from d1_signer.backends.pkcs11.cryptoki import handle
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
 from d1_signer.backends.pkcs11.handoff import Handoff
@@ -72,6 +71,7 @@ class Pkcs11Backend:
         Raises:
             D1SignerError: It cannot be opened; ``details["step"]`` names the step that failed.
         """
+        forks.notice()
         self._settings = settings
         self._pin = pin
         self._life = threading.Lock()
@@ -111,6 +111,7 @@ class Pkcs11Backend:
 
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
         """Sign a digest of 32 bytes; the answer is r||s, 64 bytes."""
+        forks.notice()
         deadline = self._deadline(deadline)
         if deadline is None:
             return self._sign(digest, None)
@@ -118,6 +119,7 @@ class Pkcs11Backend:
 
     def custody(self) -> Evidence:
         """Ask the token what it claims about the key."""
+        forks.notice()
         deadline = self._deadline(None)
         return self._bounded(deadline, lambda: self._served(self._ask, deadline))
 
@@ -130,6 +132,7 @@ class Pkcs11Backend:
 
         It returns after a second at most; if the module hangs, the rest is done when it answers.
         """
+        forks.notice()
         with self._life:
             if self._closed:
                 return
@@ -438,4 +441,4 @@ def _renew_all() -> None:
         backend.renew_in_child()
 
 
-os.register_at_fork(after_in_child=_renew_all)
+forks.in_child(_renew_all)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from typing import Any
@@ -12,7 +11,7 @@ import pkcs11
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, exceptions as sdk
 
 from d1_signer.backend import GeneratedKey
-from d1_signer.backends.pkcs11 import keys
+from d1_signer.backends.pkcs11 import forks, keys
 from d1_signer.backends.pkcs11.backend import Settings
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.handoff import Handoff
@@ -54,11 +53,12 @@ _FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 
 # Its thread is kept for the next key; see handoff.py.
 _handoff = Handoff()
-os.register_at_fork(after_in_child=_handoff.after_fork)
+forks.in_child(_handoff.after_fork)
 
 
 def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
     """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
+    forks.notice()
     secret = pin.read()
     deadline = time.monotonic() + timeout
     try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
 import weakref
 
 from d1_signer.backend import SignatureEncoding
+from d1_signer.backends.pkcs11 import forks
 from d1_signer.backends.pkcs11.child import Host, let_go_after_fork
 from d1_signer.backends.pkcs11.gate import remaining
 from d1_signer.backends.pkcs11.login import refused
@@ -62,6 +62,7 @@ class IsolatedBackend:
         Raises:
             D1SignerError: It cannot be opened; ``details["step"]`` names the step that failed.
         """
+        forks.notice()
         self._settings = settings
         self._opener = Opener(settings)
         self._renew()
@@ -109,6 +110,7 @@ class IsolatedBackend:
 
     def close(self) -> None:
         """End the children; calling it again does nothing."""
+        forks.notice()
         with self._lock:
             self._closed = True
             hosts, self._hosts = self._hosts, []
@@ -125,6 +127,7 @@ class IsolatedBackend:
 
     def _asked(self, kind: bytes, body: bytes, deadline: float | None) -> bytes:
         """Ask once; once more where the child was killed for another caller's deadline."""
+        forks.notice()
         try:
             return self._asked_once(kind, body, deadline)
         except _Killed:
@@ -324,7 +327,7 @@ def _renew_all() -> None:
         backend.renew_in_child()
 
 
-os.register_at_fork(after_in_child=_renew_all)
+forks.in_child(_renew_all)
 
 
 def _died() -> SignerUnavailable:

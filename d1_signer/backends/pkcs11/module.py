@@ -20,7 +20,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from pkcs11 import exceptions as sdk
 
-from d1_signer.backends.pkcs11 import cryptoki
+from d1_signer.backends.pkcs11 import cryptoki, forks
 from d1_signer.backends.pkcs11.failures import told
 from d1_signer.backends.pkcs11.gate import Gate, remaining
 from d1_signer.errors import (
@@ -70,7 +70,6 @@ class Module:
         self._wanted = "auto"
         self._drained = False  # when a fork had shut the gate, nobody was in a call any more
         self._poisoned = False  # forked from a process whose call hung: its locks are held for ever
-        self._pid = os.getpid()
         self._new_locks()
         self.instance = 0
         self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
@@ -127,8 +126,6 @@ class Module:
                         pass  # it was not this call's turn yet
 
     def _enter(self, call: object, deadline: float | None, *, revive: bool) -> None:
-        if self._pid != os.getpid():
-            _after_fork_in_child()  # a fork that Python was not told of
         while True:
             if self._stale and revive:
                 self._require_users()
@@ -370,12 +367,14 @@ class Module:
         me = threading.get_ident()
         if me in self._gate.shut_by:
             self._gate.shut_by.remove(me)
+        self._drained = False
 
     def _begin_in_child(self) -> None:
-        self._new_locks()
-        self._pid = os.getpid()
-        self._poisoned = self._poisoned or not self._drained
+        # Where Python was not told before the fork, the gate shows as well what went on then.
+        used = bool(self._gate.inside or self._gate.shut_by)
+        self._poisoned = self._poisoned or (used and not self._drained)
         self._drained = False
+        self._new_locks()
         self._stale = True
         self.generation += 1
         self.logins.clear()
@@ -403,11 +402,8 @@ def _after_fork_in_child() -> None:
         module._begin_in_child()  # noqa: SLF001
 
 
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+forks.in_child(_after_fork_in_child)
 
 
 def _busy() -> SignerUnavailable:
