@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ import pytest
 
 import d1_signer
 from d1_signer.backends.pkcs11.backend import Pkcs11Backend
-from d1_signer.errors import SignerError
+from d1_signer.errors import SignerError, SignerTimeout, SignerUnavailable
 from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
@@ -86,6 +87,25 @@ def test_recovery_that_is_interrupted_anywhere(signer: Signer, shim: Shim) -> No
         shim.heal()
         _check(signer, moment)
     assert shim.finalized_beside_a_call == 0
+
+
+def test_question_to_a_child_that_is_interrupted_before_the_answer(token: SoftHsmToken) -> None:
+    with open_signer(token.uri, isolation="process", max_sessions=1, session_timeout=5) as signer:
+        # Until the question is sent, and a little further: each of these costs a child.
+        for _ in itertools.islice(_moments(lambda: signer.sign(b"message")), 28):
+            _until_signed(signer)
+
+
+def _until_signed(signer: Signer) -> None:
+    while True:
+        try:
+            signer.sign(b"message")
+        except SignerTimeout:  # the only connection is lost
+            raise
+        except SignerUnavailable:  # the child is being replaced
+            time.sleep(0.002)
+        else:
+            return
 
 
 def _check(signer: Signer, moment: int) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -425,6 +426,78 @@ def test_killing_a_child_holds_up_nobody_else(
         finally:
             go_on.set()
             late.join(20)
+
+
+def test_fork_waits_for_a_child_that_is_being_started(
+    token: SoftHsmToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _open_sockets()
+    starting, forked = threading.Event(), threading.Event()
+    found: list[set[str]] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            starting.set()
+            forked.wait(0.2)
+
+    def forks() -> None:
+        assert starting.wait(20)
+        found.append(_in_fork(_open_sockets))
+        forked.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    forking = threading.Thread(target=forks)
+    forking.start()
+    with open_signer(token.uri, isolation="process") as signer:
+        forking.join(20)
+        signer.sign(b"message")
+    assert found[0] <= before
+
+
+def test_fork_keeps_no_connection_that_is_in_use(
+    token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _open_sockets()
+    with open_signer(token.uri, module_path=shim.path, isolation="process") as signer:
+        shim.fail(Call.SIGN, HANG, times=1)
+        signing = threading.Thread(target=lambda: signer.sign(b"message"))
+        signing.start()
+        _until(lambda: shim.inside == 1)
+        assert _in_fork(_open_sockets) <= before
+        shim.heal()
+        signing.join(20)
+
+    def cannot(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(subprocess, "Popen", cannot)
+    with pytest.raises(SignerUnavailable):
+        open_signer(token.uri, module_path=shim.path, isolation="process")
+    assert _open_sockets() <= before
+
+
+def _open_sockets() -> set[str]:
+    links = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the folder's own
+            links.add(str(descriptor.readlink()))
+    return {link for link in links if link.startswith("socket:")}
+
+
+def _in_fork(work: Callable[[], set[str]]) -> set[str]:
+    reading, writing = os.pipe()
+    forked = os.fork()
+    if forked == 0:
+        try:
+            os.write(writing, "\n".join(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        answer = set(told.read().split("\n")) - {""}
+    os.waitpid(forked, 0)
+    return answer
 
 
 def test_prompt_is_read_once_before_any_clock(

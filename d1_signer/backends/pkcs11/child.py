@@ -8,7 +8,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import weakref
+
+from d1_signer.backends.pkcs11 import forks
 
 _SECONDS_TO_END = 3.0
 _SECONDS_TO_BE_REAPED = 1.0  # killed; only the kernel's own waiting, for a device, takes longer
@@ -27,11 +30,25 @@ class Host:
         Raises:
             OSError: No sockets, or no process, can be made.
         """
-        pairs = [socket.socketpair() for _ in range(connections + 1)]
-        theirs = [their for _, their in pairs]
-        self.control, *self.free = [our for our, _ in pairs]
         self.size = connections
         self.dead = False
+        self._sockets: list[socket.socket] = []
+        self.process: subprocess.Popen[bytes]
+        with _starting:
+            _hosts.add(self)
+            try:
+                self._start()
+            except BaseException:
+                self.close_all()
+                raise
+
+    def _start(self) -> None:
+        theirs: list[socket.socket] = []
+        for _ in range(self.size + 1):
+            pair = socket.socketpair()
+            self._sockets += pair
+            theirs.append(pair[1])
+        self.control, *self.free = self._sockets[::2]
         numbers = [their.fileno() for their in theirs]
         path = os.pathsep.join(entry for entry in sys.path if entry)
         self.process = subprocess.Popen(  # noqa: S603 (this interpreter, a module of ours)
@@ -45,7 +62,6 @@ class Host:
         )
         for their in theirs:
             their.close()
-        _hosts.add(self)
 
     @property
     def busy(self) -> int:
@@ -66,6 +82,12 @@ class Host:
         for connection in (self.control, *self.free):
             connection.close()
 
+    def close_all(self) -> None:
+        """Close every socket, where nobody can be using one: not started, or in a fork's child."""
+        self.dead = True
+        for connection in self._sockets:
+            connection.close()
+
     def end(self) -> None:
         """Let it end, by force if it does not."""
         self.let_go()
@@ -77,10 +99,22 @@ class Host:
 
 _hosts: weakref.WeakSet[Host] = weakref.WeakSet()
 
+# A fork waits until a child of ours has been started. Before, the fork's child would inherit the
+# other ends of the sockets, and the pipe by which `subprocess` sees that it started: open in there,
+# they hide that ours has ended.
+_starting = threading.RLock()
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release)
 
-def let_go_after_fork() -> None:
+
+def _let_go_after_fork() -> None:
     """In the child of a fork: the parent's processes are not this one's."""
+    # As the standard library does; see concurrent.futures.thread.
+    _starting._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001
     for host in list(_hosts):
         # An open copy of its control socket would keep it alive when its parent has gone.
-        host.let_go()
-        host.process.returncode = 0  # not a child of this process: nothing to wait for
+        host.close_all()
+        if hasattr(host, "process"):
+            host.process.returncode = 0  # not a child of this process: nothing to wait for
+
+
+forks.in_child(_let_go_after_fork)

@@ -16,7 +16,7 @@ import weakref
 
 from d1_signer.backend import SignatureEncoding
 from d1_signer.backends.pkcs11 import forks
-from d1_signer.backends.pkcs11.child import Host, let_go_after_fork
+from d1_signer.backends.pkcs11.child import Host
 from d1_signer.backends.pkcs11.gate import remaining
 from d1_signer.backends.pkcs11.login import refused
 from d1_signer.backends.pkcs11.opening import (
@@ -40,6 +40,8 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 
 __all__ = ["HostSettings", "IsolatedBackend"]
+
+_Taken = tuple[Host, socket.socket]
 
 _GONE = {
     "module": "The PKCS#11 module does not work any more",
@@ -138,8 +140,9 @@ class IsolatedBackend:
             raise _died() from None
 
     def _asked_once(self, kind: bytes, body: bytes, deadline: float | None) -> bytes:
-        host, connection = self._take(deadline)
+        taken: list[_Taken] = []
         try:
+            host, connection = self._take(taken, deadline)
             left = remaining(deadline)
             if left == 0:
                 self._give(host, connection)
@@ -150,20 +153,18 @@ class IsolatedBackend:
             answered, answer = receive(connection)
             self._give(host, connection)
         except TimeoutError:
-            self._discard(host, connection)
+            self._lost(taken)
             raise _too_late() from None
         except Gone:
-            killed = host.dead
-            self._discard(host, connection)
-            if killed:
+            if self._lost(taken):
                 raise _Killed from None
             raise _died() from None
-        except SignerTimeout:
+        except D1SignerError:
             raise
         except BaseException:
             # A signal's handler raised in the middle of an answer: what is left of it must not
             # be taken for the next one's.
-            self._discard(host, connection)
+            self._lost(taken)
             raise
         if answered == DONE:
             return answer
@@ -171,19 +172,19 @@ class IsolatedBackend:
         refused.merge(more["refused"])
         raise error
 
-    def _take(self, deadline: float | None) -> tuple[Host, socket.socket]:
-        """A free connection of the child with the fewest calls under way."""
+    def _take(self, taken: list[_Taken], deadline: float | None) -> _Taken:
+        """A free connection of the child with the fewest calls under way; `taken` gets it too."""
         limit = time.monotonic() + self._settings.patience
         if deadline is not None:
             limit = min(limit, deadline)
         with self._lock:
             try:
-                return self._taken(limit)
+                return self._taken(taken, limit)
             except BaseException:
                 self._changed.notify()  # this thread may have been told of a free connection
                 raise
 
-    def _taken(self, limit: float) -> tuple[Host, socket.socket]:
+    def _taken(self, taken: list[_Taken], limit: float) -> _Taken:
         failures = self._failures
         while True:
             if self._closed:
@@ -191,7 +192,10 @@ class IsolatedBackend:
             able = [host for host in self._hosts if host.free]
             if able:
                 host = min(able, key=lambda host: host.busy) if len(able) > 1 else able[0]
-                return host, host.free.pop()
+                found = host, host.free[-1]
+                del host.free[-1]  # no signal's handler comes between this and the next step
+                taken.append(found)
+                return found
             if self._error is not None and self._failures != failures and not self._hosts:
                 raise self._error.fresh()
             self._start_next()
@@ -286,6 +290,14 @@ class IsolatedBackend:
             details={"step": "key"},
         )
 
+    def _lost(self, taken: list[_Taken]) -> bool:
+        """Give up the connection that was taken, if any; whether its child was killed before."""
+        killed = False
+        for host, connection in taken:
+            killed = host.dead
+            self._discard(host, connection)
+        return killed
+
     def _discard(self, host: Host, connection: socket.socket) -> None:
         """Kill a child, and start its successor at once."""
         with self._lock:
@@ -321,7 +333,6 @@ _all: weakref.WeakSet[IsolatedBackend] = weakref.WeakSet()
 
 
 def _renew_all() -> None:
-    let_go_after_fork()
     renew_turns_after_fork()
     for backend in list(_all):
         backend.renew_in_child()
