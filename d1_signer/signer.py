@@ -173,9 +173,11 @@ class Signer:
         if not self._observers:
             return self._sign(digest, timeout)
         error: str | None = "interrupted"
-        pool = self._backend.pool_use() if isinstance(self._backend, Pooled) else None
+        pool: tuple[int, int] | None = None
         started = time.perf_counter()
         try:
+            if isinstance(self._backend, Pooled):
+                pool = guarded(self._backend.name, self._backend.pool_use)
             signature = self._sign(digest, timeout)
             error = None
         except D1SignerError as failure:

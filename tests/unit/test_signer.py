@@ -631,3 +631,15 @@ def test_the_use_of_a_pool_is_told_where_there_is_one() -> None:
     for backend in (PooledBackend(KEY), KeyBackend(KEY)):
         Signer(backend, observers=[told.append]).sign(b"m")
     assert [event.pool_use for event in told if isinstance(event, SignEvent)] == [(3, 4), None]
+
+
+def test_pool_use_that_fails_is_an_error_of_ours() -> None:
+    class BrokenPool(KeyBackend):
+        def pool_use(self) -> tuple[int, int]:
+            raise ValueError("token=s3cret")
+
+    told: list[Event] = []
+    with pytest.raises(SignerError, match="ValueError") as raised:
+        Signer(BrokenPool(KEY), observers=[told.append]).sign(b"m")
+    assert "s3cret" not in str(raised.value)
+    assert [event.error for event in told if isinstance(event, SignEvent)] == [raised.value.code]
