@@ -106,6 +106,7 @@ class IsolatedBackend:
 
     def pool_use(self) -> tuple[int, int]:
         """Connections in use, and how many there may be; see `d1_signer.backend.Pooled`."""
+        forks.notice()
         with self._lock:
             busy = sum(host.busy for host in self._hosts)
         return busy, self._settings.connections * self._settings.processes
