@@ -66,6 +66,7 @@ def _told_by(error: BaseException) -> list[str]:
             for frame in report.stack:
                 if frame.filename.startswith(str(TESTS)):
                     frame.locals = None  # what a test holds in its own hands is no leak
+            todo += _held_by_frames(item)
             texts += [repr(item), *report.format()]
             todo += [item.__cause__, item.__context__, *item.args, *vars(item).values()]
         elif isinstance(item, dict):
@@ -77,6 +78,17 @@ def _told_by(error: BaseException) -> list[str]:
         elif hasattr(item, "body"):
             texts.append(str(item.body))
     return texts
+
+
+def _held_by_frames(error: BaseException) -> list[BaseException]:
+    """Exceptions in the variables of its frames, which bring their own frames along."""
+    found: list[BaseException] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith(str(TESTS)):
+            for value in frame.f_locals.values():
+                held = value if isinstance(value, list | tuple) else [value]
+                found += [one for one in held if isinstance(one, BaseException)]
+    return found
 
 
 @pytest.fixture(autouse=True)

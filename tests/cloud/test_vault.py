@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +17,31 @@ import pytest
 
 from d1_signer import errors
 from d1_signer.backends.vault import VaultBackend
+from d1_signer.backends.vault.http import HttpClient, read_settings
+from d1_signer.backends.vault.tokens import AppRoleTokens
 from d1_signer.custody import CustodyPolicy
+from d1_signer.remote import fork_gate
 from d1_signer.signer import Signer, generate_key, open_signer
 from tests.servers import vault
 from tests.servers.aws import cut_short, dropped, held, page
-from tests.servers.fault_proxy import Answer, Dropped, Fault, FaultProxy
+from tests.servers.certificates import self_signed
+from tests.servers.fault_proxy import (
+    TRICKLES,
+    Answer,
+    Dropped,
+    Fault,
+    FaultProxy,
+    drop,
+    endless,
+    listening,
+)
 from tests.servers.vault import asking, calls, on_sign, refusal, signature
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.conftest import LeakWatch
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +149,31 @@ def test_tls_is_verified(server: vault.Vault, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("VAULT_CACERT", str(server.ca_file))
     with open_signer("hashivault://d1") as signer:
         _signs(signer)
-    wrong_name = f"https://127.0.0.2:{server.tls_port}"
-    with pytest.raises(errors.SignerUnavailable):
-        open_signer("hashivault://d1", address=wrong_name, connect_timeout=0.5)
+
+
+def test_certificate_for_another_name_is_refused(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path, address=None)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def serve(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as tls:
+            tls.recv(65536)
+            tls.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+    with listening(serve) as port:
+        named, other = f"https://localhost:{port}", f"https://127.0.0.1:{port}"
+        with pytest.raises(errors.AccessDeniedError):
+            open_signer("hashivault://d1", address=named, ca_file=str(certificate))
+        with pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
+            open_signer("hashivault://d1", address=other, ca_file=str(certificate))
+    assert not refused.value.retryable
+
+
+def test_handshake_that_breaks_off_may_succeed_later() -> None:
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable) as refused:
+        open_signer("hashivault://d1", address=f"https://127.0.0.1:{port}")
+    assert refused.value.retryable
 
 
 def test_environment_of_requests_is_not_used(
@@ -167,7 +205,8 @@ def test_kept_connections_are_kept_alive(server: vault.Vault) -> None:
     for address in (server.url, server.tls_url):
         with open_signer("hashivault://d1", address=address, ca_file=str(server.ca_file)) as signer:
             assert isinstance(signer._backend, VaultBackend)
-            pool = signer._backend._clients.get().http._pool
+            manager = signer._backend._clients.get().http._http._managers["https"]
+            pool = manager.connection_from_url(address)
             connection = pool._get_conn()
             try:
                 assert vars(connection)["sock"].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -436,6 +475,34 @@ def test_no_server_there() -> None:
     assert refused.value.retryable
 
 
+@pytest.mark.parametrize("kind", ["token", "approle"])
+def test_no_answer_at_all_and_no_secret_in_the_error(leak_watch: LeakWatch, kind: str) -> None:
+    secret = "hvs.not-to-be-seen-anywhere"
+    leak_watch.note(secret)
+    options: dict[str, Any] = (
+        {"token_source": lambda: secret}
+        if kind == "token"
+        else {"role_id": "r", "secret_id_source": lambda: secret}
+    )
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable):
+        open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}", **options)
+
+
+def test_header_lines_that_cannot_be_read_are_not_logged(
+    token: str, leak_watch: LeakWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leak_watch.note(token)
+
+    def echo(connection: socket.socket) -> None:
+        connection.recv(65536)
+        head = f"HTTP/1.1 403 Forbidden\r\nnot a header {token}\r\nContent-Length: 0\r\n\r\n"
+        connection.sendall(head.encode())
+
+    with listening(echo) as port, pytest.raises(errors.AccessDeniedError):
+        open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}")
+    assert "remote.malformed_headers" in caplog.text
+
+
 # -- calls, time, threads -------------------------------------------------------------------------
 
 
@@ -448,22 +515,88 @@ def test_one_call_for_each_signature_and_no_metadata(signer: Signer, proxy: Faul
     )
 
 
-def test_deadline_bounds_a_slow_answer(signer: Signer, proxy: FaultProxy) -> None:
-    release = threading.Event()
-    proxy.fault = on_sign(held(release))
-    started = time.monotonic()
+def test_deadline_bounds_a_slow_answer_and_nothing_is_sent_after_it(
+    signer: Signer, proxy: FaultProxy
+) -> None:
+    release, answered = threading.Event(), threading.Event()
+
+    def hold_and_drop(*_: object) -> Answer:
+        release.wait(30)
+        answered.set()
+        raise Dropped
+
+    proxy.fault = on_sign(hold_and_drop)
+    asked = len(proxy.requests)
     with pytest.raises(errors.SignerTimeout):
         signer.sign(b"m", timeout=0.2)
-    assert time.monotonic() - started < 2.0
     release.set()
-    for thread in threading.enumerate():
-        if thread.name == "d1-signer-call":
-            thread.join(10)
+    answered.wait(10)
+    proxy.fault = None
+    _signs(signer)
+    assert len(proxy.requests) == asked + 2
+    assert not [t for t in threading.enumerate() if t.name == "d1-signer-call"]
 
 
-def test_client_alone_bounds_a_slow_answer(proxy: FaultProxy) -> None:
+def test_kept_connection_that_closes_after_the_deadline_is_not_replaced(
+    signer: Signer, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock passes the deadline while the first attempt is under way.
+    offset = 0.0
+    monotonic = time.monotonic
+
+    def drop_late(*_: object) -> Answer:
+        nonlocal offset
+        offset = 100.0
+        raise Dropped
+
+    monkeypatch.setattr("d1_signer.remote.time.monotonic", lambda: monotonic() + offset)
+    proxy.fault = on_sign(drop_late)
+    with pytest.raises(errors.SignerTimeout):
+        signer.sign(b"m", timeout=30)
+    assert len([call for call in calls(proxy) if "/sign/" in call]) == 1
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("serve", TRICKLES.values(), ids=TRICKLES)
+def test_answer_that_trickles_in_ends_by_the_time_limit(
+    serve: Callable[[socket.socket], None],
+) -> None:
+    with listening(serve) as port:
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}", timeout=0.5)
+        assert time.monotonic() - started < 5.0
+
+
+def test_answer_without_an_end_is_refused() -> None:
+    with listening(endless) as port, pytest.raises(errors.IntegrityError, match="1 MiB"):
+        open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}")
+
+
+def test_no_fork_happens_in_a_handshake(server: vault.Vault) -> None:
+    # OpenSSL's locks would stay locked in the child.
+    fork_gate._before_fork()
+    try:
+        with pytest.raises(errors.SignerTimeout):
+            open_signer("hashivault://d1", address=server.tls_url, timeout=0.1)
+    finally:
+        fork_gate._after_fork_in_parent()
+
+
+@pytest.mark.stress
+def test_threads_that_wait_for_one_login_keep_to_the_time_limit() -> None:
+    settings = read_settings("http://127.0.0.1:1", None, None)
+    http, tokens = HttpClient(settings), AppRoleTokens("role", lambda: "secret-id-1", "approle")
+    with tokens._lock:
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            tokens.current(http, started + 0.2)
+        assert time.monotonic() - started < 2.0
+
+
+def test_read_timeout_bounds_a_slow_answer(proxy: FaultProxy) -> None:
     release = threading.Event()
-    with open_signer("hashivault://d1", address=proxy.url, read_timeout=1.0) as signer:
+    with open_signer("hashivault://d1", address=proxy.url, read_timeout=0.5) as signer:
         proxy.fault = on_sign(held(release))
         with pytest.raises(errors.SignerTimeout):
             signer.sign(b"m")

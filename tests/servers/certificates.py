@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A self-signed certificate for servers on loopback."""
+"""Self-signed certificates for servers on loopback."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 
-def self_signed(directory: Path) -> tuple[Path, Path]:
-    """Write a certificate for ``localhost`` and 127.0.0.1, and its key; returns both paths."""
+def self_signed(directory: Path, *, address: str | None = "127.0.0.1") -> tuple[Path, Path]:
+    """Write a certificate for ``localhost`` and an address, and its key; returns both paths."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
-    names = x509.SubjectAlternativeName(
-        [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
-    )
+    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
+    if address is not None:
+        names.append(x509.IPAddress(ip_address(address)))
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -29,7 +29,7 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - dt.timedelta(hours=1))
         .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(names, critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, SHA256())
     )

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An HTTP proxy on loopback that forwards to one server and can be told to misbehave."""
+"""Servers on loopback that misbehave: an HTTP proxy before a real one, and bare sockets."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
@@ -130,3 +133,61 @@ class FaultProxy:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+@contextlib.contextmanager
+def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Give each connection to ``serve``, in a thread of its own, and close it after that."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def one(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            serve(connection)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        # A thread that accepts is not woken by a close alone.
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        listener.close()
+
+
+def drop(connection: socket.socket) -> None:
+    """Read what comes first, a request or a greeting of TLS, and answer nothing."""
+    connection.recv(65536)
+
+
+def trickle(head: bytes) -> Callable[[socket.socket], None]:
+    """Answer with ``head`` and then byte after byte, without an end, until the client has left."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(head)
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.05)
+
+    return serve
+
+
+def endless(connection: socket.socket) -> None:
+    """Answer with a body of unknown length that does not end, until the client has left."""
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+
+
+TRICKLES = {
+    "head": trickle(b"HTTP/1.1 200 OK\r\nX-Long: "),
+    "body": trickle(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),
+}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from base64 import b64encode, urlsafe_b64decode
 from typing import Any
 from urllib.parse import quote
@@ -39,12 +40,13 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.key_uri import KeyUri
-from d1_signer.remote import PerProcess, within
+from d1_signer.remote import PerProcess
 from d1_signer.secret import SecretSource
 
 _log = logging.getLogger(__name__)
 
 _KEY_TYPE = "ecdsa-p256"
+_TIME_TO_GENERATE = 60.0  # seconds
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -62,7 +64,13 @@ class VaultBackend:
     encoding = SignatureEncoding.RAW
 
     def __init__(
-        self, clients: PerProcess[Client], mount: str, key: str, version: int | None
+        self,
+        clients: PerProcess[Client],
+        mount: str,
+        key: str,
+        version: int | None,
+        *,
+        timeout: float,
     ) -> None:
         """Read the key, and pin its version and public key.
 
@@ -71,13 +79,15 @@ class VaultBackend:
             mount: Where the Transit engine is mounted.
             key: Name of the key.
             version: Version of the key; None: the latest.
+            timeout: Seconds for one call with all its requests.
         """
         self._clients = clients
+        self._timeout = timeout
         self._mount = mount
         self._key = key
         self._closed = False
         self._path = f"{mount}/sign/{quote(key)}/sha2-256"
-        described = _described(clients.get(), mount, key)
+        described = self._described()
         self._version = _usable_version(described, key, version)
         self._public_key = _public_key(described, self._version)
         _log.info(
@@ -100,18 +110,21 @@ class VaultBackend:
         """Sign a digest of 32 bytes with one request; the answer is r||s."""
         if self._closed:
             raise SignerClosedError("The key is closed.")
-        if deadline is None:
-            return self._sign(digest)
-        return within(deadline, lambda: self._sign(digest))
-
-    def _sign(self, digest: bytes) -> bytes:
+        client = self._clients.get()
+        limit = time.monotonic() + self._timeout
         fields: dict[str, object] = {
             "input": b64encode(digest).decode(),
             "prehashed": True,
             "marshaling_algorithm": "jws",
             "key_version": self._version,
         }
-        told = self._clients.get().ask("to sign", "POST", self._path, fields)
+        told = client.ask(
+            "to sign",
+            "POST",
+            self._path,
+            until=limit if deadline is None else min(limit, deadline),
+            fields=fields,
+        )
         data = told.get("data")
         signature = data.get("signature") if isinstance(data, dict) else None
         match = _SIGNATURE.fullmatch(signature) if isinstance(signature, str) else None
@@ -129,7 +142,7 @@ class VaultBackend:
 
     def custody(self) -> Evidence:
         """Report what Vault says of the key now: it can be made exportable later on."""
-        described = _described(self._clients.get(), self._mount, self._key)
+        described = self._described()
         if _public_key(described, self._version) != self._public_key:
             raise KeyMismatchError(
                 f"Version {self._version} of {self._key} is another key than at opening.",
@@ -160,6 +173,10 @@ class VaultBackend:
             facts=tuple(facts),
         )
 
+    def _described(self) -> dict[str, Any]:
+        client = self._clients.get()
+        return _described(client, self._mount, self._key, time.monotonic() + self._timeout)
+
     def close(self) -> None:
         """Close the connections of this process."""
         self._closed = True
@@ -181,6 +198,7 @@ def open_backend(
     role_id: str | None = None,
     secret_id_source: SecretSource | None = None,
     auth_mount: str | None = None,
+    timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
 ) -> VaultBackend:
@@ -198,8 +216,9 @@ def open_backend(
         role_id: Role id of an AppRole, used instead of a token.
         secret_id_source: Where its secret id comes from; read at each login.
         auth_mount: Where the AppRole method is mounted; None: ``approle``.
+        timeout: Seconds for one call with all its requests.
         connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for an answer.
+        read_timeout: Seconds for each wait for bytes.
 
     Raises:
         KeyUriError: The URI is not of this form.
@@ -224,7 +243,7 @@ def open_backend(
     )
     tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
     number = None if version is None else int(version)
-    return VaultBackend(clients(settings, tokens), mount, key, number)
+    return VaultBackend(clients(settings, tokens), mount, key, number, timeout=timeout)
 
 
 def generate_key(
@@ -261,25 +280,27 @@ def generate_key(
     settings = read_settings(address, namespace, ca_file, read_timeout=10.0)
     tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
     client = clients(settings, tokens).get()
+    until = time.monotonic() + _TIME_TO_GENERATE
     try:
-        if _exists(client, mount, key):
+        if _exists(client, mount, key, until):
             raise KeyExistsError(f"The Transit key {key} exists.", hint="Choose another name.")
         fields: dict[str, object] = {
             "type": _KEY_TYPE,
             "exportable": False,
             "allow_plaintext_backup": False,
         }
-        client.ask("to make a key", "POST", f"{mount}/keys/{quote(key)}", fields)
-        public_key = _public_key(_described(client, mount, key), 1)
+        path = f"{mount}/keys/{quote(key)}"
+        client.ask("to make a key", "POST", path, until=until, fields=fields)
+        public_key = _public_key(_described(client, mount, key, until), 1)
     finally:
         client.http.close()
     return GeneratedKey(uri=f"{uri}{'&' if '?' in uri else '?'}version=1", public_key=public_key)
 
 
-def _exists(client: Client, mount: str, key: str) -> bool:
+def _exists(client: Client, mount: str, key: str, until: float) -> bool:
     # Vault answers the making of a key that exists as if it had made it.
     try:
-        client.ask("to look for the key", "GET", f"{mount}/keys/{quote(key)}")
+        client.ask("to look for the key", "GET", f"{mount}/keys/{quote(key)}", until=until)
     except KeyNotFoundError:
         return False
     return True
@@ -318,8 +339,8 @@ def _tokens(
     return AppRoleTokens(role_id, secret_id_source, mount)
 
 
-def _described(client: Client, mount: str, key: str) -> dict[str, Any]:
-    told = client.ask("for the key", "GET", f"{mount}/keys/{quote(key)}")
+def _described(client: Client, mount: str, key: str, until: float) -> dict[str, Any]:
+    told = client.ask("for the key", "GET", f"{mount}/keys/{quote(key)}", until=until)
     data = told.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("keys"), dict):
         raise IntegrityError("Vault described the key without its versions.", hint=_ALTERED)

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Timeout
-from urllib3.connection import HTTPConnection
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -39,20 +36,9 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.remote import check_endpoint
+from d1_signer.remote import Answer, Http, check_endpoint, is_untrusted, tls_context
 from d1_signer.secret import Secret
 
-_CONNECTIONS = 128
-_LARGEST_ANSWER = 1 << 20
-
-# A firewall forgets idle connections without a word; each one that it forgot would cost a time-out.
-_KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-if hasattr(socket, "TCP_KEEPIDLE"):  # Linux: after a minute, and not after two hours
-    _KEEP_ALIVE += [
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    ]
 _LONGEST = 400
 _ALTERED = "Something between this process and Vault alters answers, or it is not Vault."
 
@@ -87,7 +73,7 @@ class Settings:
         namespace: Namespace of Vault Enterprise or OpenBao, or None.
         ca_file: PEM file of the authorities to trust; None: the system's.
         connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for an answer.
+        read_timeout: Seconds for each wait for bytes.
     """
 
     address: str
@@ -126,9 +112,14 @@ class HttpClient:
 
     def __init__(self, settings: Settings) -> None:
         """Prepare connections; none is opened yet."""
-        self._settings = settings
-        self._prefix = urlsplit(settings.address).path.rstrip("/") + "/v1/"
-        self._pool = _pool(settings)
+        self._namespace = settings.namespace
+        self._base = f"{settings.address.rstrip('/')}/v1/"
+        self._http = Http(
+            "Vault",
+            _ssl_context(settings.ca_file),
+            connect_timeout=settings.connect_timeout,
+            read_timeout=settings.read_timeout,
+        )
 
     def request(
         self,
@@ -136,6 +127,7 @@ class HttpClient:
         method: str,
         path: str,
         *,
+        until: float,
         token: Secret | None = None,
         fields: Mapping[str, object] | None = None,
         secrets: Mapping[str, Secret] | None = None,
@@ -146,6 +138,7 @@ class HttpClient:
             doing: What is asked for, such as ``"to sign"``.
             method: HTTP method.
             path: Path below ``/v1/``.
+            until: Moment on ``time.monotonic()`` by which to answer or raise.
             token: Sent as ``X-Vault-Token``.
             fields: Members of the JSON body.
             secrets: More members of it, which no error may show.
@@ -153,18 +146,15 @@ class HttpClient:
         Returns:
             The answer's JSON object; empty for an answer without a body.
         """
-        outcome = self._exchange(doing, method, path, token, fields, secrets)
-        if isinstance(outcome, ProtocolError):
-            outcome = self._exchange(doing, method, path, token, fields, secrets)
-        if isinstance(outcome, Exception):
-            raise _unreachable(outcome, doing)
-        status, body, location = outcome
+        outcome = self._exchange(doing, method, path, until, token, fields, secrets)
+        if isinstance(outcome, D1SignerError):
+            raise outcome
         try:
-            told = json.loads(body) if body else {}
+            told = json.loads(outcome.body) if outcome.body else {}
         except ValueError:
             told = None
-        if status not in _OK:
-            raise _refused(status, told, doing, location)
+        if outcome.status not in _OK:
+            raise _refused(outcome.status, told, doing, outcome.headers.get("Location", ""))
         if not isinstance(told, dict):
             raise IntegrityError(f"Vault answered {doing} without JSON.", hint=_ALTERED)
         return told
@@ -174,39 +164,39 @@ class HttpClient:
         doing: str,
         method: str,
         path: str,
+        until: float,
         token: Secret | None,
         fields: Mapping[str, object] | None,
         secrets: Mapping[str, Secret] | None,
-    ) -> tuple[int, bytes, str] | Exception:
-        """Returns what failed and does not raise it: its traceback would show the secrets."""
-        try:
-            response = self._pool.urlopen(
-                method,
-                self._prefix + path,
-                body=_body(fields, secrets),
-                headers=_headers(self._settings.namespace, token),
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-            )
-            length = response.headers.get("Content-Length", "")
-            bounded = length.isdecimal() and int(length) <= _LARGEST_ANSWER
-            # A read with a limit of its own takes much longer: for answers of no known length.
-            body = response.read() if bounded else response.read(_LARGEST_ANSWER + 1)
-            if len(body) > _LARGEST_ANSWER:
-                response.close()
-                return IntegrityError(
-                    f"Vault answered {doing} with more than 1 MiB.", hint=_ALTERED
+    ) -> Answer | D1SignerError:
+        """Returns the failure and does not raise it.
+
+        The frames here and below hold the secrets, so none of them may be in its traceback, and
+        urllib3's exception, which has them, neither in its context nor in a variable.
+        """
+        failure: D1SignerError
+        for again in (True, False):
+            try:
+                return self._http.exchange(
+                    method,
+                    self._base + path,
+                    headers=_headers(self._namespace, token),
+                    body=_body(fields, secrets),
+                    until=until,
                 )
-            response.release_conn()
-            return response.status, body, response.headers.get("Location", "")
-        except (HTTPError, OSError, ValueError) as error:
-            return error
+            except D1SignerError as error:
+                failure = error.with_traceback(None)
+                failure.__context__ = None
+                return failure
+            except (HTTPError, OSError, ValueError) as error:
+                failure = _unreachable(error, doing)
+                if not (again and isinstance(error, ProtocolError)):
+                    return failure
+        return failure
 
     def close(self) -> None:
         """Close the connections that are kept."""
-        self._pool.close()
+        self._http.close()
 
 
 def _body(
@@ -228,52 +218,24 @@ def _headers(namespace: str | None, token: Secret | None) -> dict[str, str]:
     return headers
 
 
-def _pool(settings: Settings) -> HTTPConnectionPool:
-    url = urlsplit(settings.address)
-    host = url.hostname or ""
-    timeout = Timeout(connect=settings.connect_timeout, read=settings.read_timeout)
-    options = [*HTTPConnection.default_socket_options, *_KEEP_ALIVE]
-    if url.scheme == "http":
-        return HTTPConnectionPool(
-            host, url.port, timeout=timeout, maxsize=_CONNECTIONS, socket_options=options
-        )
-    return HTTPSConnectionPool(
-        host,
-        url.port,
-        timeout=timeout,
-        maxsize=_CONNECTIONS,
-        socket_options=options,
-        ssl_context=_ssl_context(settings.ca_file),
-    )
-
-
 def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
-    # Not create_default_context(): it writes session keys to the file that SSLKEYLOGFILE names.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if ca_file is None:
-        context.load_default_certs()
-        return context
     try:
-        context.load_verify_locations(ca_file)
+        return tls_context(ca_file)
     except (OSError, ssl.SSLError):
         raise ConfigurationError(
             f"The CA file for Vault cannot be read: {ca_file}.",
             hint="It holds certificates in PEM; see VAULT_CACERT.",
         ) from None
-    return context
 
 
 def _unreachable(error: Exception, doing: str) -> D1SignerError:
-    if isinstance(error, D1SignerError):
-        return error
     name = type(error).__name__
     text = f"Vault could not be asked {doing}: {name}."
     if isinstance(error, SSLError):
         return SignerUnavailable(
             text,
             hint="TLS failed: check VAULT_CACERT and the name in VAULT_ADDR.",
-            retryable=False,
+            retryable=not is_untrusted(error),
         )
     if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
         return SignerTimeout(text, hint="Check that Vault can be reached.")

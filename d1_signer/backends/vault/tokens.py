@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from d1_signer.backends.vault.http import HttpClient, Settings
 from d1_signer.errors import AccessDeniedError, IntegrityError, LoginError
-from d1_signer.remote import PerProcess
+from d1_signer.remote import PerProcess, no_time_left, within
 from d1_signer.secret import Secret, SecretSource, read_secret
 
 # A token is replaced when this share of its life is over, so that none expires on its way.
@@ -24,11 +26,11 @@ _LOGIN_INTERVAL = 10.0
 class Tokens(Protocol):
     """Gives the token for a request."""
 
-    def current(self, http: HttpClient) -> Secret:
+    def current(self, http: HttpClient, until: float) -> Secret:
         """The token to send."""
         ...
 
-    def after_refusal(self, http: HttpClient, refused: Secret) -> Secret | None:
+    def after_refusal(self, http: HttpClient, until: float, refused: Secret) -> Secret | None:
         """Another token than the one that was refused, or None where there is none."""
         ...
 
@@ -42,19 +44,23 @@ class GivenTokens:
         self._token: Secret | None = None
 
     def for_this_process(self) -> GivenTokens:
-        """The same: it is read anew where needed."""
+        """The same, its token read: before any time limit begins, since a person may type it."""
+        if self._token is None:
+            self._token = self._read()
         return self
 
-    def current(self, http: HttpClient) -> Secret:  # noqa: ARG002 (see the protocol)
+    def current(self, http: HttpClient, until: float) -> Secret:  # noqa: ARG002 (see the protocol)
         """The token as it was read last."""
-        token = self._token
-        if token is None:
-            token = self._token = self._read()
-        return token
+        return self._token or within(until, self._read)
 
-    def after_refusal(self, http: HttpClient, refused: Secret) -> Secret | None:  # noqa: ARG002
+    def after_refusal(
+        self,
+        http: HttpClient,  # noqa: ARG002 (see the protocol)
+        until: float,
+        refused: Secret,
+    ) -> Secret | None:
         """The token as its source gives it now, where that is another one."""
-        token = self._token = self._read()
+        token = self._token = within(until, self._read)
         return token if token.reveal() != refused.reveal() else None
 
     def _read(self) -> Secret:
@@ -100,35 +106,48 @@ class AppRoleTokens:
         """The same with a lock of its own: the parent's may have been held when it forked."""
         return AppRoleTokens(self.role_id, self.secret_id, self.mount, self._held)
 
-    def current(self, http: HttpClient) -> Secret:
+    def current(self, http: HttpClient, until: float) -> Secret:
         """The token of the last login, or of a new one where its life is nearly over."""
         held = self._held
         if held.token is not None and time.monotonic() < held.usable_until:
             return held.token
-        with self._lock:
+        with self._alone(until):
             held = self._held
             if held.token is not None and time.monotonic() < held.usable_until:
                 return held.token
-            return self._login(http)
+            return self._login(http, until)
 
-    def after_refusal(self, http: HttpClient, refused: Secret) -> Secret | None:
+    def after_refusal(self, http: HttpClient, until: float, refused: Secret) -> Secret | None:
         """The token of a new login, unless the last one was a moment ago."""
-        with self._lock:
+        with self._alone(until):
             held = self._held
             if held.token is not None and held.token is not refused:
                 return held.token
             if time.monotonic() - held.logged_in_at < _LOGIN_INTERVAL:
                 return None
-            return self._login(http)
+            return self._login(http, until)
 
-    def _login(self, http: HttpClient) -> Secret:
+    @contextlib.contextmanager
+    def _alone(self, until: float) -> Iterator[None]:
+        # Threads that wait for one login would otherwise each begin their own in turn, where the
+        # server hangs, and wait for all of them.
+        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise no_time_left()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _login(self, http: HttpClient, until: float) -> Secret:
         started = time.monotonic()
+        secret_id = within(until, lambda: read_secret(self.secret_id, what="AppRole secret id"))
         auth = http.request(
             "to log in",
             "POST",
             f"auth/{self.mount}/login",
+            until=until,
             fields={"role_id": self.role_id},
-            secrets={"secret_id": read_secret(self.secret_id, what="AppRole secret id")},
+            secrets={"secret_id": secret_id},
         ).pop("auth", None)
         token = auth.pop("client_token", None) if isinstance(auth, dict) else None
         if not isinstance(token, str) or not token:
@@ -149,18 +168,24 @@ class Client:
         self._tokens = tokens
 
     def ask(
-        self, doing: str, method: str, path: str, fields: dict[str, object] | None = None
+        self,
+        doing: str,
+        method: str,
+        path: str,
+        *,
+        until: float,
+        fields: dict[str, object] | None = None,
     ) -> dict[str, Any]:
         """Send a request; again, once, where its token was refused and another one is there."""
-        token = self._tokens.current(self.http)
+        token = self._tokens.current(self.http, until)
         try:
-            return self.http.request(doing, method, path, token=token, fields=fields)
+            return self.http.request(doing, method, path, until=until, token=token, fields=fields)
         except (AccessDeniedError, LoginError) as error:
             refusal = error
-        token_now = self._tokens.after_refusal(self.http, token)
+        token_now = self._tokens.after_refusal(self.http, until, token)
         if token_now is None:
             raise refusal
-        return self.http.request(doing, method, path, token=token_now, fields=fields)
+        return self.http.request(doing, method, path, until=until, token=token_now, fields=fields)
 
 
 def clients(settings: Settings, tokens: GivenTokens | AppRoleTokens) -> PerProcess[Client]:
