@@ -26,6 +26,7 @@ from google.cloud.kms_v1.services.key_management_service.transports import (
 from d1_signer import errors
 from d1_signer.backends.gcp_kms import GcpKmsBackend
 from d1_signer.custody import Assurance, CustodyPolicy
+from d1_signer.remote import fork_gate
 from d1_signer.signer import Signer, generate_key, open_signer
 from tests.servers import gcp
 from tests.servers.certificates import self_signed
@@ -240,6 +241,34 @@ def test_deadline_bounds_a_slow_answer(server: gcp.Gcp, signer: Signer) -> None:
         signer.sign(b"m", timeout=0.2)
     assert time.monotonic() - started < 2.0
     server.tell(release=True)
+
+
+@pytest.mark.stress
+def test_deadline_holds_while_a_fork_is_waited_for(signer: Signer) -> None:
+    fork_gate._before_fork()
+    try:
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            signer.sign(b"m", timeout=0.2)
+        assert time.monotonic() - started < 2.0
+    finally:
+        fork_gate._after_fork_in_parent()
+    signer.public_key.verify(signer.sign(b"m"), b"m")
+
+
+def test_call_waits_for_every_fork_under_way(server: gcp.Gcp, signer: Signer) -> None:
+    before = server.calls()
+    # As when two threads fork at once.
+    fork_gate._before_fork()
+    fork_gate._before_fork()
+    fork_gate._after_fork_in_parent()
+    try:
+        with pytest.raises(errors.SignerTimeout):
+            signer.sign(b"m", timeout=0.1)
+        assert _asked(server, before) == {}
+    finally:
+        fork_gate._after_fork_in_parent()
+    signer.public_key.verify(signer.sign(b"m"), b"m")
 
 
 def test_time_limit_bounds_all_attempts_together(

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,7 +21,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.key_uri import KeyUri
-from d1_signer.remote import PerProcess, no_time_left, only_in_this_process, within
+from d1_signer.remote import PerProcess, fork_gate, no_time_left, only_in_this_process, within
 
 R = TypeVar("R")
 
@@ -38,57 +36,6 @@ _ENDPOINT = re.compile(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 
 # Seconds before the second and the third attempt, at most; then the failure is the caller's.
 _PAUSES = (0.1, 0.4)
-
-_LONGEST_WAIT_TO_FORK = 15.0  # seconds
-
-
-class _ForkGate:
-    """Lets no process be forked while one of our calls is inside gRPC.
-
-    gRPC survives a fork only between calls: its own fork handlers give up while another thread
-    calls, and then one child in ten waits for ever on a channel that it made itself.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew: a forked child has none of the threads that were in calls."""
-        self._changed = threading.Condition()
-        self._calls = 0
-        self._forking = False
-
-    def __enter__(self) -> None:
-        with self._changed:
-            while self._forking:
-                self._changed.wait()
-            self._calls += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._calls -= 1
-            if self._forking and not self._calls:
-                self._changed.notify_all()
-
-    def before_fork(self) -> None:
-        """Hold new calls back and wait for those under way, each of which has its time limit."""
-        with self._changed:
-            self._forking = True
-            self._changed.wait_for(lambda: not self._calls, _LONGEST_WAIT_TO_FORK)
-
-    def after_fork_in_parent(self) -> None:
-        """Let calls go on."""
-        with self._changed:
-            self._forking = False
-            self._changed.notify_all()
-
-
-_gate = _ForkGate()
-os.register_at_fork(
-    before=_gate.before_fork,
-    after_in_parent=_gate.after_fork_in_parent,
-    after_in_child=_gate.reset,
-)
 
 
 class Caller:
@@ -125,12 +72,12 @@ class Caller:
 
     def _attempts(self, doing: str, function: Callable[..., R], request: object, until: float) -> R:
         for pause in (*_PAUSES, None):
-            remaining = until - time.monotonic()
-            if remaining <= 0:
-                break
             try:
-                # The SDK's own retry ignores `timeout`: it runs for a minute.
-                with _gate:
+                with fork_gate.call(until):
+                    remaining = until - time.monotonic()
+                    if remaining <= 0:
+                        break
+                    # The SDK's own retry ignores `timeout`: it runs for a minute.
                     return ask(doing, function, request=request, retry=None, timeout=remaining)
             except (SignerTimeout, SignerThrottled):
                 raise
