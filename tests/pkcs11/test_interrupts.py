@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pkcs11
 import pytest
 
 import d1_signer
@@ -25,9 +26,12 @@ from d1_signer.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 
-# Not logging and python-pkcs11, which do not survive it: the one keeps its lock, the other frees
-# pointers that it has not set.
-_SEEN = (str(Path(d1_signer.__file__).parent), threading.__file__)
+# Not logging, which keeps its handlers' lock.
+_SEEN = (
+    str(Path(d1_signer.__file__).parent),
+    str(Path(pkcs11.__file__).parent),
+    threading.__file__,
+)
 
 
 class _SoftLimit(BaseException):

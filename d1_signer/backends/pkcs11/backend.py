@@ -360,7 +360,7 @@ class Pkcs11Backend:
         worker.drop(generation)
         token = self._current_token()
         self._ensure_login(token)
-        session = token.open()
+        session = keys.opened(token)
         try:
             found = keys.find_key(session, self._settings.uri, self._pinned)
         except BaseException:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from d1_signer.backends.pkcs11.handoff import Handoff
 from d1_signer.backends.pkcs11.keys import P256
 from d1_signer.backends.pkcs11.login import Login, Pin
 from d1_signer.backends.pkcs11.module import Module
+from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import KeyExistsError, SignerError, SignerTimeout
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import Secret
@@ -81,8 +83,13 @@ def _made(settings: Settings, secret: Secret | None, deadline: float) -> Generat
         login = Login.shared(module, token, settings.user_type)
         try:
             login.ensure(secret, pin_pad=settings.pin_pad, known=False)
-            with keys.session_on(token, rw=True) as session:
-                return _generate(session, settings)
+            key_id = _free_id(token, settings.uri)
+            session = token.open(rw=True)
+            try:
+                return _generate(session, settings, key_id)
+            finally:
+                with contextlib.suppress(sdk.PKCS11Error):
+                    session.close()
         finally:
             login.release()
 
@@ -94,18 +101,24 @@ def _made(settings: Settings, secret: Secret | None, deadline: float) -> Generat
         module.release()
 
 
-def _generate(session: pkcs11.Session, settings: Settings) -> GeneratedKey:
-    uri = settings.uri
+def _free_id(token: pkcs11.Token, uri: Pkcs11Uri) -> bytes:
+    """The new key's id, which no key has, as none has its label."""
     key_id = uri.id if uri.id is not None else secrets.token_bytes(_ID_LENGTH)
-    for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-        if keys.objects(session, kind, label=uri.object) or keys.objects(
-            session, kind, key_id=key_id
-        ):
-            raise KeyExistsError(
-                f"A key with that label or that id exists: {uri.location(key_id)}.",
-                hint="Nothing was changed; choose another object and id.",
-                details={"step": "key"},
-            )
+    with keys.session_on(token) as session:
+        for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
+            if keys.objects(session, kind, label=uri.object) or keys.objects(
+                session, kind, key_id=key_id
+            ):
+                raise KeyExistsError(
+                    f"A key with that label or that id exists: {uri.location(key_id)}.",
+                    hint="Nothing was changed; choose another object and id.",
+                    details={"step": "key"},
+                )
+    return key_id
+
+
+def _generate(session: pkcs11.Session, settings: Settings, key_id: bytes) -> GeneratedKey:
+    uri = settings.uri
     public, private = _pair(session, str(uri.object), key_id)
     try:
         wrong = _wrong(private)

@@ -13,6 +13,7 @@ from typing import Any
 import pkcs11
 from asn1crypto.x509 import Certificate
 from pkcs11 import Attribute, KeyType, ObjectClass, SlotFlag, exceptions as sdk
+from pkcs11.attributes import AttributeMapper
 
 from d1_signer.backends.pkcs11.module import Module
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
@@ -112,10 +113,30 @@ def _token_text(token: pkcs11.Token) -> str:
     return f"{token.label!r} (serial {serial}, slot {token.slot.slot_id})"
 
 
+class _AsItIs(AttributeMapper):
+    """Takes values that are packed already, without a line of Python.
+
+    A signal's handler may raise in any function that is written in Python, and python-pkcs11
+    (0.10.1) frees pointers that it has not set where packing raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pack_attribute = {}.get  # type: ignore[method-assign, assignment]  # its second argument
+
+
+_as_it_is, _packing = _AsItIs(), AttributeMapper()
+
+
+def opened(token: pkcs11.Token) -> pkcs11.Session:
+    """A session for `objects` and for signing; it makes none."""
+    return token.open(attribute_mapper=_as_it_is)
+
+
 @contextlib.contextmanager
-def session_on(token: pkcs11.Token, *, rw: bool = False) -> Iterator[pkcs11.Session]:
-    """A session for a few calls; that a dead one cannot be closed does not hide why it died."""
-    session = token.open(rw=rw)
+def session_on(token: pkcs11.Token) -> Iterator[pkcs11.Session]:
+    """As `opened`, closed; that a dead one cannot be closed does not hide why it died."""
+    session = opened(token)
     try:
         yield session
     finally:
@@ -181,17 +202,18 @@ def objects(
     label: str | None = None,
     key_id: bytes | None = None,
 ) -> list[Any]:
-    """All objects of a class with this label and id.
+    """All objects of a class with this label and id, by a session of `opened`.
 
     A list, always: while a search is open, it holds the session's lock against other threads. One
     that could not begin calls the module once more when it is freed, so that is done here, inside
     the module, and not whenever the error's traceback goes.
     """
-    template: dict[Attribute, Any] = {Attribute.CLASS: kind}
-    if label is not None:
-        template[Attribute.LABEL] = label
-    if key_id is not None:
-        template[Attribute.ID] = key_id
+    wanted = {Attribute.CLASS: kind, Attribute.LABEL: label, Attribute.ID: key_id}
+    template = {
+        name: _packing.pack_attribute(name, value)
+        for name, value in wanted.items()
+        if value is not None
+    }
     try:
         return list(session.get_objects(template))
     except sdk.PKCS11Error as failure:
