@@ -59,8 +59,8 @@ def _interrupted(work: Callable[[], object], moment: int) -> bool:
     return left < 0
 
 
-def _moments(work: Callable[[], object]) -> Iterator[int]:
-    for moment in itertools.count():
+def _moments(work: Callable[[], object], step: int = 1) -> Iterator[int]:
+    for moment in itertools.count(0, step):
         if not _interrupted(work, moment):
             assert moment > 40, "the moments were seen"
             return
@@ -82,19 +82,19 @@ def test_signature_that_is_interrupted_anywhere(signer: Signer) -> None:
 
 # A generator that is dropped, and the PIN's file, which is closed by being freed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_recovery_that_is_interrupted_anywhere(signer: Signer, shim: Shim) -> None:
+def test_recovery_that_is_interrupted(signer: Signer, shim: Shim) -> None:
     def recovers() -> None:
         shim.fail(Call.SIGN, 0x30, times=1)
         signer.sign(b"message")
 
-    for moment in _moments(recovers):
+    for moment in _moments(recovers, 3):
         shim.heal()
         _check(signer, moment)
     assert shim.finalized_beside_a_call == 0
 
 
 def test_question_to_a_child_that_is_interrupted_before_the_answer(token: SoftHsmToken) -> None:
-    with open_signer(token.uri, isolation="process", max_sessions=1, session_timeout=5) as signer:
+    with open_signer(token.uri, isolation="process", max_sessions=1, session_timeout=20) as signer:
         # Until the question is sent, and a little further: each of these costs a child.
         for _ in itertools.islice(_moments(lambda: signer.sign(b"message")), 28):
             _until_signed(signer)
