@@ -5,25 +5,42 @@ from __future__ import annotations
 
 import base64
 import logging
+import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import boto3
+import certifi
 import pytest
 from botocore.config import Config
 
 from d1_signer import errors
 from d1_signer.backends.aws_kms import AwsKmsBackend
 from d1_signer.custody import CustodyPolicy
+from d1_signer.remote import Answer, Http
 from d1_signer.signer import Signer, generate_key, open_signer
 from tests.servers import aws
 from tests.servers.aws import answering, asking, calls, on_sign, with_signature
-from tests.servers.fault_proxy import Fault, FaultProxy
+from tests.servers.certificates import self_signed
+from tests.servers.fault_proxy import (
+    TRICKLES,
+    Fault,
+    FaultProxy,
+    drop,
+    endless,
+    listening,
+    tls_in_front_of,
+    tunnel,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.conftest import LeakWatch
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +60,21 @@ def other_key(endpoint: aws.Aws) -> str:
 
 
 @pytest.fixture(autouse=True)
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def credentials(monkeypatch: pytest.MonkeyPatch, leak_watch: LeakWatch) -> None:
     for name, value in aws.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    leak_watch.note(aws.SECRET_KEY)
+    leak_watch.note(aws.SESSION_TOKEN)
+
+
+@pytest.fixture
+def tls_endpoint(endpoint: aws.Aws, tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """Port and certificate of a TLS listener before the endpoint."""
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with tls_in_front_of(endpoint.port, context) as port:
+        yield port, certificate
 
 
 @pytest.fixture
@@ -94,6 +123,9 @@ def test_every_way_to_name_a_key(endpoint: aws.Aws, key: str) -> None:
         ("awskms:///alias/d1?endpoint=ftp://127.0.0.1", errors.ConfigurationError),
         ("awskms:///alias/d1?endpoint=https://u:p@h", errors.ConfigurationError),
         ("awskms:///alias/d1?endpoint=https://h&fips=true", errors.ConfigurationError),
+        ("awskms:///alias/d1?proxy=https://127.0.0.1:1", errors.ConfigurationError),
+        ("awskms:///alias/d1?proxy=http://u:p@127.0.0.1:1", errors.ConfigurationError),
+        ("awskms:///alias/d1?proxy=127.0.0.1:1", errors.ConfigurationError),
         (
             "awskms:///arn:aws:kms:us-east-1:111122223333:key/x?region=eu-west-1",
             errors.ConfigurationError,
@@ -121,17 +153,96 @@ def test_no_credentials_is_a_login_error(
         open_signer(f"awskms:///alias/d1?endpoint={endpoint.url}")
 
 
-def test_fips_endpoint_is_the_regions(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    seen: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs that would have been asked; nothing is sent."""
+    urls: list[str] = []
 
-    def look(request: Any, **_: object) -> None:
-        seen.append(request.url)
+    def look(_: Http, _method: str, url: str, **_options: object) -> Answer:
+        urls.append(url)
         raise errors.SignerUnavailable("seen enough")
 
-    monkeypatch.setattr("d1_signer.backends.aws_kms.client._refuse_late_attempt", look)
+    monkeypatch.setattr(Http, "exchange", look)
+    return urls
+
+
+@pytest.mark.parametrize(
+    ("query", "configured", "host"),
+    [
+        ("?fips=true", "false", "kms-fips"),
+        ("", "true", "kms-fips"),
+        ("", "false", "kms"),
+        ("?fips=false", "true", "kms"),
+    ],
+)
+def test_fips_endpoint_is_the_regions(
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[str],
+    key: str,
+    query: str,
+    configured: str,
+    host: str,
+) -> None:
+    monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", configured)
     with pytest.raises(errors.SignerUnavailable, match="seen enough"):
-        open_signer(f"awskms:///{key}?fips=true")
-    assert seen == ["https://kms-fips.eu-central-1.amazonaws.com/"]
+        open_signer(f"awskms:///{key}{query}")
+    assert asked == [f"https://{host}.eu-central-1.amazonaws.com/"]
+
+
+# -- the environment does not redirect ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_KMS"])
+def test_endpoint_of_the_environment_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], key: str, name: str
+) -> None:
+    monkeypatch.setenv(name, "http://kms.example.com")
+    with pytest.raises(errors.SignerUnavailable, match="seen enough"):
+        open_signer(f"awskms:///{key}")
+    assert asked == ["https://kms.eu-central-1.amazonaws.com/"]
+
+
+def test_proxy_authorities_and_key_log_of_the_environment_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tls_endpoint: tuple[int, Path], key: str
+) -> None:
+    port, certificate = tls_endpoint
+    keys = tmp_path / "session-keys"
+    keys.touch()
+    monkeypatch.setenv("SSLKEYLOGFILE", str(keys))
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    reached: list[bytes] = []
+    with listening(lambda connection: reached.append(connection.recv(65536))) as other:
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{other}")
+        uri = f"awskms:///{key}?endpoint=https://localhost:{port}"
+        with pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
+            open_signer(uri, max_attempts=1)
+        assert not refused.value.retryable
+        monkeypatch.setattr(certifi, "where", lambda: str(certificate))
+        with open_signer(uri) as signer:
+            signer.public_key.verify(signer.sign(b"m"), b"m")
+    assert not reached
+    # botocore makes the file, with a comment, for a sender that sends nothing.
+    assert all(line.startswith("#") for line in keys.read_text().splitlines())
+
+
+def test_handshake_that_breaks_off_may_succeed_later(key: str) -> None:
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable) as refused:
+        open_signer(f"awskms:///{key}", endpoint=f"https://127.0.0.1:{port}", max_attempts=1)
+    assert refused.value.retryable
+
+
+def test_proxy_is_used_where_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, tls_endpoint: tuple[int, Path], key: str
+) -> None:
+    port, certificate = tls_endpoint
+    monkeypatch.setattr(certifi, "where", lambda: str(certificate))
+    with tunnel() as (proxy, asked):
+        uri = f"awskms:///{key}?endpoint=https://localhost:{port}&proxy=http://127.0.0.1:{proxy}"
+        with open_signer(uri) as signer:
+            signer.public_key.verify(signer.sign(b"m"), b"m")
+    assert [line.rpartition(" ")[0] for line in asked] == [f"CONNECT localhost:{port}"]
 
 
 # -- keys that are refused ------------------------------------------------------------------------
@@ -376,6 +487,43 @@ def test_client_alone_bounds_a_slow_answer(proxy: FaultProxy, key: str) -> None:
         with pytest.raises(errors.SignerTimeout):
             signer.sign(b"m")
         release.set()
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("serve", TRICKLES.values(), ids=TRICKLES)
+def test_answer_that_trickles_in_ends_by_the_time_limit(
+    serve: Callable[[socket.socket], None], key: str
+) -> None:
+    with listening(serve) as port:
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            open_signer(f"awskms:///{key}", endpoint=f"http://127.0.0.1:{port}", timeout=1.0)
+        assert time.monotonic() - started < 5.0
+        # Nothing goes on with it either.
+        for thread in threading.enumerate():
+            if thread.name == "d1-signer-call":
+                thread.join(10)
+                assert not thread.is_alive()
+
+
+@pytest.mark.stress
+def test_credentials_that_are_not_found_in_time_end_the_opening(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name)
+    with listening(TRICKLES["body"]) as port:
+        url = f"http://127.0.0.1:{port}/credentials"
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", url)
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            open_signer(f"awskms:///{key}", endpoint="http://127.0.0.1:9", timeout=1.0)
+        assert time.monotonic() - started < 5.0
+
+
+def test_answer_without_an_end_is_refused(key: str) -> None:
+    with listening(endless) as port, pytest.raises(errors.IntegrityError, match="1 MiB"):
+        open_signer(f"awskms:///{key}", endpoint=f"http://127.0.0.1:{port}")
 
 
 def test_deadline_ends_the_repeats_as_well(proxy: FaultProxy, key: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +140,7 @@ class FaultProxy:
 def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
     """Give each connection to ``serve``, in a thread of its own, and close it after that."""
     listener = socket.create_server(("127.0.0.1", 0))
+    handles: list[socket.socket] = []
 
     def one(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -148,6 +150,7 @@ def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
+                handles.append(connection.dup())  # not touched by what TLS does with the other
                 threading.Thread(target=one, args=(connection,), daemon=True).start()
 
     thread = threading.Thread(target=accept, daemon=True)
@@ -155,10 +158,62 @@ def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
     try:
         yield listener.getsockname()[1]
     finally:
-        # A thread that accepts is not woken by a close alone.
+        # A thread that accepts or reads is not woken by a close alone.
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
         listener.close()
+        for handle in handles:
+            with handle, contextlib.suppress(OSError):
+                handle.shutdown(socket.SHUT_RDWR)
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
+
+
+def _join(one: socket.socket, other: socket.socket) -> None:
+    back = threading.Thread(target=_copy, args=(other, one), daemon=True)
+    back.start()
+    _copy(one, other)
+    back.join()
+
+
+@contextlib.contextmanager
+def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
+    """A TLS listener that passes on to a server without TLS."""
+
+    def serve(connection: socket.socket) -> None:
+        with (
+            context.wrap_socket(connection, server_side=True) as tls,
+            socket.create_connection(("127.0.0.1", port)) as server,
+        ):
+            _join(tls, server)
+
+    with listening(serve) as own:
+        yield own
+
+
+@contextlib.contextmanager
+def tunnel() -> Iterator[tuple[int, list[str]]]:
+    """A proxy for CONNECT; gives its port and the first lines of what it was asked."""
+    asked: list[str] = []
+
+    def serve(connection: socket.socket) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += connection.recv(1)
+        asked.append(head.decode().partition("\r\n")[0])
+        host, _, port = asked[-1].split()[1].rpartition(":")
+        with socket.create_connection((host, int(port))) as server:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            _join(connection, server)
+
+    with listening(serve) as own:
+        yield own, asked
 
 
 def drop(connection: socket.socket) -> None:

@@ -16,6 +16,7 @@ another key, signing stops with `KeyMismatchError`: D1 knows only the key that w
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -38,8 +39,8 @@ from d1_signer.es256 import PublicKey
 from d1_signer.remote import PerProcess, within
 
 try:
-    from d1_signer.backends.aws_kms.client import clients, read_settings, set_deadline
-    from d1_signer.backends.aws_kms.failures import ALTERED, ask, details
+    from d1_signer.backends.aws_kms.client import Client, call, clients, read_settings
+    from d1_signer.backends.aws_kms.failures import ALTERED, details
 except ModuleNotFoundError:
     raise MissingExtraError.of("boto3", "aws") from None
 
@@ -53,6 +54,7 @@ _KEY_SPEC: Final = "ECC_NIST_P256"
 _KEY_USAGE: Final = "SIGN_VERIFY"
 # The states in which KMS signs (AWS KMS Developer Guide, "Key states of AWS KMS keys").
 _USABLE_STATES = frozenset({"Enabled", "Updating"})
+_TIME_TO_GENERATE = 60.0  # seconds
 
 
 class AwsKmsBackend:
@@ -61,23 +63,24 @@ class AwsKmsBackend:
     name = "awskms"
     encoding = SignatureEncoding.DER
 
-    def __init__(self, key_id: str, clients: PerProcess[KMSClient], *, owned: bool) -> None:
+    def __init__(self, key_id: str, clients: PerProcess[Client], timeout: float) -> None:
         """Read the key's description and public key, and pin both.
 
         Args:
             key_id: Key id, ARN, alias name or alias ARN, as the API takes it.
             clients: Gives the client of this process.
-            owned: Whether `close` closes the client.
+            timeout: Seconds for one call with all its attempts, and for the opening.
         """
         self._key_id = key_id
         self._clients = clients
-        self._owned = owned
+        self._timeout = timeout
         self._closed = False
+        until = time.monotonic() + timeout
         try:
-            client = clients.get()
-            self._metadata = _describe(client, key_id)
+            client = self._kms(until)
+            self._metadata = _describe(client, key_id, until)
             self._arn = str(self._metadata["Arn"])
-            self._public_key = _public_key(client, key_id, self._arn)
+            self._public_key = _public_key(client, key_id, self._arn, until)
         except BaseException:
             self.close()
             raise
@@ -88,25 +91,15 @@ class AwsKmsBackend:
         return self._public_key
 
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
-        """Sign a digest of 32 bytes with one call of ``Sign``; the answer is DER.
-
-        Without a deadline the client's own limits hold: its time-outs, for each of its attempts.
-        """
+        """Sign a digest of 32 bytes with one call of ``Sign``; the answer is DER."""
         if self._closed:
             raise SignerClosedError("The key is closed.")
-        if deadline is None:
-            return self._sign(digest)
-
-        def sign() -> bytes:
-            set_deadline(deadline)
-            return self._sign(digest)
-
-        return within(deadline, sign)
-
-    def _sign(self, digest: bytes) -> bytes:
-        answer = ask(
+        limit = time.monotonic() + self._timeout
+        until = limit if deadline is None else min(limit, deadline)
+        answer = call(
+            until,
             "to sign",
-            self._clients.get().sign,
+            self._kms(until).sign,
             KeyId=self._key_id,
             Message=digest,
             MessageType="DIGEST",
@@ -164,11 +157,15 @@ class AwsKmsBackend:
             facts=tuple(facts),
         )
 
+    def _kms(self, until: float) -> KMSClient:
+        client = self._clients.made_here() or within(until, self._clients.get)
+        return client.kms
+
     def close(self) -> None:
         """Close the client's connections, unless the client was given."""
         self._closed = True
         client = self._clients.made_here()
-        if self._owned and client is not None:
+        if client is not None:
             client.close()
 
     def __repr__(self) -> str:
@@ -182,6 +179,8 @@ def open_backend(
     profile: str | None = None,
     endpoint: str | None = None,
     fips: bool | None = None,
+    proxy: str | None = None,
+    timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
     max_attempts: int = 3,
@@ -191,16 +190,19 @@ def open_backend(
 
     Args:
         uri: ``awskms:///`` and a key id, a key ARN, ``alias/NAME`` or an alias ARN; optionally
-            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``.
+            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``.
         region: AWS region; None: the ARN's, else boto3's own search.
         profile: Profile in the AWS configuration files.
         endpoint: URL of a private endpoint; https, or http on loopback.
-        fips: Use the region's FIPS endpoint; None: as the AWS configuration says.
+        fips: Use the region's FIPS endpoint, or do not; None: as the AWS configuration says.
+        proxy: ``http://HOST:PORT`` of a proxy through which AWS KMS is reached.
+        timeout: Seconds for one call with all its attempts, and for the opening.
         connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for an answer.
+        read_timeout: Seconds for each wait for bytes.
         max_attempts: Attempts of one call in all (boto3's standard retry mode).
         client: A KMS client that is used as it is and stays the caller's, or a function that makes
-            one, called once in each process. Only the function also works after a fork.
+            one, called once in each process. Only the function also works after a fork. Of the
+            settings above only ``timeout`` holds for it.
 
     Raises:
         KeyUriError: The URI names no key.
@@ -213,12 +215,14 @@ def open_backend(
         SignerUnavailable: KMS cannot be reached, or throttles; retryable.
     """
     settings = replace(
-        read_settings(uri, region=region, profile=profile, endpoint=endpoint, fips=fips),
+        read_settings(
+            uri, region=region, profile=profile, endpoint=endpoint, fips=fips, proxy=proxy
+        ),
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
         max_attempts=max_attempts,
     )
-    return AwsKmsBackend(settings.key_id, clients(settings, client), owned=client is None)
+    return AwsKmsBackend(settings.key_id, clients(settings, client), timeout)
 
 
 def generate_key(
@@ -228,6 +232,7 @@ def generate_key(
     profile: str | None = None,
     endpoint: str | None = None,
     fips: bool | None = None,
+    proxy: str | None = None,
     description: str = "ES256 signing key for Thales D1",
     client: KMSClient | None = None,
 ) -> GeneratedKey:
@@ -239,6 +244,7 @@ def generate_key(
         profile: As for `open_backend`.
         endpoint: As for `open_backend`.
         fips: As for `open_backend`.
+        proxy: As for `open_backend`.
         description: Description of the key, shown in the AWS console.
         client: As for `open_backend`.
 
@@ -247,24 +253,26 @@ def generate_key(
         KeyUriError: The URI names no alias.
         SignerError: As for `open_backend`.
     """
-    settings = read_settings(uri, region=region, profile=profile, endpoint=endpoint, fips=fips)
+    settings = read_settings(
+        uri, region=region, profile=profile, endpoint=endpoint, fips=fips, proxy=proxy
+    )
     if not settings.key_id.startswith("alias/"):
         raise KeyUriError(
             "A new AWS KMS key is named by an alias.", hint="Write awskms:///alias/NAME."
         )
-    kms = clients(settings, client).get()
+    until = time.monotonic() + _TIME_TO_GENERATE
+    kms = within(until, clients(settings, client).get)
     try:
-        _refuse_existing(kms, settings.key_id)
-        public_key = _make(kms, settings.key_id, description)
+        _refuse_existing(kms.kms, settings.key_id, until)
+        public_key = _make(kms.kms, settings.key_id, description, until)
     finally:
-        if client is None:
-            kms.close()
+        kms.close()
     return GeneratedKey(uri=uri, public_key=public_key)
 
 
-def _refuse_existing(client: KMSClient, alias: str) -> None:
+def _refuse_existing(client: KMSClient, alias: str, until: float) -> None:
     try:
-        ask(f"to look for {alias}", client.describe_key, KeyId=alias)
+        call(until, f"to look for {alias}", client.describe_key, KeyId=alias)
     except KeyNotFoundError:
         return
     raise KeyExistsError(
@@ -272,8 +280,9 @@ def _refuse_existing(client: KMSClient, alias: str) -> None:
     )
 
 
-def _make(client: KMSClient, alias: str, description: str) -> PublicKey:
-    made = ask(
+def _make(client: KMSClient, alias: str, description: str, until: float) -> PublicKey:
+    made = call(
+        until,
         "to make a key",
         client.create_key,
         KeySpec=_KEY_SPEC,
@@ -282,16 +291,16 @@ def _make(client: KMSClient, alias: str, description: str) -> PublicKey:
     )
     arn = made["KeyMetadata"]["Arn"]
     try:
-        ask(f"to make {alias}", client.create_alias, AliasName=alias, TargetKeyId=arn)
+        call(until, f"to make {alias}", client.create_alias, AliasName=alias, TargetKeyId=arn)
     except D1SignerError as error:
         error.hint = f"{error.hint} The key {arn} was made before that and has no alias: delete it."
         error.details["key_without_alias"] = arn
         raise
-    return _public_key(client, arn, arn)  # a new alias is not seen at once everywhere
+    return _public_key(client, arn, arn, until)  # a new alias is not seen at once everywhere
 
 
-def _describe(client: KMSClient, key_id: str) -> Mapping[str, Any]:
-    answer = ask("to describe the key", client.describe_key, KeyId=key_id)
+def _describe(client: KMSClient, key_id: str, until: float) -> Mapping[str, Any]:
+    answer = call(until, "to describe the key", client.describe_key, KeyId=key_id)
     metadata: Mapping[str, Any] = answer.get("KeyMetadata", {})
     arn, spec, usage = (metadata.get(name) for name in ("Arn", "KeySpec", "KeyUsage"))
     if not arn:
@@ -310,8 +319,8 @@ def _describe(client: KMSClient, key_id: str) -> Mapping[str, Any]:
     return metadata
 
 
-def _public_key(client: KMSClient, key_id: str, arn: str) -> PublicKey:
-    answer = ask("to give the public key", client.get_public_key, KeyId=key_id)
+def _public_key(client: KMSClient, key_id: str, arn: str, until: float) -> PublicKey:
+    answer = call(until, "to give the public key", client.get_public_key, KeyId=key_id)
     der, answered = answer.get("PublicKey"), answer.get("KeyId")
     if not isinstance(der, bytes) or not answered:
         raise _unreadable(answer)

@@ -1,34 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of an AWS KMS client, and the client itself."""
+"""Settings of an AWS KMS client, the client itself, and how it is called."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import boto3
+import certifi
+from botocore import exceptions as sdk
+from botocore.awsrequest import AWSResponse
 from botocore.config import Config
+from urllib3 import exceptions as http
 
 from d1_signer.backends.aws_kms.failures import ask
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.key_uri import KeyUri
-from d1_signer.remote import PerProcess, check_endpoint, no_time_left, only_in_this_process
+from d1_signer.remote import (
+    Http,
+    PerProcess,
+    check_endpoint,
+    check_proxy,
+    only_in_this_process,
+    tls_context,
+    within,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_kms import KMSClient
 
-_QUERY = frozenset({"region", "endpoint", "profile", "fips"})
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_QUERY = frozenset({"region", "endpoint", "profile", "fips", "proxy"})
 _KEY_ID = re.compile(r"[A-Za-z0-9/_:-]{1,2048}")
 _ARN = re.compile(r"arn:[a-z0-9-]+:kms:([a-z0-9-]+):\d{12}:(?:key|alias)/.+")
 
-# More threads than connections would work too, but warn for each connection thrown away.
-_CONNECTIONS = 128
-
+# Until when the call of this thread may take; botocore passes nothing of ours on to its hooks.
 _call = threading.local()
 
 
@@ -41,9 +54,10 @@ class Settings:
         region: AWS region; None: boto3's own search.
         profile: Profile in the AWS configuration files, or None.
         endpoint: URL of a private endpoint, or None.
-        fips: Use the FIPS endpoint.
+        fips: Use the FIPS endpoint, or do not; None: as the AWS configuration says.
+        proxy: URL of the proxy through which AWS KMS is reached, or None.
         connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for an answer.
+        read_timeout: Seconds for each wait for bytes.
         max_attempts: Attempts of one call in all.
     """
 
@@ -51,7 +65,8 @@ class Settings:
     region: str | None
     profile: str | None
     endpoint: str | None
-    fips: bool
+    fips: bool | None
+    proxy: str | None
     connect_timeout: float = 2.0
     read_timeout: float = 5.0
     max_attempts: int = 3
@@ -72,10 +87,18 @@ class Settings:
                     "Both an endpoint and the FIPS endpoint are asked for.",
                     hint="Name the FIPS endpoint's URL as the endpoint, or leave it out.",
                 )
+        if self.proxy:
+            check_proxy(self.proxy)
 
 
 def read_settings(
-    uri: str, *, region: str | None, profile: str | None, endpoint: str | None, fips: bool | None
+    uri: str,
+    *,
+    region: str | None,
+    profile: str | None,
+    endpoint: str | None,
+    fips: bool | None,
+    proxy: str | None,
 ) -> Settings:
     """Read a key URI; an argument that is not None wins over the URI's query.
 
@@ -90,10 +113,10 @@ def read_settings(
             "The awskms: URI names no key.",
             hint="Write awskms:///alias/NAME, awskms:///KEY-ID or awskms:///ARN.",
         )
-    if fips is None:
-        if parsed.query.get("fips") not in {None, "true", "false"}:
+    if fips is None and "fips" in parsed.query:
+        if parsed.query["fips"] not in {"true", "false"}:
             raise KeyUriError("fips in the awskms: URI is neither true nor false.")
-        fips = parsed.query.get("fips") == "true"
+        fips = parsed.query["fips"] == "true"
     arn = _ARN.fullmatch(key_id)
     return Settings(
         key_id=key_id,
@@ -101,18 +124,57 @@ def read_settings(
         profile=profile or parsed.query.get("profile"),
         endpoint=endpoint or parsed.query.get("endpoint"),
         fips=fips,
+        proxy=proxy or parsed.query.get("proxy"),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client of boto3; with what sends its requests, where it is one of ours."""
+
+    kms: KMSClient
+    http: Http | None = None
+
+    def close(self) -> None:
+        """Close the connections; those of a client that was given stay open."""
+        if self.http is not None:
+            self.kms.close()
+            self.http.close()
 
 
 def clients(
     settings: Settings, client: KMSClient | Callable[[], KMSClient] | None
-) -> PerProcess[KMSClient]:
+) -> PerProcess[Client]:
     """The client of each process: the caller's, the caller's function's, or one of our own."""
     if client is None:
         return PerProcess(lambda: ask("to be set up", _client, settings))
     if callable(client):
-        return PerProcess(client)
-    return PerProcess(only_in_this_process(client, "KMS client"))
+        return PerProcess(lambda: Client(client()))
+    given = only_in_this_process(client, "KMS client")
+    return PerProcess(lambda: Client(given()))
+
+
+def call(
+    until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Call a function of the SDK, and be back by a moment.
+
+    botocore looks for credentials, and waits between its attempts, under no limit of ours: so it
+    does that in a thread of its own, which sends nothing more after that moment.
+
+    Args:
+        until: The moment, on ``time.monotonic()``.
+        doing: What is asked for, such as ``"to sign"``.
+        function: The SDK's function.
+        *args: Its arguments.
+        **kwargs: Its arguments.
+    """
+
+    def work() -> R:
+        _call.until = until
+        return ask(doing, function, *args, **kwargs)
+
+    return within(until, work)
 
 
 # Making boto3 clients in two threads at once is not safe, whatever the session.
@@ -127,30 +189,68 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def _client(settings: Settings) -> KMSClient:
+def _client(settings: Settings) -> Client:
     config = Config(
-        connect_timeout=settings.connect_timeout,
-        read_timeout=settings.read_timeout,
         retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
-        max_pool_connections=_CONNECTIONS,
-        tcp_keepalive=True,
-        use_fips_endpoint=settings.fips or None,
+        use_fips_endpoint=settings.fips,
+        ignore_configured_endpoint_urls=True,  # type: ignore[call-arg]  # not in its stubs
     )
     # A session of its own: boto3's default session is shared, and sessions are not thread-safe.
     with _making:
         session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
+    # Kept by the session. This may ask a server that hangs, which must hold up nobody else.
+    session.get_credentials()
     with _making:
         client: KMSClient = session.client("kms", endpoint_url=settings.endpoint, config=config)
-    client.meta.events.register("before-send.kms", _refuse_late_attempt)
-    return client
+    sender = _Sender(settings)
+    client.meta.events.register("before-send.kms", sender.send)  # type: ignore[arg-type]
+    return Client(client, sender.http)
 
 
-def set_deadline(deadline: float) -> None:
-    """Let this thread begin no attempt after ``deadline``, a moment on ``time.monotonic()``."""
-    _call.deadline = deadline
+# In this order: a class before the classes it derives from.
+_FAILURES: tuple[tuple[type[http.HTTPError], type[sdk.BotoCoreError]], ...] = (
+    (http.SSLError, sdk.SSLError),
+    (http.NewConnectionError, sdk.EndpointConnectionError),
+    (http.ProxyError, sdk.ProxyConnectionError),
+    (http.ConnectTimeoutError, sdk.ConnectTimeoutError),
+    (http.ReadTimeoutError, sdk.ReadTimeoutError),
+    (http.ProtocolError, sdk.ConnectionClosedError),
+    (http.HTTPError, sdk.HTTPClientError),
+)
 
 
-def _refuse_late_attempt(**_: object) -> None:
-    deadline = getattr(_call, "deadline", None)
-    if deadline is not None and time.monotonic() >= deadline:
-        raise no_time_left()
+class _Sender:
+    """Sends what boto3 has signed.
+
+    botocore's own sender has no limit for a whole answer and none for its size; and it uses the
+    proxies, the authorities and the file for session keys that the environment names.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._proxy = settings.proxy
+        self.http = Http(
+            "AWS KMS",
+            tls_context(certifi.where()),
+            connect_timeout=settings.connect_timeout,
+            read_timeout=settings.read_timeout,
+            proxy=settings.proxy,
+        )
+
+    def send(self, request: Any, **_: object) -> AWSResponse:
+        """Answer the event ``before-send``; what it raises is what botocore knows to repeat."""
+        url = str(request.url)
+        check_endpoint(url, "AWS KMS endpoint")
+        try:
+            told = self.http.exchange(
+                request.method, url, headers=request.headers, body=request.body, until=_call.until
+            )
+        except http.HTTPError as error:
+            failure = next(failure for kind, failure in _FAILURES if isinstance(error, kind))
+            raise failure(endpoint_url=url, proxy_url=self._proxy, error=error) from error
+        return AWSResponse(url, told.status, told.headers, _Body(told.body))  # type: ignore[arg-type]
+
+
+class _Body(io.BytesIO):
+    def stream(self) -> Iterator[bytes]:
+        """The body, as botocore reads it."""
+        yield self.getvalue()

@@ -30,6 +30,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
+from d1_signer.remote import is_untrusted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,7 +142,8 @@ def ask(doing: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
     try:
         return function(*args, **kwargs)
     except D1SignerError as error:
-        failure = error
+        # Of our own: the frames below hold the request too.
+        failure = error.with_traceback(None)
     except sdk.ClientError as error:
         failure = _refused(error, doing)
     except Exception as error:  # noqa: BLE001 (nothing of an SDK may get out)
@@ -177,12 +179,17 @@ def _refused(error: sdk.ClientError, doing: str) -> D1SignerError:
     return kind(text, hint=hint, details={"aws_code": code, **details(error.response)})
 
 
+def _is_untrusted(error: Exception) -> bool:
+    # botocore keeps urllib3's exception as an argument of its message, and may chain it or not.
+    cause = getattr(error, "kwargs", {}).get("error")
+    return is_untrusted(cause if isinstance(cause, BaseException) else error)
+
+
 def _failed(error: Exception, doing: str) -> D1SignerError:
     name = type(error).__name__
     for kinds, failure, hint in _EXCEPTIONS:
         if isinstance(error, kinds):
-            # A certificate that is not trusted stays so; the other causes of this class pass.
-            retryable = False if isinstance(error, sdk.SSLError) else None
+            retryable = False if _is_untrusted(error) else None
             text = f"AWS KMS could not be asked {doing}: {name}."
             return failure(text, hint=hint, retryable=retryable, details={"sdk_error": name})
     return SignerError(
