@@ -32,6 +32,9 @@ from tests.pkcs11.shim import ABORT, HANG, Call, Shim
 
 pytestmark = pytest.mark.stress
 
+# Not written where they are used: tracebacks show those lines, and are searched for PINs.
+_WRONG = [f"wrong-pin-{number}" for number in range(5)]
+
 
 @pytest.fixture
 def signer(token: SoftHsmToken, shim: Shim) -> Iterator[Signer]:
@@ -120,7 +123,7 @@ def test_refused_pin_is_tried_by_no_further_child(token: SoftHsmToken, shim: Shi
                 token.uri,
                 module_path=shim.path,
                 isolation="process",
-                pin_source=lambda: "wrong-pin-1",
+                pin_source=lambda: _WRONG[1],
             )
     assert shim.calls(Call.LOGIN) == 1
 
@@ -166,7 +169,7 @@ def test_signers_that_are_opened_at_once_send_a_wrong_pin_once(
                 token.uri,
                 module_path=shim.path,
                 isolation="process",
-                pin_source=lambda: "wrong-pin-3",
+                pin_source=lambda: _WRONG[3],
             )
         except D1SignerError as error:
             errors.append(error)
@@ -190,7 +193,7 @@ def test_pin_that_became_wrong_reaches_the_token_once(
     ) as signer:
         _until(lambda: len(_hosts(signer)) == 2)
         before, children = shim.calls(Call.LOGIN), len(spawned)
-        pin = "wrong-pin-4"
+        pin = _WRONG[4]
 
         def signs() -> None:
             for _ in range(3):
