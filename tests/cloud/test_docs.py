@@ -14,7 +14,8 @@ import pytest
 
 from d1_signer import errors
 from d1_signer.es256 import PublicKey
-from tests.servers import aws, vault
+from tests.servers import aws, gcp, vault
+from tests.servers.certificates import self_signed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,8 +52,12 @@ def test_policy_for_aws_is_json_with_the_permissions_that_are_used() -> None:
 
 
 def _d1_signer(*arguments: str, **environment: str) -> str:
+    return _run(str(Path(sys.executable).parent / "d1-signer"), *arguments, **environment)
+
+
+def _run(*command: str, **environment: str) -> str:
     ran = subprocess.run(
-        [str(Path(sys.executable).parent / "d1-signer"), *arguments],
+        command,
         env={"PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
@@ -93,3 +98,22 @@ def test_commands_of_the_aws_page(tmp_path: Path) -> None:
         pem = _d1_signer("public-key", "--key", uri, "--format", "pem", **aws.ENVIRONMENT)
         der = endpoint.client().get_public_key(KeyId="alias/d1")["PublicKey"]
         assert PublicKey.from_pem(pem).der() == der
+
+
+def test_commands_of_the_gcp_page(tmp_path: Path) -> None:
+    certificate, private = self_signed(tmp_path)
+    # The command as it is, for an authority that is not a public one.
+    trusting = (
+        "import sys, certifi; path = sys.argv.pop(1); certifi.where = lambda: path;"
+        " from d1_signer.cli import main; main()"
+    )
+    command = (sys.executable, "-c", trusting, str(certificate))
+    environment = {"GOOGLE_APPLICATION_CREDENTIALS": str(gcp.service_account(tmp_path))}
+    with gcp.cloud_kms(certificate, private) as server:
+        key, query = f"gcpkms://{gcp.RING}/cryptoKeys/doc", f"?endpoint=localhost:{server.tls_port}"
+        made = _run(*command, "generate-key", "--key", key + query, **environment)
+        uri = f"{key}/cryptoKeyVersions/1{query}"
+        assert uri in made
+        pem = _run(*command, "public-key", "--key", uri, "--format", "pem", **environment)
+        told = server.client().get_public_key(name=f"{key}/cryptoKeyVersions/1"[9:])
+        assert PublicKey.from_pem(pem) == PublicKey.from_pem(told.pem)

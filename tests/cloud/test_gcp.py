@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import socket
 import subprocess
@@ -12,11 +11,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import certifi
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import kms_v1 as kms
 from google.cloud.kms_v1.services.key_management_service.transports import (
@@ -30,6 +28,7 @@ from d1_signer.remote import fork_gate
 from d1_signer.signer import Signer, generate_key, open_signer
 from tests.servers import gcp
 from tests.servers.certificates import self_signed
+from tests.servers.fault_proxy import listening, tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,9 +80,18 @@ def test_bad_uri_is_refused(uri: str) -> None:
         open_signer(uri)
 
 
-def test_bad_endpoint_is_refused() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"endpoint": "https://kms.example.com"},
+        {"proxy": "https://127.0.0.1:1"},
+        {"proxy": "127.0.0.1:1"},
+        {"proxy": "http://u:p@127.0.0.1:1"},
+    ],
+)
+def test_bad_endpoint_or_proxy_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigurationError):
-        open_signer(f"gcpkms://{gcp.VERSION}", endpoint="https://kms.example.com")
+        open_signer(f"gcpkms://{gcp.VERSION}", **options)
 
 
 def test_newest_enabled_version_is_taken_and_named(
@@ -344,50 +352,92 @@ def test_given_client_is_not_used_in_a_forked_child_and_not_closed(
 # -- credentials and endpoint, as a user has them -------------------------------------------------
 
 _PROGRAM = """
-import sys
+import sys, certifi
+certifi.where = lambda: sys.argv[2]
+from d1_signer.errors import SignerUnavailable
 from d1_signer.signer import open_signer
-with open_signer(sys.argv[1]) as signer:
-    signer.public_key.verify(signer.sign(b"m"), b"m")
-    print(signer.custody().evidence.location)
+try:
+    signer = open_signer(sys.argv[1], timeout=30)
+except SignerUnavailable as error:
+    sys.exit(error.code)
+signer.public_key.verify(signer.sign(b"m"), b"m")
+print(signer.custody().evidence.location)
 """
 
 
-def test_default_credentials_and_private_endpoint_over_tls(tmp_path: Path) -> None:
-    certificate, key = self_signed(tmp_path)
-    account = rsa.generate_private_key(65537, 2048)
-    pem = account.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-    # Signs its own access token, so that no token server is asked.
-    credentials = {
-        "type": "service_account",
-        "project_id": "bank",
-        "private_key_id": "1",
-        "private_key": pem,
-        "client_email": "d1@bank.iam.gserviceaccount.com",
-        "client_id": "1",
-        "token_uri": "https://127.0.0.1:9/token",
-    }
-    file = tmp_path / "account.json"
-    file.write_text(json.dumps(credentials))
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[gcp.Gcp, Path, Path]]:
+    """A server over TLS, its certificate, and default credentials."""
+    directory = tmp_path_factory.mktemp("tls")
+    certificate, key = self_signed(directory)
     with gcp.cloud_kms(certificate, key) as server:
-        ran = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                _PROGRAM,
-                f"gcpkms://{gcp.VERSION}?endpoint=localhost:{server.tls_port}",
-            ],
-            env={
-                "PATH": os.environ["PATH"],
-                "GOOGLE_APPLICATION_CREDENTIALS": str(file),
-                "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(certificate),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=50,
+        yield server, certificate, gcp.service_account(directory)
+
+
+def _ran(uri: str, authorities: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _PROGRAM, uri, authorities],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+
+
+def test_proxy_and_authorities_of_the_environment_are_not_used(
+    tls: tuple[gcp.Gcp, Path, Path],
+) -> None:
+    server, certificate, account = tls
+    uri = f"gcpkms://{gcp.VERSION}?endpoint=localhost:{server.tls_port}"
+    reached: list[bytes] = []
+    with listening(lambda connection: reached.append(connection.recv(65536))) as port:
+        proxies = dict.fromkeys(
+            ("grpc_proxy", "https_proxy", "http_proxy"), f"http://127.0.0.1:{port}"
         )
+        environment = {
+            "GOOGLE_APPLICATION_CREDENTIALS": str(account),
+            "GRPC_ADDRESS_HTTP_PROXY": f"127.0.0.1:{port}",
+            "GRPC_ADDRESS_HTTP_PROXY_ENABLED_ADDRESSES": "0.0.0.0/0,::/0",
+            "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(certificate),
+            **proxies,
+        }
+        ran = _ran(uri, certifi.where(), **environment)
+        assert "signer_unavailable" in ran.stderr, ran.stderr
+        ran = _ran(uri, str(certificate), **environment)
         assert ran.stdout == f"gcpkms://{gcp.VERSION}\n", ran.stderr
+    assert not reached
+
+
+@pytest.fixture
+def own_client(
+    tls: tuple[gcp.Gcp, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[gcp.Gcp, str]:
+    """The server, and the URI of a key that is opened with a client of our own."""
+    server, certificate, account = tls
+    monkeypatch.setattr(certifi, "where", lambda: str(certificate))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(account))
+    return server, f"gcpkms://{gcp.VERSION}?endpoint=localhost:{server.tls_port}"
+
+
+def test_own_client_has_default_credentials_and_is_closed(own_client: tuple[gcp.Gcp, str]) -> None:
+    server, uri = own_client
+    with open_signer(uri) as signer:
+        signer.public_key.verify(signer.sign(b"m"), b"m")
         assert "authorization" in server.tell()["metadata"]
+        assert isinstance(signer._backend, GcpKmsBackend)
+        client = signer._backend._caller.clients.made_here()
+    assert client is not None
+    with pytest.raises(ValueError, match="closed channel"):
+        client.get_public_key(name=gcp.VERSION)
+
+
+def test_proxy_is_used_where_it_is_named(own_client: tuple[gcp.Gcp, str]) -> None:
+    server, uri = own_client
+    with tunnel() as (port, asked):
+        with open_signer(f"{uri}&proxy=http://127.0.0.1:{port}") as signer:
+            signer.public_key.verify(signer.sign(b"m"), b"m")
+        assert [line.split()[1] for line in asked] == [f"localhost:{server.tls_port}"]
 
 
 def test_no_credentials_is_a_login_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,6 +460,15 @@ def test_custody_delivers_the_attestation_and_derives_nothing_from_it(signer: Si
     attested = {fact.name for fact in evidence.facts if fact.assurance is Assurance.ATTESTED}
     assert attested == {"attestation.content"}
     CustodyPolicy(non_exportable=True, generated_in_place=True, hardware=True).check(evidence)
+
+
+@pytest.mark.parametrize("fault", gcp.VERSION_FAULTS)
+def test_altered_description_is_no_evidence(server: gcp.Gcp, signer: Signer, fault: str) -> None:
+    server.faults(GetCryptoKeyVersion=[fault])
+    with pytest.raises(errors.IntegrityError) as refused:
+        signer.custody()
+    assert refused.value.details["field"] == fault
+    assert signer.custody().evidence.hardware
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,14 @@ from typing import Any
 
 import google_crc32c
 import grpc
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from google.cloud import kms_v1 as kms
 from google.cloud.kms_v1.services.key_management_service.transports import (
     KeyManagementServiceGrpcTransport,
@@ -61,6 +66,10 @@ KEY_FAULTS: dict[str, Callable[[Any], object]] = {
     "crc": lambda told: setattr(told, "pem_crc32c", told.pem_crc32c ^ 1),
     "no_crc": lambda told: setattr(told, "pem_crc32c", None),
     "pem": lambda told: setattr(told, "pem", told.pem.replace("A", "B", 1)),
+}
+VERSION_FAULTS: dict[str, Callable[[Any], object]] = {
+    "name": SIGN_FAULTS["name"],
+    "protection_level": SIGN_FAULTS["level"],
 }
 
 
@@ -139,7 +148,7 @@ class _Kms:
         KEY_FAULTS.get(fault, lambda _: None)(answer)
         return answer
 
-    def GetCryptoKeyVersion(self, request: Any, context: Any, _: str) -> Any:  # noqa: N802
+    def GetCryptoKeyVersion(self, request: Any, context: Any, fault: str) -> Any:  # noqa: N802
         if request.name not in self.versions:
             context.abort(grpc.StatusCode.NOT_FOUND, f"{request.name} not found.")
         version = self.versions[request.name]
@@ -147,7 +156,9 @@ class _Kms:
             answer = kms.CryptoKeyVersion(version)
             version.state = _State.ENABLED
             return answer
-        return version
+        answer = kms.CryptoKeyVersion(version)
+        VERSION_FAULTS.get(fault, lambda _: None)(answer)
+        return answer
 
     def ListCryptoKeyVersions(self, request: Any, _context: Any, _: str) -> Any:  # noqa: N802
         assert request.filter == "state=ENABLED"
@@ -311,6 +322,24 @@ def cloud_kms(certificate: Path | None = None, key: Path | None = None) -> Itera
     finally:
         process.kill()
         process.communicate()
+
+
+def service_account(directory: Path) -> Path:
+    """Default credentials that sign their own access token, so that no token server is asked."""
+    private = rsa.generate_private_key(65537, 2048)
+    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    file = directory / "account.json"
+    account = {
+        "type": "service_account",
+        "project_id": "bank",
+        "private_key_id": "1",
+        "private_key": pem,
+        "client_email": "d1@bank.iam.gserviceaccount.com",
+        "client_id": "1",
+        "token_uri": "https://127.0.0.1:9/token",
+    }
+    file.write_text(json.dumps(account))
+    return file
 
 
 if __name__ == "__main__":

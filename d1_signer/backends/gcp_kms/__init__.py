@@ -142,6 +142,7 @@ def open_backend(
     uri: str,
     *,
     endpoint: str | None = None,
+    proxy: str | None = None,
     timeout: float = 10.0,
     client: Client | Callable[[], Client] | None = None,
 ) -> GcpKmsBackend:
@@ -149,8 +150,9 @@ def open_backend(
 
     Args:
         uri: ``gcpkms://`` and the resource name of a key version, or of a key: then the newest
-            enabled version is taken. Optionally ``?endpoint=HOST[:PORT]``.
+            enabled version is taken. Optionally ``?endpoint=HOST[:PORT]``, ``proxy=``.
         endpoint: A private or regional endpoint, as ``HOST[:PORT]``.
+        proxy: ``http://HOST:PORT`` of a proxy through which Cloud KMS is reached.
         timeout: Seconds for one call with all its attempts.
         client: A KMS client that is used as it is and stays the caller's, or a function that makes
             one, called once in each process. Only the function also works after a fork.
@@ -165,10 +167,10 @@ def open_backend(
         IntegrityError: An answer was altered on its way; retryable.
         SignerUnavailable: Cloud KMS cannot be reached, or throttles; retryable.
     """
-    ring, key, version, endpoint = read_uri(uri, endpoint)
-    caller = Caller(clients(endpoint, client), timeout)
-    name = f"{ring}/cryptoKeys/{key}"
-    number = _newest(caller, name) if version is None else version
+    place = read_uri(uri, endpoint, proxy)
+    caller = Caller(clients(place, client), timeout)
+    name = f"{place.ring}/cryptoKeys/{place.key}"
+    number = _newest(caller, name) if place.version is None else place.version
     return GcpKmsBackend(f"{name}/cryptoKeyVersions/{number}", caller, owned=client is None)
 
 
@@ -176,6 +178,7 @@ def generate_key(
     uri: str,
     *,
     endpoint: str | None = None,
+    proxy: str | None = None,
     protection_level: str = "HSM",
     timeout: float = 60.0,
     client: Client | None = None,
@@ -185,6 +188,7 @@ def generate_key(
     Args:
         uri: As for `open_backend`, without a version.
         endpoint: As for `open_backend`.
+        proxy: As for `open_backend`.
         protection_level: ``"HSM"`` or ``"SOFTWARE"``, or another name that Cloud KMS knows.
         timeout: Seconds until the first version must be ready.
         client: As for `open_backend`.
@@ -195,8 +199,8 @@ def generate_key(
         ConfigurationError: An unknown protection level.
         SignerError: As for `open_backend`.
     """
-    ring, key, version, endpoint = read_uri(uri, endpoint)
-    if version is not None:
+    place = read_uri(uri, endpoint, proxy)
+    if place.version is not None:
         raise KeyUriError(
             "A new key is named without a version.", hint="Cloud KMS counts versions itself."
         )
@@ -208,20 +212,21 @@ def generate_key(
         algorithm=_ALGORITHM, protection_level=getattr(_Level, protection_level)
     )
     request = kms.CreateCryptoKeyRequest(
-        parent=ring,
-        crypto_key_id=key,
+        parent=place.ring,
+        crypto_key_id=place.key,
         crypto_key=kms.CryptoKey(
             purpose=kms.CryptoKey.CryptoKeyPurpose.ASYMMETRIC_SIGN, version_template=template
         ),
     )
     deadline = time.monotonic() + timeout
-    caller = Caller(clients(endpoint, client), timeout)
+    caller = Caller(clients(place, client), timeout)
     made = caller.call("to make a key", lambda client: client.create_crypto_key, request, deadline)
     name = f"{made.name}/cryptoKeyVersions/1"
     _wait_until_enabled(caller, name, deadline)
     public_key, _ = _public_key(caller, name)
-    query = f"?endpoint={endpoint}" if endpoint else ""
-    return GeneratedKey(uri=f"gcpkms://{name}{query}", public_key=public_key)
+    settings = {"endpoint": place.endpoint, "proxy": place.proxy}
+    query = "&".join(f"{name}={value}" for name, value in settings.items() if value)
+    return GeneratedKey(uri=f"gcpkms://{name}{'?' if query else ''}{query}", public_key=public_key)
 
 
 def _wait_until_enabled(caller: Caller, name: str, deadline: float) -> None:

@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import certifi
+import grpc
 from google.api_core.client_options import ClientOptions
 from google.cloud import kms_v1 as kms
+from google.cloud.kms_v1.services.key_management_service.transports import (
+    KeyManagementServiceGrpcTransport as Transport,
+)
 
 from d1_signer.backends.gcp_kms.failures import ask
 from d1_signer.errors import (
@@ -21,7 +29,14 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.key_uri import KeyUri
-from d1_signer.remote import PerProcess, fork_gate, no_time_left, only_in_this_process, within
+from d1_signer.remote import (
+    PerProcess,
+    check_proxy,
+    fork_gate,
+    no_time_left,
+    only_in_this_process,
+    within,
+)
 
 R = TypeVar("R")
 
@@ -33,6 +48,10 @@ _NAME = re.compile(
 )
 _FORM = "gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V"
 _ENDPOINT = re.compile(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+
+# The addresses that are reached through the proxy GRPC_ADDRESS_HTTP_PROXY: none, and not empty,
+# which would mean those that the environment names.
+_NOWHERE = "255.255.255.255/32"
 
 # Seconds before the second and the third attempt, at most; then the failure is the caller's.
 _PAUSES = (0.1, 0.4)
@@ -88,33 +107,68 @@ class Caller:
         raise no_time_left()
 
 
-def read_uri(uri: str, endpoint: str | None) -> tuple[str, str, str | None, str | None]:
-    """Read a key URI; ``endpoint`` wins over the URI's query.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a key URI names, and how to reach it.
 
-    Returns:
-        Resource name of the key ring, key, number of the version (or None), endpoint (or None).
+    Attributes:
+        ring: Resource name of the key ring.
+        key: Name of the key in it.
+        version: Number of the version, or None.
+        endpoint: ``HOST[:PORT]``, or None.
+        proxy: URL of the proxy through which Cloud KMS is reached, or None.
+    """
+
+    ring: str
+    key: str
+    version: str | None
+    endpoint: str | None
+    proxy: str | None
+
+
+def read_uri(uri: str, endpoint: str | None, proxy: str | None) -> Place:
+    """Read a key URI; an argument that is not None wins over the URI's query.
 
     Raises:
         KeyUriError: Not the resource name of a key or a key version.
-        ConfigurationError: The endpoint is not ``HOST[:PORT]``.
+        ConfigurationError: The endpoint is not ``HOST[:PORT]``, or the proxy cannot be used.
     """
-    parsed = KeyUri.parse(uri, query_names=frozenset({"endpoint"}))
+    parsed = KeyUri.parse(uri, query_names=frozenset({"endpoint", "proxy"}))
     name = _NAME.fullmatch(parsed.authority + parsed.path)
     if name is None:
         raise KeyUriError("The gcpkms: URI names no key.", hint=f"Write {_FORM}.")
     endpoint = endpoint or parsed.query.get("endpoint")
     if endpoint and not _ENDPOINT.fullmatch(endpoint):
         raise ConfigurationError("The Cloud KMS endpoint is not of the form HOST[:PORT].")
-    return name.group(1), name.group(2), name.group(3), endpoint
+    proxy = proxy or parsed.query.get("proxy")
+    if proxy:
+        check_proxy(proxy)
+    return Place(name.group(1), name.group(2), name.group(3), endpoint, proxy)
 
 
-def clients(
-    endpoint: str | None, client: Client | Callable[[], Client] | None
-) -> PerProcess[Client]:
+def clients(place: Place, client: Client | Callable[[], Client] | None) -> PerProcess[Client]:
     """The client of each process: the caller's, the caller's function's, or one of our own."""
     if isinstance(client, Client):
         return PerProcess(only_in_this_process(client, "Cloud KMS client"))
     if client is not None:
         return PerProcess(client)
-    options = ClientOptions(api_endpoint=endpoint)
-    return PerProcess(lambda: ask("to be set up", Client, client_options=options))
+    return PerProcess(lambda: ask("to be set up", _client, place))
+
+
+def _client(place: Place) -> Client:
+    # gRPC would use the proxies and the authorities that the environment names; and the SDK lifts
+    # gRPC's limit for an answer's size, 4 MiB.
+    options = [
+        ("grpc.http_proxy", place.proxy) if place.proxy else ("grpc.enable_http_proxy", 0),
+        ("grpc.address_http_proxy_enabled_addresses", _NOWHERE),
+    ]
+
+    def channel(host: str, **settings: Any) -> grpc.Channel:
+        return Transport.create_channel(host, **{**settings, "options": options})
+
+    transport = functools.partial(
+        Transport,
+        channel=channel,
+        ssl_channel_credentials=grpc.ssl_channel_credentials(Path(certifi.where()).read_bytes()),
+    )
+    return Client(client_options=ClientOptions(api_endpoint=place.endpoint), transport=transport)

@@ -87,7 +87,7 @@ def ask(doing: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
     try:
         return function(*args, **kwargs)
     except D1SignerError as error:
-        failure = error
+        failure = error.with_traceback(None)
     except sdk.GoogleAPICallError as error:
         failure = _refused(error, doing)
     except Exception as error:  # noqa: BLE001 (nothing of an SDK may get out)
