@@ -287,6 +287,22 @@ def test_token_from_the_users_file(
         open_signer("hashivault://d1")
 
 
+def test_time_in_which_a_token_is_typed_does_not_count(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offset = 0.0
+    monotonic = time.monotonic
+
+    def typed() -> str:
+        nonlocal offset
+        offset = 100.0
+        return token
+
+    monkeypatch.setattr("d1_signer.remote.time.monotonic", lambda: monotonic() + offset)
+    with open_signer("hashivault://d1", token_source=typed) as signer:
+        _signs(signer)
+
+
 def test_token_that_an_agent_renews_is_read_again(
     server: vault.Vault, token: str, tmp_path: Path
 ) -> None:
