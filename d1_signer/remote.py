@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("d1_signer.tls")  # one event, whoever was answered
 
 # More threads than connections would work too, but warn for each connection thrown away.
 CONNECTIONS = 128
@@ -454,7 +454,7 @@ class _Response(http.client.HTTPResponse):
         # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
         unread = self.msg.get_payload()
         if self.msg.defects or (isinstance(unread, str) and unread):
-            _log.warning("remote.malformed_headers an answer has header lines that cannot be read")
+            _log.warning("tls.malformed_headers an answer has header lines that cannot be read")
             self.msg.defects.clear()
             self.msg.set_payload("")
 

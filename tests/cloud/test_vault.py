@@ -516,7 +516,7 @@ def test_header_lines_that_cannot_be_read_are_not_logged(
 
     with listening(echo) as port, pytest.raises(errors.AccessDeniedError):
         open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}")
-    assert "remote.malformed_headers" in caplog.text
+    assert "tls.malformed_headers" in caplog.text
 
 
 # -- calls, time, threads -------------------------------------------------------------------------
