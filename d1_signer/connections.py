@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from email.errors import MultipartInvariantViolationDefect, StartBoundaryNotFoundDefect
 from typing import TYPE_CHECKING, Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -36,7 +37,11 @@ _log = logging.getLogger("d1_signer.tls")
 class _Bounds:
     until: float
     cuts: int
+    owner: Connections
 
+
+# Of a head that is read without its body; urllib3 does not count them either.
+_OF_MULTIPART = (StartBoundaryNotFoundDefect, MultipartInvariantViolationDefect)
 
 # requests passes nothing of ours on to a connection.
 _bounds: ContextVar[_Bounds | None] = ContextVar("d1_signer_bounds", default=None)
@@ -56,7 +61,7 @@ class Connections:
         # and line that happens.
         self.lock = threading.RLock()
         self.cuts = 0
-        self._open: weakref.WeakSet[_Tracked] = weakref.WeakSet()
+        self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
 
     @contextlib.contextmanager
     def bounded(self, deadline: float) -> Iterator[None]:
@@ -65,7 +70,7 @@ class Connections:
         Args:
             deadline: Moment on ``time.monotonic()``; then reading raises `TimeoutError`.
         """
-        reset = _bounds.set(_Bounds(deadline, self.cuts))
+        reset = _bounds.set(_Bounds(deadline, self.cuts, self))
         try:
             yield
         finally:
@@ -75,12 +80,15 @@ class Connections:
         """End every call under way; one that is still connecting ends before it sends anything."""
         with self.lock:
             self.cuts += 1
-            for connection in list(self._open):
-                connection.cut()
+            for handle in list(self._handles):
+                handle.cut()
 
-    def add(self, connection: _Tracked) -> None:
-        """Take a connection in; the lock is held."""
-        self._open.add(connection)
+    def handle(self, sock: socket.socket) -> _Handle:
+        """What a socket is cut by, until that is closed."""
+        handle = _Handle(self, sock)
+        with self.lock:
+            self._handles.add(handle)
+        return handle
 
     def pools(self) -> dict[str, type[HTTPConnectionPool]]:
         """Pool classes of urllib3 whose connections belong here."""
@@ -104,31 +112,55 @@ class Connections:
         return {"http": Pool, "https": TlsPool}
 
 
+class _Handle:
+    """A descriptor of its own for a socket.
+
+    It serves from before the handshake on; and cutting it touches no state of the TLS object that
+    another thread works with, which would make that thread send the rest in clear text.
+    """
+
+    def __init__(self, owner: Connections, sock: socket.socket) -> None:
+        self._owner = owner
+        # Not dup(), which a TLS socket refuses.
+        self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._owner.lock:  # or a cut could meet the next descriptor of that number
+            self._sock.close()
+
+
 class _Answer(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         bounds = _bounds.get()
         if bounds is not None:
             raw = self.fp.detach()
-            self.fp = io.BufferedReader(_Timed(raw, sock, bounds.until))
+            self.fp = io.BufferedReader(_Timed(raw, sock, bounds))
 
     def begin(self) -> None:
         super().begin()
         # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
         unread = self.msg.get_payload()
-        if self.msg.defects or (isinstance(unread, str) and unread):
+        defects = [one for one in self.msg.defects if not isinstance(one, _OF_MULTIPART)]
+        if defects or (isinstance(unread, str) and unread):
             _log.warning("tls.malformed_headers an answer has header lines that cannot be read")
             self.msg.defects.clear()
             self.msg.set_payload("")
 
 
 class _Timed(io.RawIOBase):
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, bounds: _Bounds) -> None:
         super().__init__()
         self._raw = raw
         self._sock = sock
-        self._until = until
+        self._until = bounds.until
         self._limit = sock.gettimeout()
+        # http.client closes a connection once it has read a head that says so, body or not.
+        self._handle = bounds.owner.handle(sock)
 
     def readable(self) -> bool:
         return True
@@ -142,6 +174,7 @@ class _Timed(io.RawIOBase):
 
     def close(self) -> None:
         self._raw.close()
+        self._handle.close()
         super().close()
 
 
@@ -149,10 +182,7 @@ class _Tracked(HTTPConnection):
     owner: Connections
     response_class = _Answer  # type: ignore[mutable-override]
     _began = 0
-    # A descriptor of its own for the socket: it serves from before the handshake on, and cutting
-    # it touches no state of the TLS object that another thread works with, which would make that
-    # thread send the rest in clear text.
-    _handle: socket.socket | None = None
+    _handle: _Handle | None = None
 
     def connect(self) -> None:
         bounds = _bounds.get()
@@ -163,32 +193,19 @@ class _Tracked(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         sock = super()._new_conn()
         try:
-            with self.owner.lock:
-                if self.owner.cuts != self._began:
-                    raise _cut()
-                self._handle = sock.dup()
-                self.owner.add(self)
+            self._handle = self.owner.handle(sock)
+            if self.owner.cuts != self._began:
+                raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         except OSError:
             sock.close()
             raise
         return sock
-
-    def cut(self) -> None:
-        """End the call under way; the lock is held."""
-        if self._handle is not None:
-            with contextlib.suppress(OSError):
-                self._handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         super().close()
         self._let_go()
 
     def _let_go(self) -> None:
-        with self.owner.lock:
-            handle, self._handle = self._handle, None
+        handle, self._handle = self._handle, None
         if handle is not None:
             handle.close()
-
-
-def _cut() -> OSError:
-    return ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))

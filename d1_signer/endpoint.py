@@ -104,7 +104,7 @@ class TokenEndpoint:
         # The errors of requests hold the request, and with it the assertion, so they end here:
         # ours is made new, with no traceback and no context that leads to theirs.
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            reply = Reply(outcome=_translated(error, self._timeouts))
+            reply = Reply(outcome=_translated(error, (connect, read)))
         except D1SignerError as error:
             reply = Reply(outcome=error.fresh())
         except ValueError as error:
@@ -228,9 +228,9 @@ def _reason(error: Exception, timeouts: tuple[float, float]) -> str:
             return link.strerror.lower()
     connect, read = timeouts
     if isinstance(error, requests.ConnectTimeout):
-        reason = f"no connection within {connect:g} seconds"
+        reason = f"no connection within {connect:.3g} seconds"
     elif isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-        reason = f"no answer within {read:g} seconds"
+        reason = f"no answer within {read:.3g} seconds"
     else:
         reason = "the connection was closed before a whole answer came"
     return reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -202,6 +203,7 @@ class TlsAdapter(HTTPAdapter):
         self._context: Final = context
         self._timeouts: Final = timeouts
         self._connections = Connections(_require_ours)
+        self._owner = os.getpid()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
         _adapters.add(self)
 
@@ -209,6 +211,7 @@ class TlsAdapter(HTTPAdapter):
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
         """Send one request; see `HTTPAdapter`."""
+        self._notice_fork()
         if kwargs.get("timeout") is None:
             kwargs["timeout"] = self._timeouts
         try:
@@ -257,11 +260,18 @@ class TlsAdapter(HTTPAdapter):
 
     def bounded(self, deadline: float) -> AbstractContextManager[None]:
         """Bound the calls of this thread; see `Connections.bounded`."""
+        self._notice_fork()
         return self._connections.bounded(deadline)
 
     def abort(self) -> None:
         """End every call under way, so that a thread that waits in one comes back."""
+        self._notice_fork()
         self._connections.cut()
+
+    def _notice_fork(self) -> None:
+        # Of which Python was not told: uWSGI forks in C, and so do others.
+        if self._owner != os.getpid():
+            self.after_fork()
 
     def after_fork(self) -> None:
         """In a forked child: begin without a connection.
@@ -269,6 +279,9 @@ class TlsAdapter(HTTPAdapter):
         Both sides writing into one inherited TLS stream would break it for both, and so would one
         side cutting it.
         """
+        self._owner = os.getpid()
+        # Dropping the pools closes their connections, and the lock may be a thread's of the parent.
+        self._connections.lock = threading.RLock()
         self._connections = Connections(_require_ours)
         self.proxy_manager.clear()
         self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
