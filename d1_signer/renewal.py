@@ -54,7 +54,7 @@ class Limits:
 
     Attributes:
         total: From its start to its end, all attempts included.
-        sign: For one signature.
+        sign: For one signature; half of what is left at most, where another signer can follow.
         connect: For one connection.
         read: For the next bytes of an answer.
     """
@@ -184,19 +184,26 @@ class Renewal:
     def _try_once(
         self, deadline: float, stopped: threading.Event, without: frozenset[str]
     ) -> tuple[str, Reply]:
-        def patience() -> float:
+        others = False
+
+        def share() -> float:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TokenTimeout(
                     "No token within the deadline: signing took too long.",
                     hint="Look at the device or service that holds the key.",
                 )
-            # Half of it for each of several, so that two that hang leave time for a third.
-            return min(self._limits.sign, remaining / 2 if len(self._signers) > 1 else remaining)
+            # Half of it where another can follow, so that two that hang leave time for a third.
+            return min(self._limits.sign, remaining / 2 if others else remaining)
+
+        def patience(another: bool) -> float:  # noqa: FBT001 (as SignerSet calls it)
+            nonlocal others
+            others = another
+            return share()
 
         def sign(signer: Signer) -> tuple[str, Secret]:
             assertion = sign_assertion(
-                signer, self._profile, clock_offset=self._clock_offset, timeout=patience()
+                signer, self._profile, clock_offset=self._clock_offset, timeout=share()
             )
             return signer.kid, assertion
 

@@ -92,11 +92,19 @@ class _Member:
         """A ticket where a caller may try now; after a rest, one caller at a time."""
         ticket = object()
         with self._lock:
+            if not self._ready(now):
+                return None
             if self._failures:
-                if self._prober is not None or now < self._rests_until:
-                    return None
                 self._prober = ticket
         return ticket
+
+    def ready(self, now: float) -> bool:
+        """Whether a caller would be admitted now."""
+        with self._lock:
+            return self._ready(now)
+
+    def _ready(self, now: float) -> bool:
+        return not self._failures or (self._prober is None and now >= self._rests_until)
 
     def succeeded(self) -> None:
         with self._lock:
@@ -200,7 +208,7 @@ class SignerSet:
         work: Callable[[Signer], _T],
         *,
         without: frozenset[str] = frozenset(),
-        patience: Callable[[], float] | None = None,
+        patience: Callable[[bool], float] | None = None,
     ) -> _T:
         """Do work with the first member that can.
 
@@ -208,8 +216,8 @@ class SignerSet:
             work: Called with one signer after the other until it raises neither `SignerError` nor
                 `ConfigurationError`.
             without: Kids that are not asked this time.
-            patience: Asked before each member: seconds to wait at most where it has to be opened
-                first. None: as long as it takes.
+            patience: Asked before each member, and told whether another could follow: seconds to
+                wait at most where it has to be opened first. None: as long as it takes.
 
         Returns:
             What ``work`` returned.
@@ -223,7 +231,7 @@ class SignerSet:
         self._require_open()
         first: SignerError | ConfigurationError | None = None
         members = self._members
-        for member in members:
+        for place, member in enumerate(members):
             if member.kid in without:
                 continue
             # A rest spares callers the wait for a dead device while another can sign. A sole member
@@ -232,7 +240,10 @@ class SignerSet:
             if ticket is None:
                 continue
             try:
-                result = work(member.signer(patience() if patience else None))
+                limit = None
+                if patience is not None:
+                    limit = patience(self._can_follow(members[place + 1 :], without))
+                result = work(member.signer(limit))
             # A PIN file that cannot be read is one device's trouble, like a device that is down.
             except (SignerError, ConfigurationError) as error:
                 member.failed(ticket, error, self._clock())
@@ -245,6 +256,10 @@ class SignerSet:
                 member.succeeded()
                 return result
         raise first.fresh() if first else self._all_resting(without)
+
+    def _can_follow(self, members: tuple[_Member, ...], without: frozenset[str]) -> bool:
+        now = self._clock()
+        return any(member.kid not in without and member.ready(now) for member in members)
 
     def _require_open(self) -> None:
         if self._closed:

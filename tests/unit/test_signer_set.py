@@ -333,6 +333,22 @@ def test_fork_while_a_thread_probes_and_one_opens(clock: Clock) -> None:
         assert opened.result(PATIENCE).kid == "k1"
 
 
+def test_patience_is_told_whether_another_can_follow(clock: Clock) -> None:
+    three = SignerSet([signer(0), signer(1), signer(2)], clock=clock)
+    told: list[bool] = []
+
+    def patience(another: bool) -> float:
+        told.append(another)
+        return 1.0
+
+    assert three.attempt(Work(k0=down(), k1=down()), patience=patience) == "k2"
+    assert three.attempt(Work(), patience=patience) == "k2"  # the others rest
+    assert three.attempt(Work(), without=frozenset({"k0", "k1"}), patience=patience) == "k2"
+    clock.now += 2  # they may be tried again
+    assert three.attempt(Work(), patience=patience) == "k0"
+    assert told == [True, True, False, False, False, True]
+
+
 # -- members that are down at start -----------------------------------------------------------
 
 
