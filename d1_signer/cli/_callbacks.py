@@ -67,13 +67,21 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
         click.UsageError: As for `checked_keys`; or it is a key that signs assertions.
     """
     (uri,) = checked_keys(context, parameter, (value,))
-    ours = [split_fragment(one)[0] for one in os.environ.get("D1_SIGNER_KEY", "").split()]
-    if split_fragment(uri)[0] in ours:
+    if _place(uri) in map(_place, os.environ.get("D1_SIGNER_KEY", "").split()):
         raise click.UsageError(
             "This key signs assertions (D1_SIGNER_KEY). The client certificate needs a key of its "
             "own; make one with generate-key."
         )
     return uri
+
+
+def _place(uri: str) -> object:
+    """What a key URI names, however it is written: without kid, PIN source and the like."""
+    rest = split_fragment(uri)[0].partition("?")[0]
+    scheme, _, name = rest.partition(":")
+    if scheme.lower() == "file":
+        return os.path.realpath(unquote(name.removeprefix("//")))
+    return frozenset(unquote(name).split(";"))
 
 
 def checked_path(

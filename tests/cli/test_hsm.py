@@ -51,6 +51,16 @@ def test_custody_tells_where_the_key_lives(uri: str) -> None:
     assert facts["CKA_LOCAL"] is True
 
 
+def test_the_key_of_assertions_makes_no_signing_request(
+    uri: str, softhsm_token: SoftHsmToken
+) -> None:
+    options = uri.partition("?")[2].partition("#")[0]
+    other = f"pkcs11:object=d1;token={softhsm_token.label}?{options}"
+    refused = run_process("csr", "--key", other, "--subject", "CN=bank", D1_SIGNER_KEY=uri)
+    assert refused.status == 2
+    assert "signs assertions" in refused.err
+
+
 def test_a_signing_request_from_the_hsm(uri: str) -> None:
     made = run_process("csr", "--key", uri, "--subject", "CN=bank")
     request = x509.load_pem_x509_csr(made.out.encode())

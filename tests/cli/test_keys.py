@@ -170,7 +170,8 @@ def test_a_signing_request_is_for_a_key_of_its_own(run: Run, key_uri: str, other
     result = run("csr", "--subject", "CN=a", D1_SIGNER_KEY=key_uri)
     assert result.status == 2
     assert "--key" in result.err
-    for uri in (key_uri, key_uri.partition("#")[0] + "#another"):
+    path = key_uri.removeprefix("file://").partition("#")[0]
+    for uri in (key_uri, f"file://{path}#another", f"file:{path}", f"file:///.{path}"):
         refused = run("csr", "--subject", "CN=a", "--key", uri)
         assert (refused.status, refused.out) == (2, "")
         assert "signs assertions" in refused.err
