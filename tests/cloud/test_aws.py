@@ -228,7 +228,7 @@ def test_proxy_authorities_and_key_log_of_the_environment_are_not_used(
 
 
 def test_handshake_that_breaks_off_may_succeed_later(key: str) -> None:
-    with listening(drop) as port, pytest.raises(errors.SignerUnavailable) as refused:
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
         open_signer(f"awskms:///{key}", endpoint=f"https://127.0.0.1:{port}", max_attempts=1)
     assert refused.value.retryable
 

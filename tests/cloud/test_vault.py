@@ -171,7 +171,7 @@ def test_certificate_for_another_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_handshake_that_breaks_off_may_succeed_later() -> None:
-    with listening(drop) as port, pytest.raises(errors.SignerUnavailable) as refused:
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
         open_signer("hashivault://d1", address=f"https://127.0.0.1:{port}")
     assert refused.value.retryable
 

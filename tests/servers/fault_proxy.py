@@ -142,16 +142,20 @@ def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
     handles: list[socket.socket] = []
 
-    def one(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            serve(connection)
+    def one(connection: socket.socket, handle: socket.socket) -> None:
+        with handle, contextlib.suppress(OSError):
+            with connection, contextlib.suppress(OSError):
+                serve(connection)
+            handle.shutdown(socket.SHUT_RDWR)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
-                handles.append(connection.dup())  # not touched by what TLS does with the other
-                threading.Thread(target=one, args=(connection,), daemon=True).start()
+                # Of its own, since TLS takes the descriptor of the other.
+                handle = connection.dup()
+                handles.append(handle)
+                threading.Thread(target=one, args=(connection, handle), daemon=True).start()
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
@@ -163,7 +167,7 @@ def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
         thread.join()
         listener.close()
         for handle in handles:
-            with handle, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
                 handle.shutdown(socket.SHUT_RDWR)
 
 
