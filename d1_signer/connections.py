@@ -9,28 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import http.client
 import io
-import logging
 import os
 import socket
 import ssl
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from email.errors import MultipartInvariantViolationDefect, StartBoundaryNotFoundDefect
-from typing import TYPE_CHECKING, Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-_log = logging.getLogger("d1_signer.tls")
+from d1_signer.bounded_response import BoundedReader, BoundedResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +31,6 @@ class _Bounds:
     cuts: int
     owner: Connections
 
-
-# Of a head that is read without its body; urllib3 does not count them either.
-_OF_MULTIPART = (StartBoundaryNotFoundDefect, MultipartInvariantViolationDefect)
 
 # requests passes nothing of ours on to a connection.
 _bounds: ContextVar[_Bounds | None] = ContextVar("d1_signer_bounds", default=None)
@@ -133,54 +122,26 @@ class _Handle:
             self._sock.close()
 
 
-class _Answer(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
+class _Response(BoundedResponse):
+    def reader(self, raw: io.RawIOBase, sock: socket.socket) -> io.RawIOBase:
         bounds = _bounds.get()
-        if bounds is not None:
-            raw = self.fp.detach()
-            self.fp = io.BufferedReader(_Timed(raw, sock, bounds))
-
-    def begin(self) -> None:
-        super().begin()
-        # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
-        unread = self.msg.get_payload()
-        defects = [one for one in self.msg.defects if not isinstance(one, _OF_MULTIPART)]
-        if defects or (isinstance(unread, str) and unread):
-            _log.warning("tls.malformed_headers an answer has header lines that cannot be read")
-            self.msg.defects.clear()
-            self.msg.set_payload("")
+        return raw if bounds is None else _Reader(raw, sock, bounds)
 
 
-class _Timed(io.RawIOBase):
+class _Reader(BoundedReader):
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, bounds: _Bounds) -> None:
-        super().__init__()
-        self._raw = raw
-        self._sock = sock
-        self._until = bounds.until
-        self._limit = sock.gettimeout()
+        super().__init__(raw, sock, bounds.until)
         # http.client closes a connection once it has read a head that says so, body or not.
         self._handle = bounds.owner.handle(sock)
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._sock.settimeout(left if self._limit is None else min(left, self._limit))
-        return self._raw.readinto(buffer)
-
     def close(self) -> None:
-        self._raw.close()
-        self._handle.close()
         super().close()
+        self._handle.close()
 
 
 class _Tracked(HTTPConnection):
     owner: Connections
-    response_class = _Answer  # type: ignore[mutable-override]
+    response_class = _Response  # type: ignore[mutable-override]
     _began = 0
     _handle: _Handle | None = None
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
 import logging
 import os
@@ -16,18 +15,16 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager, Timeout
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.ssl_match_hostname import CertificateError
 
+from d1_signer.bounded_response import BoundedReader, BoundedResponse
 from d1_signer.errors import ConfigurationError, IntegrityError, SignerTimeout, SignerUnavailable
 from d1_signer.hosts import is_loopback
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 T = TypeVar("T")
 
@@ -419,44 +416,9 @@ def tls_context(authorities: str | None) -> ssl.SSLContext:
 _until: ContextVar[float] = ContextVar("d1_signer_until")
 
 
-class _Timed(io.RawIOBase):
-    """What a socket receives, until a moment."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
-        super().__init__()
-        self._raw = raw
-        self._sock = sock
-        self._until = until
-        self._limit = sock.gettimeout()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._sock.settimeout(left if self._limit is None else min(left, self._limit))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, _until.get()))
-
-    def begin(self) -> None:
-        super().begin()
-        # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
-        unread = self.msg.get_payload()
-        if self.msg.defects or (isinstance(unread, str) and unread):
-            _log.warning("tls.malformed_headers an answer has header lines that cannot be read")
-            self.msg.defects.clear()
-            self.msg.set_payload("")
+class _Response(BoundedResponse):
+    def reader(self, raw: io.RawIOBase, sock: socket.socket) -> io.RawIOBase:
+        return BoundedReader(raw, sock, _until.get())
 
 
 class _Connection(HTTPConnection):

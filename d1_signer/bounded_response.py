@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP responses that end by a moment, and whose header lines nobody logs.
+
+http.client and urllib3 have a limit for each read, which a server that drips bytes never reaches.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import logging
+import socket
+import time
+from email.errors import MultipartInvariantViolationDefect, StartBoundaryNotFoundDefect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_log = logging.getLogger("d1_signer.tls")
+
+# Of a head that is read without its body; urllib3 does not count them either.
+_OF_MULTIPART = (StartBoundaryNotFoundDefect, MultipartInvariantViolationDefect)
+
+
+class BoundedResponse(http.client.HTTPResponse):
+    """A response that is read through `reader`; a ``response_class`` of http.client."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        """Read from ``sock``; see `http.client.HTTPResponse`."""
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(self.reader(self.fp.detach(), sock))
+
+    def reader(self, raw: io.RawIOBase, sock: socket.socket) -> io.RawIOBase:
+        """What bounds the reading of ``raw``, whose socket is ``sock``; for subclasses."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Read the head; see `http.client.HTTPResponse`."""
+        super().begin()
+        # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
+        unread = self.msg.get_payload()
+        defects = [one for one in self.msg.defects if not isinstance(one, _OF_MULTIPART)]
+        if defects or (isinstance(unread, str) and unread):
+            _log.warning("tls.malformed_headers an answer has header lines that cannot be read")
+            self.msg.defects.clear()
+            self.msg.set_payload("")
+
+
+class BoundedReader(io.RawIOBase):
+    """What a socket receives, until a moment."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
+        """Read from ``raw``, whose socket is ``sock``, until ``until`` on ``time.monotonic()``."""
+        super().__init__()
+        self._raw = raw
+        self._sock = sock
+        self._until = until
+        self._limit = sock.gettimeout()
+
+    def readable(self) -> bool:
+        """It is; see `io.RawIOBase`."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        """Receive; see `io.RawIOBase`.
+
+        Raises:
+            TimeoutError: The moment, or the socket's own limit, has passed.
+        """
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left if self._limit is None else min(left, self._limit))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Close it; see `io.RawIOBase`."""
+        self._raw.close()
+        super().close()
