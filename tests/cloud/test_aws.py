@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
+import json
 import logging
 import socket
 import ssl
@@ -519,6 +521,41 @@ def test_credentials_that_are_not_found_in_time_end_the_opening(
         with pytest.raises(errors.SignerTimeout):
             open_signer(f"awskms:///{key}", endpoint="http://127.0.0.1:9", timeout=1.0)
         assert time.monotonic() - started < 5.0
+
+
+@pytest.mark.stress
+def test_credentials_that_are_not_renewed_in_time_end_the_signature(
+    monkeypatch: pytest.MonkeyPatch, endpoint: aws.Aws, key: str
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name)
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=5)  # boto3 renews these at once
+    told = json.dumps(
+        {
+            "AccessKeyId": aws.ACCESS_KEY,
+            "SecretAccessKey": aws.SECRET_KEY,
+            "Token": aws.SESSION_TOKEN,
+            "Expiration": soon.isoformat(),
+        }
+    ).encode()
+    hangs = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        if hangs.is_set():
+            TRICKLES["body"](connection)
+        connection.recv(65536)
+        head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(told)}\r\n\r\n"
+        connection.sendall(head.encode() + told)
+
+    with listening(serve) as port:
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{port}/")
+        with open_signer(f"awskms:///{key}?endpoint={endpoint.url}", timeout=3.0) as signer:
+            signer.public_key.verify(signer.sign(b"m"), b"m")
+            hangs.set()
+            started = time.monotonic()
+            with pytest.raises(errors.SignerTimeout):
+                signer.sign(b"m")
+            assert time.monotonic() - started < 8.0
 
 
 def test_answer_without_an_end_is_refused(key: str) -> None:

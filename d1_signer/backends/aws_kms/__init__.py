@@ -39,7 +39,13 @@ from d1_signer.es256 import PublicKey
 from d1_signer.remote import PerProcess, within
 
 try:
-    from d1_signer.backends.aws_kms.client import Client, call, clients, read_settings
+    from d1_signer.backends.aws_kms.client import (
+        Client,
+        call,
+        call_within,
+        clients,
+        read_settings,
+    )
     from d1_signer.backends.aws_kms.failures import ALTERED, details
 except ModuleNotFoundError:
     raise MissingExtraError.of("boto3", "aws") from None
@@ -77,7 +83,7 @@ class AwsKmsBackend:
         self._closed = False
         until = time.monotonic() + timeout
         try:
-            client = self._kms(until)
+            client = self._client(until).kms
             self._metadata = _describe(client, key_id, until)
             self._arn = str(self._metadata["Arn"])
             self._public_key = _public_key(client, key_id, self._arn, until)
@@ -96,10 +102,13 @@ class AwsKmsBackend:
             raise SignerClosedError("The key is closed.")
         limit = time.monotonic() + self._timeout
         until = limit if deadline is None else min(limit, deadline)
-        answer = call(
+        client = self._client(until)
+        # A thread for each signature is saved where only a pause of the SDK could add to the limit.
+        direct = deadline is None and client.is_bounded()
+        answer = (call if direct else call_within)(
             until,
             "to sign",
-            self._kms(until).sign,
+            client.kms.sign,
             KeyId=self._key_id,
             Message=digest,
             MessageType="DIGEST",
@@ -157,9 +166,8 @@ class AwsKmsBackend:
             facts=tuple(facts),
         )
 
-    def _kms(self, until: float) -> KMSClient:
-        client = self._clients.made_here() or within(until, self._clients.get)
-        return client.kms
+    def _client(self, until: float) -> Client:
+        return self._clients.made_here() or within(until, self._clients.get)
 
     def close(self) -> None:
         """Close the client's connections, unless the client was given."""
@@ -272,7 +280,7 @@ def generate_key(
 
 def _refuse_existing(client: KMSClient, alias: str, until: float) -> None:
     try:
-        call(until, f"to look for {alias}", client.describe_key, KeyId=alias)
+        call_within(until, f"to look for {alias}", client.describe_key, KeyId=alias)
     except KeyNotFoundError:
         return
     raise KeyExistsError(
@@ -281,7 +289,7 @@ def _refuse_existing(client: KMSClient, alias: str, until: float) -> None:
 
 
 def _make(client: KMSClient, alias: str, description: str, until: float) -> PublicKey:
-    made = call(
+    made = call_within(
         until,
         "to make a key",
         client.create_key,
@@ -291,7 +299,9 @@ def _make(client: KMSClient, alias: str, description: str, until: float) -> Publ
     )
     arn = made["KeyMetadata"]["Arn"]
     try:
-        call(until, f"to make {alias}", client.create_alias, AliasName=alias, TargetKeyId=arn)
+        call_within(
+            until, f"to make {alias}", client.create_alias, AliasName=alias, TargetKeyId=arn
+        )
     except D1SignerError as error:
         error.hint = f"{error.hint} The key {arn} was made before that and has no alias: delete it."
         error.details["key_without_alias"] = arn
@@ -300,7 +310,7 @@ def _make(client: KMSClient, alias: str, description: str, until: float) -> Publ
 
 
 def _describe(client: KMSClient, key_id: str, until: float) -> Mapping[str, Any]:
-    answer = call(until, "to describe the key", client.describe_key, KeyId=key_id)
+    answer = call_within(until, "to describe the key", client.describe_key, KeyId=key_id)
     metadata: Mapping[str, Any] = answer.get("KeyMetadata", {})
     arn, spec, usage = (metadata.get(name) for name in ("Arn", "KeySpec", "KeyUsage"))
     if not arn:
@@ -320,7 +330,7 @@ def _describe(client: KMSClient, key_id: str, until: float) -> Mapping[str, Any]
 
 
 def _public_key(client: KMSClient, key_id: str, arn: str, until: float) -> PublicKey:
-    answer = call(until, "to give the public key", client.get_public_key, KeyId=key_id)
+    answer = call_within(until, "to give the public key", client.get_public_key, KeyId=key_id)
     der, answered = answer.get("PublicKey"), answer.get("KeyId")
     if not isinstance(der, bytes) or not answered:
         raise _unreadable(answer)

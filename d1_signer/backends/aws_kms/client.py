@@ -32,6 +32,7 @@ from d1_signer.remote import (
 )
 
 if TYPE_CHECKING:
+    from botocore.credentials import Credentials
     from mypy_boto3_kms import KMSClient
 
 P = ParamSpec("P")
@@ -134,6 +135,12 @@ class Client:
 
     kms: KMSClient
     http: Http | None = None
+    credentials: Credentials | None = None
+
+    def is_bounded(self) -> bool:
+        """Whether a call is over by its limit by itself, the SDK's pauses apart."""
+        refresh_needed = getattr(self.credentials, "refresh_needed", None)
+        return self.http is not None and not (refresh_needed and refresh_needed())
 
     def close(self) -> None:
         """Close the connections; those of a client that was given stay open."""
@@ -157,10 +164,7 @@ def clients(
 def call(
     until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
 ) -> R:
-    """Call a function of the SDK, and be back by a moment.
-
-    botocore looks for credentials, and waits between its attempts, under no limit of ours: so it
-    does that in a thread of its own, which sends nothing more after that moment.
+    """Call a function of the SDK, which sends nothing after a moment.
 
     Args:
         until: The moment, on ``time.monotonic()``.
@@ -169,12 +173,19 @@ def call(
         *args: Its arguments.
         **kwargs: Its arguments.
     """
+    _call.until = until
+    return ask(doing, function, *args, **kwargs)
 
-    def work() -> R:
-        _call.until = until
-        return ask(doing, function, *args, **kwargs)
 
-    return within(until, work)
+def call_within(
+    until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Call a function of the SDK and be back by a moment; the arguments are those of `call`.
+
+    botocore looks for credentials, and waits between its attempts, under no limit of ours: so it
+    does that in a thread of its own.
+    """
+    return within(until, lambda: call(until, doing, function, *args, **kwargs))
 
 
 # Making boto3 clients in two threads at once is not safe, whatever the session.
@@ -199,12 +210,12 @@ def _client(settings: Settings) -> Client:
     with _making:
         session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
     # Kept by the session. This may ask a server that hangs, which must hold up nobody else.
-    session.get_credentials()
+    credentials = session.get_credentials()
     with _making:
         client: KMSClient = session.client("kms", endpoint_url=settings.endpoint, config=config)
     sender = _Sender(settings)
     client.meta.events.register("before-send.kms", sender.send)  # type: ignore[arg-type]
-    return Client(client, sender.http)
+    return Client(client, sender.http, credentials)
 
 
 # In this order: a class before the classes it derives from.
