@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import socket
 import ssl
@@ -27,8 +26,6 @@ from d1_signer.errors import ConfigurationError, IntegrityError, SignerTimeout, 
 from d1_signer.hosts import is_loopback
 
 T = TypeVar("T")
-
-_log = logging.getLogger("d1_signer.tls")  # one event, whoever was answered
 
 # More threads than connections would work too, but warn for each connection thrown away.
 CONNECTIONS = 128
@@ -351,6 +348,7 @@ class Http:
         left = until - time.monotonic()
         if left <= 0:
             raise no_time_left()
+        connect, read = (min(limit, left) for limit in self._limits)
         parts = urlsplit(url)
         reset = _until.set(until)
         try:
@@ -364,10 +362,12 @@ class Http:
                 assert_same_host=False,
                 preload_content=False,
                 decode_content=False,
-                timeout=Timeout(*(min(limit, left) for limit in self._limits)),
+                timeout=Timeout(connect=connect, read=read),
             )
             length = response.headers.get("Content-Length", "")
-            bounded = length.isdecimal() and int(length) <= _LARGEST_ANSWER
+            # What is told counts for nothing where the body comes in chunks.
+            told_length = length.isdecimal() and "Transfer-Encoding" not in response.headers
+            bounded = told_length and int(length) <= _LARGEST_ANSWER
             # A read with a limit of its own takes much longer: for answers of no known length.
             told = response.read() if bounded else response.read(_LARGEST_ANSWER + 1)
             if len(told) > _LARGEST_ANSWER:
