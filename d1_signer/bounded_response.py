@@ -39,9 +39,8 @@ class BoundedResponse(http.client.HTTPResponse):
         """Read the head; see `http.client.HTTPResponse`."""
         super().begin()
         # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
-        unread = self.msg.get_payload()
-        defects = [one for one in self.msg.defects if not isinstance(one, _OF_MULTIPART)]
-        if defects or (isinstance(unread, str) and unread):
+        # The parser takes what follows such a line for a body, and notes a defect.
+        if any(not isinstance(defect, _OF_MULTIPART) for defect in self.msg.defects):
             _log.warning("tls.malformed_headers an answer has header lines that cannot be read")
             self.msg.defects.clear()
             self.msg.set_payload("")
@@ -71,7 +70,8 @@ class BoundedReader(io.RawIOBase):
         left = self._until - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self._sock.settimeout(left if self._limit is None else min(left, self._limit))
+        if self._limit is None or left < self._limit:  # else it is set: each costs a system call
+            self._sock.settimeout(left)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
