@@ -22,7 +22,7 @@ from botocore.config import Config
 from d1_signer import errors
 from d1_signer.backends.aws_kms import AwsKmsBackend
 from d1_signer.custody import CustodyPolicy
-from d1_signer.remote import Answer, Http
+from d1_signer.remote_http import Answer, Http
 from d1_signer.signer import Signer, generate_key, open_signer
 from tests.servers import aws
 from tests.servers.aws import answering, asking, calls, on_sign, with_signature

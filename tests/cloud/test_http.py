@@ -13,7 +13,7 @@ import pytest
 from urllib3.exceptions import ReadTimeoutError
 
 from d1_signer.errors import IntegrityError
-from d1_signer.remote import Answer, Http
+from d1_signer.remote_http import Answer, Http
 from tests.servers.fault_proxy import listening
 
 

@@ -22,14 +22,13 @@ from d1_signer.backends.aws_kms.failures import ask
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.key_uri import KeyUri
 from d1_signer.remote import (
-    Http,
     PerProcess,
     check_endpoint,
     check_proxy,
     only_in_this_process,
-    tls_context,
     within,
 )
+from d1_signer.remote_http import Http, tls_context
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials

@@ -30,7 +30,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.remote import is_untrusted
+from d1_signer.remote_http import is_untrusted
 
 P = ParamSpec("P")
 R = TypeVar("R")

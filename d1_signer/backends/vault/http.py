@@ -36,7 +36,8 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.remote import Answer, Http, check_endpoint, is_untrusted, tls_context
+from d1_signer.remote import check_endpoint
+from d1_signer.remote_http import Answer, Http, is_untrusted, tls_context
 from d1_signer.secret import Secret
 
 _LONGEST = 400
