@@ -214,7 +214,13 @@ def test_the_client_keys_passphrase_is_asked_for_once(
 
 
 def test_interrupt_at_the_prompt(encrypted_uri: str) -> None:
-    terminal = AtTerminal("public-key", "--key", encrypted_uri)
+    # A shell starts what it puts into the background, this suite perhaps, with the signal ignored,
+    # and that is inherited; what has a handler here is a default there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        terminal = AtTerminal("public-key", "--key", encrypted_uri)
+    finally:
+        signal.signal(signal.SIGINT, before)
     terminal.wait_for("passphrase: ")
     terminal.interrupt()
     status, out = terminal.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ from d1_signer import (
 from d1_signer.endpoint import TokenEndpoint
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.secret import Secret
-from d1_signer.tls import new_session
+from d1_signer.tls import TlsAdapter, new_session
 from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
 from tests.token.test_fetcher import age, workers
 
@@ -230,23 +231,28 @@ def test_a_fork_amid_a_cut_does_not_hold_up_the_child(fetcher: TokenFetcher) -> 
     assert exit_code(child) == 0
 
 
-def test_a_child_of_a_fork_that_python_was_not_told_of_has_its_own_connection(
-    fetcher: TokenFetcher, sandbox: Sandbox
-) -> None:
-    fetcher.token()
-    adapter = fetcher._endpoint._adapter
-    child = ctypes.PyDLL(None).fork()
-    if child == 0:
-        status = 1
-        with contextlib.suppress(BaseException):
-            session = new_session(adapter, proxy=None)
-            answer = session.get(f"{sandbox.banking_url}/ping", timeout=10)
-            status = 0 if answer.status_code == 401 else 2
-        os._exit(status)
-    assert exit_code(child) == 0
-    with new_session(adapter, proxy=None) as session:
-        assert session.get(f"{sandbox.banking_url}/ping").status_code == 401
-    assert sandbox.counters.connections == 2
+def test_a_child_of_a_fork_that_python_was_not_told_of_has_its_own_connection() -> None:
+    context = ssl.create_default_context()
+    # The server's thread may hold a lock of logging or of OpenSSL at the fork, and of this one
+    # nobody is told who would renew it: so there is no TLS, and nobody logs.
+    with Sandbox(issuer_id=ISSUER, tls=False) as sandbox:
+        logging.disable()
+        try:
+            adapter = TlsAdapter(context, timeouts=(10.0, 10.0))
+            with new_session(adapter, proxy=None) as session:
+                url = f"{sandbox.banking_url}/ping"
+                assert session.get(url).status_code == 401
+                child = ctypes.PyDLL(None).fork()
+                if child == 0:
+                    status = 1
+                    with contextlib.suppress(BaseException):
+                        status = 0 if session.get(url).status_code == 401 else 2
+                    os._exit(status)
+                assert exit_code(child) == 0
+                assert session.get(url).status_code == 401
+        finally:
+            logging.disable(logging.NOTSET)
+        assert sandbox.counters.connections == 2
 
 
 def exit_code(child: int) -> int:
