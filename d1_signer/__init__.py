@@ -25,26 +25,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d1_signer import es256 as es256
-    from d1_signer.access_token import (
-        AccessToken as AccessToken,
-    )
-    from d1_signer.auth import (
-        D1Auth as D1Auth,
-    )
-    from d1_signer.backend import (
-        Backend as Backend,
-        GeneratedKey as GeneratedKey,
-        SignatureEncoding as SignatureEncoding,
-    )
-    from d1_signer.custody import (
+    from d1_signer.custody.evidence import (
         Assurance as Assurance,
-        CustodyPolicy as CustodyPolicy,
-        CustodyReport as CustodyReport,
         Evidence as Evidence,
         Fact as Fact,
     )
-    from d1_signer.d1 import (
-        Environment as Environment,
+    from d1_signer.custody.policy import (
+        CustodyPolicy as CustodyPolicy,
+    )
+    from d1_signer.custody.report import (
+        CustodyReport as CustodyReport,
     )
     from d1_signer.errors import (
         AccessDeniedError as AccessDeniedError,
@@ -89,44 +79,76 @@ if TYPE_CHECKING:
         SignEvent as SignEvent,
         Use as Use,
     )
-    from d1_signer.httpx_auth import (
-        HttpxD1Auth as HttpxD1Auth,
+    from d1_signer.secret import (
+        Secret as Secret,
+        SecretSource as SecretSource,
+        read_secret as read_secret,
     )
-    from d1_signer.lazy_signer import (
+    from d1_signer.signing.backend import (
+        Backend as Backend,
+        BackendModule as BackendModule,
+        GeneratedKey as GeneratedKey,
+        Pooled as Pooled,
+        SignatureEncoding as SignatureEncoding,
+    )
+    from d1_signer.signing.key_uri import (
+        KeyUri as KeyUri,
+    )
+    from d1_signer.signing.lazy_signer import (
         LazySigner as LazySigner,
     )
-    from d1_signer.renewal import (
-        Limits as Limits,
-    )
-    from d1_signer.signer import (
+    from d1_signer.signing.signer import (
         Signer as Signer,
         generate_key as generate_key,
         open_signer as open_signer,
     )
-    from d1_signer.signer_set import (
+    from d1_signer.signing.signer_set import (
         Health as Health,
         MemberHealth as MemberHealth,
         SignerSet as SignerSet,
     )
-    from d1_signer.stores import (
+    from d1_signer.token.access_token import (
+        AccessToken as AccessToken,
+    )
+    from d1_signer.token.auth import (
+        D1Auth as D1Auth,
+    )
+    from d1_signer.token.d1 import (
+        Environment as Environment,
+    )
+    from d1_signer.token.fetcher import (
+        Audience as Audience,
+        TokenFetcher as TokenFetcher,
+    )
+    from d1_signer.token.httpx_auth import (
+        HttpxD1Auth as HttpxD1Auth,
+    )
+    from d1_signer.token.redis_store import (
+        RedisTokenStore as RedisTokenStore,
+    )
+    from d1_signer.token.renewal import (
+        Limits as Limits,
+    )
+    from d1_signer.token.stores import (
         Lease as Lease,
         TokenStore as TokenStore,
     )
-    from d1_signer.tls import (
-        ClientCertificate as ClientCertificate,
+    from d1_signer.transport.processes import (
+        PerProcess as PerProcess,
     )
-    from d1_signer.token import (
-        Audience as Audience,
-        TokenFetcher as TokenFetcher,
+    from d1_signer.transport.tls import (
+        ClientCertificate as ClientCertificate,
     )
 
 # Every public name and the module that defines it; the one list of what this package offers.
 _HOMES = {
-    "access_token": ["AccessToken"],
-    "auth": ["D1Auth"],
-    "backend": ["Backend", "GeneratedKey", "SignatureEncoding"],
-    "custody": ["Assurance", "CustodyPolicy", "CustodyReport", "Evidence", "Fact"],
-    "d1": ["Environment"],
+    "token.access_token": ["AccessToken"],
+    "token.auth": ["D1Auth"],
+    "signing.backend": ["Backend", "BackendModule", "GeneratedKey", "Pooled", "SignatureEncoding"],
+    "custody.evidence": ["Assurance", "Evidence", "Fact"],
+    "custody.policy": ["CustodyPolicy"],
+    "custody.report": ["CustodyReport"],
+    "token.d1": ["Environment"],
     "errors": [
         "AccessDeniedError",
         "AmbiguousKeyError",
@@ -161,24 +183,29 @@ _HOMES = {
     ],
     "es256": ["PublicKey"],
     "events": ["FailoverEvent", "Observer", "RenewalEvent", "RequestEvent", "SignEvent", "Use"],
-    "httpx_auth": ["HttpxD1Auth"],
-    "renewal": ["Limits"],
-    "signer": [
+    "token.httpx_auth": ["HttpxD1Auth"],
+    "token.renewal": ["Limits"],
+    "signing.signer": [
         "Signer",
         "generate_key",
         "open_signer",
     ],
-    "lazy_signer": ["LazySigner"],
-    "signer_set": ["Health", "MemberHealth", "SignerSet"],
-    "stores": ["Lease", "TokenStore"],
-    "tls": ["ClientCertificate"],
-    "token": ["Audience", "TokenFetcher"],
+    "signing.lazy_signer": ["LazySigner"],
+    "signing.signer_set": ["Health", "MemberHealth", "SignerSet"],
+    "secret": ["Secret", "SecretSource", "read_secret"],
+    "signing.key_uri": ["KeyUri"],
+    "token.redis_store": ["RedisTokenStore"],
+    "token.stores": ["Lease", "TokenStore"],
+    "transport.processes": ["PerProcess"],
+    "transport.tls": ["ClientCertificate"],
+    "token.fetcher": ["Audience", "TokenFetcher"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-# The one that needs an extra is left out, or `import *` would need the extra too.
+# Those that need an extra are left out, or `import *` would need the extras too.
+_NEED_AN_EXTRA = {"HttpxD1Auth", "RedisTokenStore"}
 __all__ = [  # noqa: PLE0604 (the names above, which a test holds against the type checker's view)
-    *(name for name in _HOME_OF if name != "HttpxD1Auth"),
+    *(name for name in _HOME_OF if name not in _NEED_AN_EXTRA),
     "es256",
 ]
 

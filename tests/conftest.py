@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer import errors, secret, token_response
+from d1_signer import errors, secret
+from d1_signer.token import response as token_response
 
 pytest_plugins = ["d1_signer.testing"]
 

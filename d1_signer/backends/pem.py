@@ -25,8 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from d1_signer.backend import GeneratedKey, SignatureEncoding
-from d1_signer.custody import Evidence, Fact
+from d1_signer.custody.evidence import Evidence, Fact
 from d1_signer.errors import (
     AmbiguousKeyError,
     InvalidKeyError,
@@ -37,8 +36,9 @@ from d1_signer.errors import (
     SignerError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.key_uri import KeyUri
 from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret, shown_path
+from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
+from d1_signer.signing.key_uri import KeyUri
 
 _ALGORITHM = ec.ECDSA(utils.Prehashed(SHA256()))
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.key_uri import scheme_of, split_fragment
+from d1_signer.signing.key_uri import scheme_of, split_fragment
 
 # PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
 # (RFC 5958 section 2, RFC 5915 section 3).

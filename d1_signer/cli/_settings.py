@@ -12,17 +12,17 @@ from typing import Any
 
 import click
 
-from d1_signer.assertion import sign_assertion
 from d1_signer.cli._callbacks import checked_keys, checked_path, checked_proxy
 from d1_signer.cli._output import Command, Output, printable
-from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.key_uri import scheme_of
 from d1_signer.secret import Secret
-from d1_signer.signer import Signer, open_signer
-from d1_signer.signer_set import SignerSet
-from d1_signer.tls import ClientCertificate
-from d1_signer.token import Audience, TokenFetcher
+from d1_signer.signing.key_uri import scheme_of
+from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.signer_set import SignerSet
+from d1_signer.token.assertion import sign_assertion
+from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
+from d1_signer.token.fetcher import Audience, TokenFetcher
+from d1_signer.transport.tls import ClientCertificate
 
 _HSM_PATIENCE = 30.0  # seconds
 

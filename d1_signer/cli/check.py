@@ -38,8 +38,6 @@ from d1_signer.cli._settings import (
     with_issuer,
     with_keys,
 )
-from d1_signer.d1 import Environment
-from d1_signer.endpoint import TokenEndpoint
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -48,12 +46,14 @@ from d1_signer.errors import (
     TokenResponseError,
     TokenUnavailable,
 )
-from d1_signer.key_uri import scheme_of, without_secrets
-from d1_signer.registry import load_backend_module
-from d1_signer.renewal import Limits
 from d1_signer.secret import Secret, shown_path
-from d1_signer.signer import Signer
-from d1_signer.tls import client_context
+from d1_signer.signing.key_uri import scheme_of, without_secrets
+from d1_signer.signing.registry import load_backend_module
+from d1_signer.signing.signer import Signer
+from d1_signer.token.d1 import Environment
+from d1_signer.token.endpoint import TokenEndpoint
+from d1_signer.token.renewal import Limits
+from d1_signer.transport.tls import client_context
 
 _CERTIFICATE = "client-certificate"
 _PKCS11_STEPS = ("module", "token", "login", "key")

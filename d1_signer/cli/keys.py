@@ -25,12 +25,12 @@ from d1_signer.cli._output import (
     with_output_options,
 )
 from d1_signer.cli._settings import Keys, with_keys
-from d1_signer.custody import CustodyReport
+from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError
-from d1_signer.key_uri import split_fragment
 from d1_signer.secret import shown_path
-from d1_signer.signer import Signer, generate_key as generate
-from d1_signer.signer_set import SignerSet
+from d1_signer.signing.key_uri import split_fragment
+from d1_signer.signing.signer import Signer, generate_key as generate
+from d1_signer.signing.signer_set import SignerSet
 
 _to_file = click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
 

@@ -18,7 +18,7 @@ from d1_signer.cli._settings import (
     with_issuer,
     with_keys,
 )
-from d1_signer.d1 import DEFAULT_ASSERTION_LIFETIME, MAX_ASSERTION_LIFETIME
+from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, MAX_ASSERTION_LIFETIME
 
 _MASK = "****"
 

@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_public_key
 
-from d1_signer.custody import Assurance
+from d1_signer.custody.evidence import Assurance
 from d1_signer.errors import D1SignerError, InvalidInputError, SignerClosedError, SignerTimeout
-from d1_signer.signer import Signer
+from d1_signer.signing.signer import Signer
 
 _MESSAGE = b"d1_signer conformance"
 _DIGEST = hashlib.sha256(_MESSAGE).digest()

@@ -44,8 +44,8 @@ class SoftHsmToken:
         so_pin: The security officer's PIN.
         pin_file: File of mode 0600 that holds the user PIN.
         configuration: What ``SOFTHSM2_CONF`` must name for the module to see this token.
-        uri: Key URI of an object ``d1`` on the token, which `d1_signer.signer.generate_key` makes
-            and `d1_signer.signer.open_signer` then opens.
+        uri: Key URI of an object ``d1`` on the token, which `d1_signer.generate_key` makes
+            and `d1_signer.open_signer` then opens.
     """
 
     module_path: str

@@ -16,7 +16,7 @@ from pathlib import Path
 import redis
 
 from d1_signer import ClientCertificate, Limits, SignerSet, TokenFetcher, open_signer
-from d1_signer.redis_store import RedisTokenStore
+from d1_signer.token.redis_store import RedisTokenStore
 
 
 def new_fetcher() -> TokenFetcher:

@@ -19,8 +19,8 @@ import jwt as pyjwt
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from d1_signer import generate_key, open_signer
-from d1_signer.assertion import sign_assertion
-from d1_signer.d1 import AssertionProfile
+from d1_signer.token.assertion import sign_assertion
+from d1_signer.token.d1 import AssertionProfile
 
 IMPORT_BAR = 1.15
 _ROUNDS = 25

@@ -18,8 +18,8 @@ from d1_signer import (
     D1SignerError,
     TokenFetcher,
 )
-from d1_signer.clock import token_clock
-from d1_signer.d1 import GRANT_TYPE
+from d1_signer.token.clock import token_clock
+from d1_signer.token.d1 import GRANT_TYPE
 from tests.bench import token_peers
 from tests.bench.token_setting import D1, Bench, benched
 

@@ -15,10 +15,10 @@ from typing import Any
 import requests
 
 from d1_signer import ClientCertificate, Signer, SignEvent, TokenFetcher, generate_key, open_signer
-from d1_signer.assertion import sign_assertion
-from d1_signer.d1 import AssertionProfile
 from d1_signer.events import Event
 from d1_signer.sandbox import Sandbox
+from d1_signer.token.assertion import sign_assertion
+from d1_signer.token.d1 import AssertionProfile
 
 ISSUER, KID = "bench", "bench-key"
 

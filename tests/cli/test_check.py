@@ -16,8 +16,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from d1_signer.renewal import Limits
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.renewal import Limits
 from tests.cli.conftest import Result, Run
 
 KEY_STEPS = ["key", "signature", "custody"]

@@ -19,7 +19,7 @@ from joserfc.jwk import ECKey
 from msal.oauth2cli.assertion import JwtAssertionCreator
 
 from d1_signer import errors
-from d1_signer.signer import Signer
+from d1_signer.signing.signer import Signer
 
 _NAME = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "TLSMA-TEST/issuer/PPR")])
 _CLAIMS = {"iss": "issuer", "sub": "issuer", "exp": 4102444800}

@@ -67,9 +67,9 @@ def test_suite_runs_on_a_users_backend_and_finds_its_faults(pytester: pytest.Pyt
         import pytest
         from cryptography.hazmat.primitives.asymmetric import ec, utils
         from cryptography.hazmat.primitives.hashes import SHA256
-        from d1_signer.custody import Evidence
+        from d1_signer.custody.evidence import Evidence
         from d1_signer.es256 import PublicKey
-        from d1_signer.signer import Signer
+        from d1_signer.signing.signer import Signer
         from d1_signer.testing import SignerConformance
 
         class Faulty:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer.backends.pkcs11.login import refused
-from d1_signer.signer import generate_key
+from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.signing.signer import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11 import shim as shims
 from tests.pkcs11.shim import Shim

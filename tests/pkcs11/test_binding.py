@@ -8,8 +8,8 @@ import ctypes
 import pytest
 from pkcs11 import _pkcs11
 
-from d1_signer.backends.pkcs11 import cryptoki
-from d1_signer.signer import open_signer
+from d1_signer.backends.pkcs11.module import cryptoki
+from d1_signer.signing.signer import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Shim
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from d1_signer.errors import D1SignerError, SignerUnavailable
-from d1_signer.signer import Signer, open_signer
+from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 
 # From 3.13 on, Python ends a child that is told without its parent having been.

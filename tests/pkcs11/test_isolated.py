@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from d1_signer.backends.pkcs11 import child, host, opening, recovery
-from d1_signer.backends.pkcs11.wire import FAILED, SIGN, receive, send
+from d1_signer.backends.pkcs11.isolation import child, host, opening
+from d1_signer.backends.pkcs11.isolation.wire import FAILED, SIGN, receive, send
+from d1_signer.backends.pkcs11.session import recovery
 from d1_signer.errors import (
     D1SignerError,
     LoginError,
@@ -26,7 +27,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.signer import Signer, open_signer
+from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import ABORT, HANG, Call, Shim
 

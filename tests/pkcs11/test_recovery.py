@@ -12,16 +12,17 @@ from collections.abc import Iterator
 import pytest
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
 
-from d1_signer.backends.pkcs11 import module as module_life, recovery
-from d1_signer.backends.pkcs11.gate import Gate
 from d1_signer.backends.pkcs11.keys import P256
+from d1_signer.backends.pkcs11.module import life as module_life
+from d1_signer.backends.pkcs11.module.gate import Gate
+from d1_signer.backends.pkcs11.session import recovery
 from d1_signer.errors import (
     KeyMismatchError,
     SignerError,
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.signer import Signer, open_signer
+from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import HANG, Call, Shim
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from d1_signer.backends.pkcs11 import module as module_life
+from d1_signer.backends.pkcs11.module import life as module_life
 from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout, SignerUnavailable
-from d1_signer.signer import generate_key, open_signer
+from d1_signer.signing.signer import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import ROOT, Run
 from tests.pkcs11.shim import Shim
@@ -330,7 +330,7 @@ def test_fork_that_waits_for_a_call_is_not_taken_for_a_call_that_hangs(
 _HANG = """
 import sys, threading
 from d1_signer import open_signer
-from d1_signer.backends.pkcs11 import module as module_life
+from d1_signer.backends.pkcs11.module import life as module_life
 from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout
 signer = open_signer(sys.argv[1], module_path=sys.argv[2])

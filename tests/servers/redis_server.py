@@ -16,7 +16,7 @@ import redis
 from redis.cluster import ClusterNode, RedisCluster
 from redis.sentinel import Sentinel
 
-from d1_signer.redis_store import RedisTokenStore
+from d1_signer.token.redis_store import RedisTokenStore
 from tests.servers.process import accepts, free_port, running
 
 MASTER = "d1-tokens"

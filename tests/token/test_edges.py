@@ -19,8 +19,8 @@ from d1_signer import (
     TokenUnavailable,
     open_signer,
 )
-from d1_signer.access_token import HeldToken, State
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.access_token import HeldToken, State
 from tests.token.conftest import FetcherMaker
 from tests.token.test_fetcher import age, until, workers
 

@@ -21,8 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from d1_signer.backend import GeneratedKey, SignatureEncoding
-from d1_signer.custody import Evidence, Fact
+from d1_signer.custody.evidence import Evidence, Fact
 from d1_signer.errors import (
     D1SignerError,
     IntegrityError,
@@ -36,7 +35,9 @@ from d1_signer.errors import (
     SignerClosedError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.remote import PerProcess, within
+from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
+from d1_signer.transport.deadlines import within
+from d1_signer.transport.processes import PerProcess
 
 try:
     from d1_signer.backends.aws_kms.client import (

@@ -20,15 +20,13 @@ from urllib3 import exceptions as http
 
 from d1_signer.backends.aws_kms.failures import ask
 from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.key_uri import KeyUri
-from d1_signer.remote import (
-    PerProcess,
-    check_endpoint,
-    check_proxy,
-    only_in_this_process,
-    within,
-)
-from d1_signer.remote_http import Http, tls_context
+from d1_signer.signing.key_uri import KeyUri
+from d1_signer.transport.deadlines import within
+from d1_signer.transport.exchange import Http
+from d1_signer.transport.hosts import check_endpoint
+from d1_signer.transport.processes import PerProcess, only_in_this_process
+from d1_signer.transport.proxies import check_proxy
+from d1_signer.transport.tls import verifying_context
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
@@ -88,7 +86,7 @@ class Settings:
                     hint="Name the FIPS endpoint's URL as the endpoint, or leave it out.",
                 )
         if self.proxy:
-            check_proxy(self.proxy)
+            check_proxy(self.proxy, credentials=False)
 
 
 def read_settings(
@@ -240,7 +238,7 @@ class _Sender:
         self._proxy = settings.proxy
         self.http = Http(
             "AWS KMS",
-            tls_context(certifi.where()),
+            verifying_context(certifi.where()),
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
             proxy=settings.proxy,

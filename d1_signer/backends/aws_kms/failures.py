@@ -30,7 +30,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.remote_http import is_untrusted
+from d1_signer.transport.failures import is_untrusted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -179,17 +179,11 @@ def _refused(error: sdk.ClientError, doing: str) -> D1SignerError:
     return kind(text, hint=hint, details={"aws_code": code, **details(error.response)})
 
 
-def _is_untrusted(error: Exception) -> bool:
-    # botocore keeps urllib3's exception as an argument of its message, and may chain it or not.
-    cause = getattr(error, "kwargs", {}).get("error")
-    return is_untrusted(cause if isinstance(cause, BaseException) else error)
-
-
 def _failed(error: Exception, doing: str) -> D1SignerError:
     name = type(error).__name__
     for kinds, failure, hint in _EXCEPTIONS:
         if isinstance(error, kinds):
-            retryable = False if _is_untrusted(error) else None
+            retryable = False if is_untrusted(error) else None
             text = f"AWS KMS could not be asked {doing}: {name}."
             return failure(text, hint=hint, retryable=retryable, details={"sdk_error": name})
     return SignerError(

@@ -24,8 +24,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 
-from d1_signer.backend import GeneratedKey, SignatureEncoding
-from d1_signer.custody import Assurance, Evidence, Fact, FactValue
+from d1_signer.custody.evidence import Assurance, Evidence, Fact, FactValue
 from d1_signer.errors import (
     ConfigurationError,
     IntegrityError,
@@ -37,6 +36,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 
 try:
     import google_crc32c

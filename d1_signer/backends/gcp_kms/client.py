@@ -28,15 +28,10 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.key_uri import KeyUri
-from d1_signer.remote import (
-    PerProcess,
-    check_proxy,
-    fork_gate,
-    no_time_left,
-    only_in_this_process,
-    within,
-)
+from d1_signer.signing.key_uri import KeyUri
+from d1_signer.transport.deadlines import no_time_left, within
+from d1_signer.transport.processes import PerProcess, fork_gate, only_in_this_process
+from d1_signer.transport.proxies import check_proxy
 
 R = TypeVar("R")
 
@@ -98,6 +93,8 @@ class Caller:
                         break
                     # The SDK's own retry ignores `timeout`: it runs for a minute.
                     return ask(doing, function, request=request, retry=None, timeout=remaining)
+            except TimeoutError:
+                break
             except (SignerTimeout, SignerThrottled):
                 raise
             except SignerUnavailable:
@@ -142,7 +139,7 @@ def read_uri(uri: str, endpoint: str | None, proxy: str | None) -> Place:
         raise ConfigurationError("The Cloud KMS endpoint is not of the form HOST[:PORT].")
     proxy = proxy or parsed.query.get("proxy")
     if proxy:
-        check_proxy(proxy)
+        check_proxy(proxy, credentials=False)
     return Place(name.group(1), name.group(2), name.group(3), endpoint, proxy)
 
 

@@ -19,17 +19,17 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from d1_signer.backend import Backend, GeneratedKey
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import ConfigurationError, KeyUriError, MissingExtraError
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import SecretSource
+from d1_signer.signing.backend import Backend, GeneratedKey
 
 try:
     from d1_signer.backends.pkcs11.backend import Pkcs11Backend, Settings
     from d1_signer.backends.pkcs11.generate import generate
-    from d1_signer.backends.pkcs11.isolated import HostSettings, IsolatedBackend
-    from d1_signer.backends.pkcs11.login import CKU_USER, Pin
+    from d1_signer.backends.pkcs11.isolation.backend import HostSettings, IsolatedBackend
+    from d1_signer.backends.pkcs11.session.login import CKU_USER, Pin
 except ModuleNotFoundError as error:
     if error.name != "pkcs11":
         raise

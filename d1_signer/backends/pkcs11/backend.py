@@ -15,18 +15,18 @@ from typing import TypeVar
 import pkcs11
 from pkcs11 import exceptions as sdk
 
-from d1_signer.backend import SignatureEncoding
-from d1_signer.backends.pkcs11 import forks, keys
-from d1_signer.backends.pkcs11.cryptoki import handle
+from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
-from d1_signer.backends.pkcs11.handoff import Handoff
 from d1_signer.backends.pkcs11.keys import FoundKey
-from d1_signer.backends.pkcs11.login import CKU_USER, Login, Pin
-from d1_signer.backends.pkcs11.module import Module
-from d1_signer.backends.pkcs11.pool import Pool, Worker
-from d1_signer.backends.pkcs11.recovery import Circuit
+from d1_signer.backends.pkcs11.module import forks
+from d1_signer.backends.pkcs11.module.cryptoki import handle
+from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.backends.pkcs11.session.handoff import Handoff
+from d1_signer.backends.pkcs11.session.login import CKU_USER, Login, Pin
+from d1_signer.backends.pkcs11.session.pool import Pool, Worker
+from d1_signer.backends.pkcs11.session.recovery import Circuit
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
-from d1_signer.custody import Evidence
+from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import (
     D1SignerError,
     InvalidSignatureError,
@@ -36,6 +36,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.signing.backend import SignatureEncoding
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ class Pkcs11Backend:
         return self._bounded(deadline, lambda: self._served(self._ask, deadline))
 
     def pool_use(self) -> tuple[int, int]:
-        """Sessions in use, and how many there may be; see `d1_signer.backend.Pooled`."""
+        """Sessions in use, and how many there may be; see `d1_signer.signing.backend.Pooled`."""
         return self._pool.busy, self._settings.max_sessions
 
     def close(self) -> None:

@@ -11,18 +11,19 @@ from typing import Any
 import pkcs11
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, exceptions as sdk
 
-from d1_signer.backend import GeneratedKey
-from d1_signer.backends.pkcs11 import forks, keys
+from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.backend import Settings
 from d1_signer.backends.pkcs11.failures import translated
-from d1_signer.backends.pkcs11.handoff import Handoff
 from d1_signer.backends.pkcs11.keys import P256
-from d1_signer.backends.pkcs11.login import Login, Pin
-from d1_signer.backends.pkcs11.module import Module
+from d1_signer.backends.pkcs11.module import forks
+from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.backends.pkcs11.session.handoff import Handoff
+from d1_signer.backends.pkcs11.session.login import Login, Pin
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import KeyExistsError, SignerError, SignerTimeout
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import Secret
+from d1_signer.signing.backend import GeneratedKey
 
 _ID_LENGTH = 8
 

@@ -15,9 +15,9 @@ from asn1crypto.x509 import Certificate
 from pkcs11 import Attribute, KeyType, ObjectClass, SlotFlag, exceptions as sdk
 from pkcs11.attributes import AttributeMapper
 
-from d1_signer.backends.pkcs11.module import Module
+from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
-from d1_signer.custody import Evidence, Fact, FactValue
+from d1_signer.custody.evidence import Evidence, Fact, FactValue
 from d1_signer.errors import (
     AmbiguousKeyError,
     InvalidKeyError,

@@ -23,10 +23,9 @@ from base64 import b64encode, urlsafe_b64decode
 from typing import Any
 from urllib.parse import quote
 
-from d1_signer.backend import GeneratedKey, SignatureEncoding
 from d1_signer.backends.vault.http import read_settings
 from d1_signer.backends.vault.tokens import AppRoleTokens, Client, GivenTokens, clients
-from d1_signer.custody import Evidence, Fact, FactValue
+from d1_signer.custody.evidence import Evidence, Fact, FactValue
 from d1_signer.errors import (
     ConfigurationError,
     IntegrityError,
@@ -39,9 +38,10 @@ from d1_signer.errors import (
     SignerClosedError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.key_uri import KeyUri
-from d1_signer.remote import PerProcess
 from d1_signer.secret import SecretSource
+from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
+from d1_signer.signing.key_uri import KeyUri
+from d1_signer.transport.processes import PerProcess
 
 _log = logging.getLogger(__name__)
 

@@ -36,9 +36,11 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.remote import check_endpoint
-from d1_signer.remote_http import Answer, Http, is_untrusted, tls_context
 from d1_signer.secret import Secret
+from d1_signer.transport.exchange import Answer, Http
+from d1_signer.transport.failures import is_untrusted
+from d1_signer.transport.hosts import check_endpoint
+from d1_signer.transport.tls import verifying_context
 
 _LONGEST = 400
 _ALTERED = "Something between this process and Vault alters answers, or it is not Vault."
@@ -221,7 +223,7 @@ def _headers(namespace: str | None, token: Secret | None) -> dict[str, str]:
 
 def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
     try:
-        return tls_context(ca_file)
+        return verifying_context(ca_file)
     except (OSError, ssl.SSLError):
         raise ConfigurationError(
             f"The CA file for Vault cannot be read: {ca_file}.",

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from d1_signer.backends.vault.http import HttpClient, Settings
 from d1_signer.errors import AccessDeniedError, IntegrityError, LoginError
-from d1_signer.remote import PerProcess, no_time_left, within
 from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.transport.deadlines import no_time_left, within
+from d1_signer.transport.processes import PerProcess
 
 # A token is replaced when this share of its life is over, so that none expires on its way.
 _USABLE_SHARE = 0.9

@@ -8,8 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from d1_signer.backend import GeneratedKey, SignatureEncoding
-from d1_signer.custody import Evidence, Fact
+from d1_signer.custody.evidence import Evidence, Fact
 from d1_signer.errors import (
     InvalidKeyError,
     KeyExistsError,
@@ -20,7 +19,8 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.key_uri import KeyUri
+from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
+from d1_signer.signing.key_uri import KeyUri
 
 _TIME_LIMIT = 10.0  # seconds, where the caller gives no deadline
 

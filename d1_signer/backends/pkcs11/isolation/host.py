@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that hosts a module for ``isolation="process"``; started by `isolated`.
+
+Its arguments are the numbers of inherited sockets: one for control, the others for signatures, each
+served by a thread. It ends when the control socket does, even if the module hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from d1_signer.backends.pkcs11 import open_backend
+from d1_signer.backends.pkcs11.isolation.wire import (
+    ACCEPTED,
+    CUSTODY,
+    DONE,
+    FAILED,
+    LOGIN,
+    SIGN,
+    Gone,
+    encoded_error,
+    receive,
+    send,
+)
+from d1_signer.backends.pkcs11.session import login
+from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.errors import D1SignerError, SignerError
+from d1_signer.signing.backend import Backend
+
+
+def main(numbers: list[int]) -> None:
+    """Open the key that the first frame describes, then serve until the parent has gone."""
+    control, *connections = [socket.socket(fileno=number) for number in numbers]
+    try:
+        _, body = receive(control)
+        backend = _opened(control, json.loads(body))
+        if backend is None:
+            return
+        for connection in connections:
+            threading.Thread(target=_serve, args=(backend, connection), daemon=True).start()
+        receive(control)  # nothing is ever sent: this waits for the end
+    except Gone:
+        pass
+    except BaseException as error:  # noqa: BLE001 (it ends here, and nobody else would tell)
+        _show(error)
+    finally:
+        os._exit(0)  # threads may be in a call that does not return
+
+
+def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
+    refused.take(request["refused"])
+    options = request["options"]
+    pin = request.get("pin")
+    if pin is not None:
+        options["pin_source"] = lambda: pin
+    login.witness = lambda: _witnessed(control)
+    try:
+        backend = open_backend(request["uri"], **options)
+    except D1SignerError as error:
+        send(control, FAILED, encoded_error(error, refused=refused.export()))
+        return None
+    except Exception as error:  # noqa: BLE001 (the parent waits for an answer)
+        send(control, FAILED, encoded_error(_unexpected(error), refused=refused.export()))
+        return None
+    finally:
+        login.witness = contextlib.nullcontext
+    send(control, DONE, backend.public_key().pem().encode())
+    return backend
+
+
+@contextlib.contextmanager
+def _witnessed(control: socket.socket) -> Iterator[None]:
+    """A login that the parent knows of before it begins."""
+    send(control, LOGIN, b"")
+    receive(control)
+    yield
+    send(control, ACCEPTED, b"")
+    receive(control)
+
+
+def _serve(backend: Backend, connection: socket.socket) -> None:
+    try:
+        while True:
+            kind, body = receive(connection)
+            try:
+                answer = _answer(backend, kind, body)
+            except D1SignerError as error:
+                send(connection, FAILED, encoded_error(error, refused=refused.export()))
+            except Exception as error:  # noqa: BLE001 (the parent waits for an answer)
+                failed = _unexpected(error)
+                send(connection, FAILED, encoded_error(failed, refused=refused.export()))
+            else:
+                send(connection, DONE, answer)
+    except Gone:
+        pass
+    finally:
+        connection.close()  # however this thread ends, the parent does not wait for it
+
+
+def _answer(backend: Backend, kind: bytes, body: bytes) -> bytes:
+    if kind == SIGN:
+        return backend.sign_digest(body, None)
+    if kind == CUSTODY:
+        return json.dumps(asdict(backend.custody())).encode()
+    raise SignerError(f"The host process was asked for something unknown ({kind!r}).")
+
+
+def _unexpected(error: Exception) -> SignerError:
+    _show(error)
+    return SignerError(
+        f"The process that hosts the PKCS#11 module failed with {type(error).__name__}.",
+        hint="Its standard error says where; report it to the maintainers of d1_signer.",
+    )
+
+
+def _show(error: BaseException) -> None:
+    """Tell where it failed; not its text, which may hold the PIN."""
+    traceback.print_tb(error.__traceback__)
+    sys.stderr.write(f"{type(error).__name__} in the process that hosts the PKCS#11 module\n")
+
+
+if __name__ == "__main__":
+    main([int(number) for number in sys.argv[1:]])

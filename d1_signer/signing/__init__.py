@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signers, and what a place that holds keys must offer."""

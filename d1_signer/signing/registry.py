@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which module serves which URI scheme: the built-in ones, and plug-ins by entry point."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.metadata import entry_points
+from typing import Any
+
+from d1_signer.errors import ConfigurationError, D1SignerError, KeyUriError
+from d1_signer.signing.backend import BackendModule, guarded
+from d1_signer.signing.key_uri import scheme_of
+
+ENTRY_POINT_GROUP = "d1_signer.backends"
+
+BUILT_IN = {
+    "awskms": "d1_signer.backends.aws_kms",
+    "file": "d1_signer.backends.pem",
+    "gcpkms": "d1_signer.backends.gcp_kms",
+    "hashivault": "d1_signer.backends.vault",
+    "pkcs11": "d1_signer.backends.pkcs11",
+}
+
+
+def load_backend_module(uri: str) -> BackendModule:
+    """Find the module that serves a URI's scheme: a built-in one, else a plug-in's.
+
+    Raises:
+        KeyUriError: Nothing serves the scheme.
+        MissingExtraError: The backend's optional dependency is not installed.
+        ConfigurationError: Two plug-ins serve the scheme, or the plug-in cannot be loaded.
+    """
+    scheme = scheme_of(uri)
+    if scheme in BUILT_IN:
+        return importlib.import_module(BUILT_IN[scheme])
+    found = list(entry_points(group=ENTRY_POINT_GROUP, name=scheme)) if scheme else []
+    if len(found) == 1:
+        try:
+            module: BackendModule = found[0].load()
+        except D1SignerError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"The plug-in {found[0].value} for {scheme}: cannot be loaded "
+                f"({type(error).__name__}).",
+                hint="Check its installation.",
+            ) from error
+        return module
+    if found:
+        values = ", ".join(sorted(point.value for point in found))
+        raise ConfigurationError(
+            f"More than one plug-in serves {scheme}: {values}.", hint="Uninstall all but one."
+        )
+    plugged = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
+    known = ", ".join(f"{name}:" for name in sorted({*BUILT_IN, *plugged}))
+    # Not the URI itself: what has no scheme of ours may be anything, a key or a password even.
+    told = f"Nothing serves {scheme}:." if scheme else "The key URI has no scheme."
+    raise KeyUriError(told, hint=f"Known schemes: {known}.")
+
+
+def call_backend(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:
+    """Call a function of a backend's module with options that fit it.
+
+    Raises:
+        ConfigurationError: The module has no such function, or an option does not fit.
+        SignerError: Whatever the function raises.
+    """
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigurationError(
+            f"The plug-in for {scheme_of(uri)}: has no {name}().", hint="Check its installation."
+        )
+    try:
+        inspect.signature(function).bind(uri, **options)
+    except TypeError:
+        known = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        unknown = ", ".join(sorted(set(options) - set(known))) or "a required one is missing"
+        raise ConfigurationError(
+            f"Options that do not fit {scheme_of(uri)}: {unknown}.",
+            hint=f"Known here: {', '.join(known) or 'none'}.",
+        ) from None
+    return guarded(f"{scheme_of(uri)}:", function, uri, **options)

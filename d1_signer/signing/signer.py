@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key side's interface: `Signer`, `open_signer` and `generate_key`.
+
+Plain use::
+
+    from d1_signer import open_signer
+
+    with open_signer("pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin") as signer:
+        signature = signer.sign(b"message")           # 64 bytes, r||s
+        signer.public_key.verify(signature, b"message")
+
+A secret never stands in the URI: it comes from ``file:PATH``, ``env:NAME``, or a callable::
+
+    open_signer("pkcs11:token=bank;object=d1", pin_source=lambda: vault.read("d1-pin"))
+
+A backend of your own is a module with ``open_backend(uri, **options)`` that returns a `Backend`,
+announced under the entry-point group ``d1_signer.backends`` with the URI scheme as its name. It
+signs a 32-byte digest and says whether it answers DER or raw; hashing, conversion, range check and
+verification happen here, so no backend can leave them out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NoReturn, Self, final
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+from d1_signer import es256
+from d1_signer.custody.evidence import Evidence
+from d1_signer.custody.policy import CustodyPolicy
+from d1_signer.custody.report import CustodyReport
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    InvalidInputError,
+    InvalidSignatureError,
+    KeyMismatchError,
+    KeyUriError,
+    SignerClosedError,
+    SignerError,
+)
+from d1_signer.es256 import PublicKey
+from d1_signer.events import Observer, SignEvent, Use, checked, notify
+from d1_signer.signing.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
+from d1_signer.signing.key_uri import scheme_of, split_fragment
+from d1_signer.signing.registry import call_backend, load_backend_module
+
+_LONGEST_TIMEOUT = 86_400.0
+
+
+@final
+class Signer:
+    """Signs with ES256 under one key. Safe in threads and after fork; not picklable.
+
+    Attributes:
+        algorithm: ``"ES256"``.
+    """
+
+    algorithm = es256.ALGORITHM
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        kid: str | None = None,
+        verify: bool = True,
+        expected_thumbprint: str | None = None,
+        custody_policy: CustodyPolicy | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Take over a backend; `close` closes it. Most callers want `open_signer`.
+
+        Args:
+            backend: An open backend.
+            kid: Key identifier that D1 knows; None: the RFC 7638 thumbprint.
+            verify: Verify each signature under the pinned public key before it is returned.
+            expected_thumbprint: RFC 7638 thumbprint that the key must have.
+            custody_policy: What the key's custody must be shown to be.
+            observers: Told of each signature, see `SignEvent`.
+
+        Raises:
+            KeyMismatchError: The key has another thumbprint than expected.
+            CustodyError: The evidence does not meet the policy.
+            InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
+        """
+        self._backend = backend
+        self._kid = ""  # for the repr in a crash report, should a step below fail
+        self._encoding = guarded(backend.name, SignatureEncoding, backend.encoding)
+        # Rebuilt, so that the verifier is ours and not an object of the backend's own making.
+        self._public_key = guarded(
+            backend.name, lambda: PublicKey.from_der(backend.public_key().der())
+        )
+        self._verify = verify
+        self._observers = checked(observers)
+        self._closed = False
+        self._kid = self._public_key.thumbprint() if kid is None else _checked_kid(kid)
+        if expected_thumbprint is not None and expected_thumbprint != self._public_key.thumbprint():
+            raise KeyMismatchError(
+                f"The key's thumbprint is {self._public_key.thumbprint()}, which is not the "
+                "expected one.",
+                hint="Check which key the URI names, and the thumbprint that was registered.",
+            )
+        if not isinstance(custody_policy, CustodyPolicy | None):
+            raise ConfigurationError("custody_policy is not a CustodyPolicy.")
+        if custody_policy is not None:
+            custody_policy.check(self.custody().evidence)
+
+    @property
+    def public_key(self) -> PublicKey:
+        """The public key, pinned at opening."""
+        return self._public_key
+
+    @property
+    def kid(self) -> str:
+        """Key identifier: the caller's, else the RFC 7638 thumbprint."""
+        return self._kid
+
+    def sign(
+        self, message: bytes, *, timeout: float | None = None, use: Use | None = None
+    ) -> bytes:
+        """Sign a message with ES256 (RFC 7518 section 3.4).
+
+        Args:
+            message: Bytes of any length; hashed here, never sent to the backend.
+            timeout: Seconds to wait at most; None: the backend's own time limit.
+            use: What the signature is for, passed on to the observers.
+
+        Returns:
+            64 bytes, r||s.
+
+        Raises:
+            SignerUnavailable: The device or service does not answer; retryable.
+            SignerError: Anything else that keeps the key from signing.
+            InvalidInputError: ``message`` is not bytes, or ``timeout`` not a number.
+        """
+        try:
+            digest = hashlib.sha256(message).digest()
+        except (TypeError, BufferError):
+            raise InvalidInputError("The message to sign is not bytes.") from None
+        return self.sign_digest(digest, timeout=timeout, use=use)
+
+    def sign_digest(
+        self, digest: bytes, *, timeout: float | None = None, use: Use | None = None
+    ) -> bytes:
+        """Sign a SHA-256 digest that the caller made.
+
+        Args:
+            digest: Exactly 32 bytes.
+            timeout: Seconds to wait at most; None: the backend's own time limit.
+            use: What the signature is for, passed on to the observers.
+
+        Returns:
+            64 bytes, r||s.
+
+        Raises:
+            InvalidInputError: ``digest`` is not 32 bytes, or ``timeout`` not a number.
+            SignerUnavailable: The device or service does not answer; retryable.
+            SignerError: Anything else that keeps the key from signing.
+        """
+        if not isinstance(digest, bytes) or len(digest) != es256.DIGEST_LENGTH:
+            raise InvalidInputError("The digest to sign is not 32 bytes.")
+        if timeout is not None and not (
+            isinstance(timeout, int | float) and -_LONGEST_TIMEOUT < timeout < _LONGEST_TIMEOUT
+        ):
+            raise InvalidInputError("The timeout is not a number of seconds.")
+        if self._closed:
+            raise SignerClosedError(
+                "The signer is closed.", hint="Open it anew with open_signer()."
+            )
+        if not self._observers:
+            return self._sign(digest, timeout)
+        error: str | None = "interrupted"
+        pool: tuple[int, int] | None = None
+        started = time.perf_counter()
+        try:
+            if isinstance(self._backend, Pooled):
+                pool = guarded(self._backend.name, self._backend.pool_use)
+            signature = self._sign(digest, timeout)
+            error = None
+        except D1SignerError as failure:
+            error = failure.code
+            raise
+        finally:
+            duration = time.perf_counter() - started
+            event = SignEvent(
+                backend=self._backend.name,
+                kid=self._kid,
+                duration=duration,
+                error=error,
+                use=use,
+                pool_use=pool,
+            )
+            notify(self._observers, event)
+        return signature
+
+    def _sign(self, digest: bytes, timeout: float | None) -> bytes:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        answer = guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
+        if self._encoding is SignatureEncoding.DER:
+            answer = es256.raw_from_der(answer)
+        if self._verify:
+            try:
+                self._public_key.verify_digest(answer, digest)
+            except InvalidSignatureError as failure:
+                raise InvalidSignatureError(
+                    f"The {self._backend.name} backend answered a signature that the key "
+                    f"{self._public_key.thumbprint()} did not make; it was not used.",
+                    hint="Check whether the key was replaced; if not, the answer was corrupted.",
+                ) from failure
+        else:
+            es256.check_raw(answer)
+        return answer
+
+    def custody(self) -> CustodyReport:
+        """Collect the evidence about where the private key lives.
+
+        Raises:
+            SignerUnavailable: The device or service does not answer; retryable.
+            SignerError: Anything else that keeps the backend from asking.
+        """
+        evidence = guarded(self._backend.name, self._backend.custody)
+        if not isinstance(evidence, Evidence):
+            raise SignerError(
+                f"The {self._backend.name} backend gave no evidence.",
+                hint="This is a defect of the backend; report it to its maintainers.",
+            )
+        return CustodyReport(
+            backend=self._backend.name,
+            kid=self._kid,
+            thumbprint=self._public_key.thumbprint(),
+            collected_at=int(time.time()),
+            evidence=evidence,
+        )
+
+    def as_private_key(self) -> EllipticCurvePrivateKey:
+        """This signer in the shape of a private key of the ``cryptography`` package.
+
+        For signing requests and certificates, PyJWT, MSAL: whatever calls the key's ``sign`` and
+        does not export it. It is good until `close`.
+        """
+        from d1_signer.signing.private_key import SignerPrivateKey
+
+        return SignerPrivateKey(self)
+
+    def close(self) -> None:
+        """Release the backend; calling it again does nothing."""
+        self._closed = True
+        guarded(self._backend.name, self._backend.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Signer {self._backend.name} kid={self._kid!r}>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a Signer cannot be pickled: open it where it is used"
+        raise TypeError(msg)
+
+
+def open_signer(
+    uri: str,
+    *,
+    kid: str | None = None,
+    verify: bool = True,
+    expected_thumbprint: str | None = None,
+    custody_policy: CustodyPolicy | None = None,
+    observers: Sequence[Observer] = (),
+    **options: Any,
+) -> Signer:
+    """Open the key that a URI names.
+
+    Args:
+        uri: ``pkcs11:`` (RFC 7512), ``awskms:``, ``gcpkms:``, ``hashivault:``, ``file:``, or the
+            scheme of an installed plug-in. A fragment names the kid.
+        kid: Key identifier; wins over the fragment. Without either: the RFC 7638 thumbprint.
+        verify: Verify each signature before it is returned.
+        expected_thumbprint: RFC 7638 thumbprint that the key must have.
+        custody_policy: What the key's custody must be shown to be.
+        observers: Told of each signature.
+        **options: The backend's own options; see its ``open_backend``.
+
+    Returns:
+        A signer, ready to sign. The caller closes it.
+
+    Raises:
+        KeyUriError: The URI cannot be read, or nothing serves its scheme.
+        MissingExtraError: The backend's optional dependency is not installed.
+        ConfigurationError: An option that the backend does not know.
+        SignerError: The key cannot be opened.
+    """
+    rest, fragment = split_fragment(uri)
+    backend = call_backend(load_backend_module(rest), "open_backend", rest, options)
+    try:
+        return Signer(
+            backend,
+            kid=fragment if kid is None else kid,
+            verify=verify,
+            expected_thumbprint=expected_thumbprint,
+            custody_policy=custody_policy,
+            observers=observers,
+        )
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            backend.close()
+        raise
+
+
+def generate_key(uri: str, **options: Any) -> GeneratedKey:
+    """Make a new P-256 signing key where the URI says; an existing key is never overwritten.
+
+    Args:
+        uri: As for `open_signer`, naming a key that does not exist yet.
+        **options: The backend's own options; see its ``generate_key``.
+
+    Raises:
+        KeyExistsError: A key of that name exists.
+        KeyUriError: The URI cannot be read, or its backend makes no keys.
+        SignerError: The key cannot be made.
+    """
+    rest, _ = split_fragment(uri)
+    module = load_backend_module(rest)
+    if not hasattr(module, "generate_key"):
+        raise KeyUriError(f"The scheme {scheme_of(uri)}: does not make keys.")
+    generated: GeneratedKey = call_backend(module, "generate_key", rest, options)
+    return generated
+
+
+def _checked_kid(kid: str) -> str:
+    if not isinstance(kid, str) or not 0 < len(kid) <= 256 or not kid.isprintable():  # noqa: PLR2004
+        raise InvalidInputError(
+            "The kid is empty, longer than 256 characters, or not printable text.",
+            hint="Give the key identifier under which D1 registered the public key.",
+        )
+    return kid

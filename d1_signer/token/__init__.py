@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Getting an access token: the fetcher, its store, and the endpoint."""

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The access token, and the pure rules for how long it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NoReturn, final
+
+from d1_signer.token.d1 import MAX_TOKEN_LIFETIME
+
+_RENEW_AT = 2 / 3
+_JITTER = 0.1
+_MAX_MARGIN = 10.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccessToken:
+    """An access token of D1 (RFC 6749 section 1.4). Shows its value to nobody who prints it.
+
+    Attributes:
+        value: What goes behind ``Bearer`` in the Authorization header. Secret.
+        expires_at: Seconds since the epoch.
+        scope: Scopes with blanks between them, such as ``d1-api:account:full``; may be empty.
+        token_type: ``"Bearer"``.
+    """
+
+    value: str = field(repr=False)
+    expires_at: float
+    scope: str = ""
+    token_type: str = "Bearer"  # noqa: S105 (a type, RFC 6750)
+
+    def __reduce__(self) -> NoReturn:
+        msg = "an AccessToken cannot be pickled"
+        raise TypeError(msg)
+
+
+class State(StrEnum):
+    """What a held token is good for."""
+
+    FRESH = "fresh"  # hand it out
+    STALE = "stale"  # hand it out, and renew it in the background
+    EXPIRED = "expired"  # wait for another one
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldToken:
+    """A token with its moments on the clock of the one who holds it.
+
+    Attributes:
+        token: The token.
+        renew_at: From here on it is stale.
+        unusable_at: From here on it is expired; a little ahead of D1's own expiry.
+        requested_at: Start of the request.
+        dies_at: D1's own expiry.
+        shared: Whether it came from the fleet's store.
+    """
+
+    token: AccessToken
+    renew_at: float
+    unusable_at: float
+    requested_at: float
+    dies_at: float
+    shared: bool = False
+
+    def state(self, now: float) -> State:
+        """What the token is good for at a moment of the same clock."""
+        if now < self.renew_at:
+            return State.FRESH
+        return State.STALE if now < self.unusable_at else State.EXPIRED
+
+
+def hold(
+    *,
+    value: str,
+    scope: str,
+    expires_in: float,
+    requested_at: float,
+    requested_at_wall: float,
+    chance: float,
+    shared: bool = False,
+) -> HeldToken:
+    """Decide when a new token is renewed and when it is no longer handed out.
+
+    Args:
+        value: The token's value.
+        scope: Its scopes.
+        expires_in: Seconds that D1 said remain. They are counted from the start of the request:
+            D1 counted from a later moment, so this errs on the safe side. More than 15 minutes
+            counts as 15.
+        requested_at: Start of the request on the holder's clock.
+        requested_at_wall: The same moment in seconds since the epoch.
+        chance: Random number from 0 to 1; spreads the renewals of a fleet.
+        shared: Whether it came from the fleet's store.
+    """
+    life = min(expires_in, MAX_TOKEN_LIFETIME)
+    margin = min(_MAX_MARGIN, life / 10)
+    spread = 1 + _JITTER * (2 * chance - 1)
+    return HeldToken(
+        token=AccessToken(value=value, expires_at=requested_at_wall + life, scope=scope),
+        renew_at=requested_at + life * _RENEW_AT * spread,
+        unusable_at=requested_at + life - margin,
+        requested_at=requested_at,
+        dies_at=requested_at + life,
+        shared=shared,
+    )

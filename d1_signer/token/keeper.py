@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeping one token for many callers: cache, single flight, back-off. It knows no HTTP and no key.
+
+A flight is one renewal in a thread of its own. Callers wait for it with time limits of their own,
+and a flight that hangs is left behind at its deadline.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Final
+
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    FetcherClosedError,
+    TokenError,
+    TokenTimeout,
+)
+from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.token.access_token import AccessToken, HeldToken, State
+from d1_signer.token.clock import Clock
+from d1_signer.token.endpoint import TokenEndpoint
+from d1_signer.token.fleet import FleetRenewal
+from d1_signer.token.renewal import Limits, Renewal, seconds
+
+_log = logging.getLogger("d1_signer.token")
+
+_LONGEST_BACK_OFF = 15.0
+# A server that asks for more would let a token expire which the next attempt may well save.
+_MOST_RETRY_AFTER = 60.0
+_YOUNG = 30.0
+_MOST_HANGING = 4
+_ABORT_GRACE = 0.5
+_EXIT_GRACE = 1.0
+_NEVER = float("-inf")
+_NO_TOKEN: Final = AccessToken(value="", expires_at=_NEVER)
+
+_keepers: weakref.WeakSet[TokenKeeper] = weakref.WeakSet()
+
+
+class _Flight:
+    """One renewal under way, and those who wait for it."""
+
+    def __init__(self, *, starts_in: float, total: float) -> None:
+        self.starts_in = starts_in
+        self.deadline = time.monotonic() + starts_in + total
+        self.stopped = threading.Event()
+        self.worker: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
+
+    def end(self, result: HeldToken | D1SignerError) -> None:
+        if not self._ended.is_set():
+            self._result = result
+            self._ended.set()
+
+    def wait(self, timeout: float) -> bool:
+        return self._ended.wait(timeout)
+
+    def held(self) -> HeldToken:
+        if isinstance(self._result, D1SignerError):
+            # One object raised in many threads would collect all their tracebacks.
+            raise self._result.fresh()
+        return self._result
+
+
+class TokenKeeper:
+    """What `d1_signer.TokenFetcher` is beneath its settings. Safe in threads and after fork."""
+
+    def __init__(
+        self,
+        renewal: Renewal | FleetRenewal,
+        endpoint: TokenEndpoint,
+        *,
+        limits: Limits,
+        retry_interval: float,
+        clock: Clock,
+        wall: Clock,
+        observers: Sequence[Observer],
+    ) -> None:
+        """Keep what ``renewal`` obtains.
+
+        Args:
+            renewal: Obtains a token.
+            endpoint: Cut where a renewal hangs in it, and closed with this.
+            limits: Time limits of a renewal.
+            retry_interval: Seconds between two renewals at least.
+            clock: On which tokens age.
+            wall: Seconds since the epoch.
+            observers: Told of each renewal.
+        """
+        self._renewal = renewal
+        self._endpoint = endpoint
+        self._limits = limits
+        self._retry_interval = retry_interval
+        self._clock = clock
+        self._wall = wall
+        self._observers = tuple(observers)
+        self._refused: str | None = None
+        self._refused_young_until = _NEVER
+        self._young_until = _NEVER
+        self._closed = False
+        self._held: HeldToken | None = None
+        # What the fast path reads, in one attribute so that it is read as one.
+        self._fresh: tuple[float, float, AccessToken] = (_NEVER, _NEVER, _NO_TOKEN)
+        self._failures = 0
+        self._last_failure: D1SignerError | None = None
+        self._not_before = _NEVER
+        self._begin_without_flight()
+        _keepers.add(self)
+
+    def _begin_without_flight(self) -> None:
+        self._lock = threading.Lock()
+        self._flight: _Flight | None = None
+        self._worker: threading.Thread | None = None
+        self._hanging: list[threading.Thread] = []
+
+    def token(self, *, timeout: float | None = None) -> AccessToken:
+        """Return a valid access token.
+
+        Args:
+            timeout: Seconds to wait at most where there is none yet; None: the renewal's limit.
+
+        Raises:
+            TokenError: D1 gave none, and no earlier one is valid.
+            SignerError: No signer could sign, and no earlier token is valid.
+            TokenTimeout: It did not come in time.
+            InvalidInputError: There is none yet, and ``timeout`` is not a number of seconds.
+        """
+        renew_at, expires_at, token = self._fresh
+        # The wall clock as well: a virtual machine that was suspended may not know it.
+        if self._clock() < renew_at and self._wall() < expires_at:
+            return token
+        return self._token_not_fresh(timeout)
+
+    def token_now(self) -> AccessToken | None:
+        """Return a valid access token without waiting; None where there is none.
+
+        Like `token` it begins to renew a stale one in the background. For callers that must not
+        block, such as an event loop.
+        """
+        held = self._held
+        state = self._state(held)
+        if held is None or state is State.EXPIRED:
+            return None
+        if state is State.STALE:
+            self._renew_in_background()
+        return held.token
+
+    def invalidate(self, token: AccessToken) -> None:
+        """Forget a token that D1 has refused; another one that came meanwhile is kept.
+
+        Where D1 refuses the next one as quickly, no other token will help: it is kept for half a
+        minute, so that a call without permission does not become a request for a token each time.
+        """
+        with self._lock:
+            if self._held is not None and self._held.token.value == token.value:
+                now = self._clock()
+                young = now < self._young_until
+                if young and now < self._refused_young_until:
+                    _log.warning("token.refused_again a new token does not help")
+                    return
+                self._refused_young_until = now + _YOUNG if young else _NEVER
+                self._refused = token.value
+                self._held = None
+                self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
+
+    def prefetch(self) -> None:
+        """Begin to obtain a token in the background where none is fresh; returns at once.
+
+        Raises:
+            FetcherClosedError: The fetcher is closed.
+        """
+        with self._lock:
+            self._require_open()
+            if self._state(self._held) is not State.FRESH and self._clock() >= self._not_before:
+                self._join_or_start()
+
+    def close(self) -> None:
+        """Forget the token, end a renewal under way, close the connections.
+
+        Those who wait for the renewal get a `FetcherClosedError`. The signer stays open.
+        """
+        with self._lock:
+            self._closed = True
+            self._held = None
+            self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
+            flight, self._flight = self._flight, None
+            worker, self._worker = self._worker, None
+        if flight is not None:
+            flight.stopped.set()
+            flight.end(FetcherClosedError("The token fetcher was closed during a renewal."))
+        self._endpoint.close()
+        if worker is not None and worker is not threading.current_thread():
+            # Bounded: a signer that hangs in a vendor's library cannot be called back.
+            worker.join(_EXIT_GRACE)
+
+    def _token_not_fresh(self, timeout: float | None) -> AccessToken:
+        if timeout is not None:
+            seconds(timeout, "timeout", least=0)
+        patience = self._limits.total if timeout is None else timeout
+        until = time.monotonic() + patience
+        remaining = timeout
+        while True:
+            token = self.token_now()
+            if token is not None:
+                return token
+            with self._lock:
+                self._require_open()
+                held = self._held
+                if held is not None and self._state(held) is not State.EXPIRED:
+                    return held.token
+                if self._flight is None and self._last_failure and self._clock() < self._not_before:
+                    raise self._last_failure.fresh()
+                flight = self._join_or_start()
+            self._wait(flight, remaining)
+            held = flight.held()
+            if self._state(held) is not State.EXPIRED:
+                return held.token
+            # It lived for a moment only, or the wall clock was set: it died while we woke up.
+            remaining = until - time.monotonic()
+            if remaining <= 0:
+                raise TokenTimeout(
+                    f"No token that still lives within {patience:g} seconds.",
+                    hint="D1's tokens live too short, or this machine's clock is being set.",
+                )
+
+    def _state(self, held: HeldToken | None) -> State:
+        if held is None or self._wall() >= held.token.expires_at:
+            return State.EXPIRED
+        return held.state(self._clock())
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise FetcherClosedError("The token fetcher is closed.", hint="Make a new one.")
+
+    def _renew_in_background(self) -> None:
+        if self._clock() < self._not_before or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._closed and self._state(self._held) is not State.FRESH:
+                self._join_or_start()
+        except TokenError as error:
+            # The caller has a valid token and need not know.
+            self._note_failure(error)
+        finally:
+            self._lock.release()
+
+    def _join_or_start(self) -> _Flight:
+        """The flight under way, else a new one. The lock is held."""
+        if self._flight is not None and time.monotonic() < self._flight.deadline:
+            return self._flight
+        if self._flight is not None:
+            self._abandon(self._flight)
+        self._hanging = [worker for worker in self._hanging if worker.is_alive()]
+        if len(self._hanging) >= _MOST_HANGING:
+            raise TokenTimeout(
+                f"{len(self._hanging)} renewals hang in a signer that keeps no time limit.",
+                hint="Look at the device or service that holds the key; start the process anew.",
+            )
+        starts_in = max(0.0, self._not_before - self._clock())
+        flight = _Flight(starts_in=starts_in, total=self._limits.total)
+        worker = threading.Thread(
+            target=self._fly, args=(flight,), name="d1-signer-renewal", daemon=True
+        )
+        self._flight, self._worker = flight, worker
+        flight.worker = worker
+        try:
+            worker.start()
+        except RuntimeError:
+            self._flight = self._worker = None
+            raise TokenError("No thread can be started for the renewal.", retryable=True) from None
+        return flight
+
+    def _wait(self, flight: _Flight, timeout: float | None) -> None:
+        if threading.current_thread() is flight.worker:
+            raise ConfigurationError(
+                "The renewal waits for itself: its observer, PIN source or correlation_id asked "
+                "this fetcher for a token.",
+                hint="Do not call the fetcher from what it calls.",
+            )
+        patience = flight.deadline - time.monotonic() + _ABORT_GRACE
+        if timeout is not None and timeout < patience:
+            if not flight.wait(max(timeout, 0.0)):
+                raise TokenTimeout(
+                    f"No token within {timeout:g} seconds.",
+                    hint="The renewal goes on; call again.",
+                )
+        elif not flight.wait(max(patience, 0.0)):
+            with self._lock:
+                if self._flight is flight:
+                    self._abandon(flight)
+            flight.wait(_ABORT_GRACE)
+
+    def _abandon(self, flight: _Flight) -> None:
+        """Give up on a flight past its deadline: its thread hangs somewhere. The lock is held."""
+        self._flight = self._worker = None
+        if flight.worker is not None:
+            self._hanging.append(flight.worker)
+        flight.stopped.set()
+        error = TokenTimeout(
+            f"No token within {self._limits.total:g} seconds.",
+            hint="The signer or D1 does not answer; look at the device and the network.",
+        )
+        self._note_failure(error)
+        flight.end(error)
+        self._endpoint.abort()
+
+    def _fly(self, flight: _Flight) -> None:
+        result: HeldToken | D1SignerError
+        if flight.starts_in and flight.stopped.wait(flight.starts_in):
+            return  # whoever stopped it has told those who wait
+        started = time.perf_counter()
+        try:
+            result = self._renewal.obtain(
+                deadline=flight.deadline, stopped=flight.stopped, refused=self._refused
+            )
+        except D1SignerError as error:
+            result = error.fresh()
+        except BaseException as error:  # noqa: BLE001 (whoever waits must be told in any case)
+            result = TokenError(f"The renewal failed with {type(error).__name__}.")
+        try:
+            with self._lock:
+                if self._flight is flight:
+                    self._flight = self._worker = None
+                    if isinstance(result, HeldToken):
+                        self._note_success(result)
+                    else:
+                        self._note_failure(result)
+        finally:
+            flight.end(result)
+        self._tell(result, time.perf_counter() - started)
+
+    def _tell(self, result: HeldToken | D1SignerError, duration: float) -> None:
+        if isinstance(result, HeldToken):
+            event = RenewalEvent(
+                duration=duration,
+                error=None,
+                expires_in=result.token.expires_at - self._wall(),
+                shared=result.shared,
+            )
+        else:
+            event = RenewalEvent(
+                duration=duration, error=result.code, expires_in=None, shared=False
+            )
+        notify(self._observers, event)
+
+    def _note_success(self, held: HeldToken) -> None:
+        self._held = held
+        self._fresh = (held.renew_at, held.token.expires_at, held.token)
+        self._failures, self._last_failure = 0, None
+        self._young_until = self._clock() + _YOUNG
+        # Tokens that live for a moment only must not become a loop of requests.
+        self._not_before = self._clock() + self._retry_interval
+        _log.info("token.renewed scope=%r expires_at=%.0f", held.token.scope, held.token.expires_at)
+
+    def _note_failure(self, error: D1SignerError) -> None:
+        self._failures += 1
+        self._last_failure = error
+        back_off = min(self._retry_interval * 2.0 ** min(self._failures - 1, 10), _LONGEST_BACK_OFF)
+        jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
+        asked_for = error.details.get("retry_after")
+        if not isinstance(asked_for, int | float):  # a plug-in may say it in its own words
+            asked_for = 0.0
+        asked_for = min(asked_for, _MOST_RETRY_AFTER)
+        self._not_before = self._clock() + max(back_off * jitter, asked_for)
+        _log.warning("token.failed code=%s failures=%d: %s", error.code, self._failures, error)
+
+    def _after_fork(self) -> None:
+        """In a forked child: the parent's flight, lock and connections are not ours."""
+        self._begin_without_flight()
+
+
+def _after_fork_in_child() -> None:
+    for keeper in list(_keepers):
+        keeper._after_fork()  # noqa: SLF001 (this module's own class)
+
+
+def _at_exit() -> None:
+    # A worker inside a PKCS#11 module while the interpreter goes away can crash the process.
+    for keeper in list(_keepers):
+        keeper.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)

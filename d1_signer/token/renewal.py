@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One renewal: as many attempts as it takes within one deadline, each with an assertion of its own.
+
+This is the only retry layer between a caller and D1's token endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    FetcherClosedError,
+    InvalidInputError,
+    SignerError,
+    TokenRefusedError,
+    TokenResponseError,
+    TokenTimeout,
+    TokenUnavailable,
+)
+from d1_signer.events import Observer, RequestEvent, notify
+from d1_signer.secret import Secret
+from d1_signer.signing.signer import Signer
+from d1_signer.signing.signer_set import SignerSet
+from d1_signer.token.access_token import HeldToken, hold
+from d1_signer.token.assertion import sign_assertion
+from d1_signer.token.clock import Clock
+from d1_signer.token.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
+from d1_signer.token.endpoint import Reply, TokenEndpoint
+from d1_signer.token.response import Grant
+
+_log = logging.getLogger("d1_signer.token")
+
+MAX_ATTEMPTS = 4
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 4.0
+_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+# Below the first a clock is right enough and D1 had another reason; beyond the second the machine
+# is so wrong that an operator must look at it.
+_LEAST_SKEW = float(ISSUED_AT_MARGIN)
+_MOST_SKEW = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Time limits of a renewal, all in seconds.
+
+    Attributes:
+        total: From its start to its end, all attempts included.
+        sign: For one signature; half of what is left at most, where another signer can follow.
+        connect: For one connection.
+        read: For the next bytes of an answer.
+    """
+
+    total: float = 30.0
+    sign: float = 10.0
+    connect: float = 5.0
+    read: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("total", "sign", "connect", "read"):
+            seconds(getattr(self, name), name, least=0.001)
+
+
+def seconds(value: float, name: str, *, least: float) -> float:
+    """Return a number of seconds that can be worked with.
+
+    Raises:
+        InvalidInputError: Not a number, less than ``least`` or more than a day.
+    """
+    if not isinstance(value, int | float) or not least <= value <= 86_400:  # noqa: PLR2004 (a day)
+        raise InvalidInputError(f"{name} is not a number of seconds from {least:g} to 86400.")
+    return value
+
+
+def pause_before(attempt: int, *, retry_after: float | None, chance: float) -> float:
+    """Seconds to wait before an attempt: exponential, capped, with full jitter.
+
+    Args:
+        attempt: 1 for the first repetition.
+        retry_after: What the server asked for, which is the least.
+        chance: Random number from 0 to 1.
+    """
+    jittered = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (attempt - 1)) * chance
+    return max(jittered, retry_after or 0.0)
+
+
+class Renewal:
+    """Obtains tokens; keeps nothing but what it learned of D1's clock."""
+
+    def __init__(
+        self,
+        signers: SignerSet,
+        profile: AssertionProfile,
+        endpoint: TokenEndpoint,
+        *,
+        limits: Limits,
+        clock: Clock,
+        wall: Clock,
+        correlation_id: Callable[[], str] | None,
+        observers: Sequence[Observer],
+    ) -> None:
+        """Put together what an attempt needs; see `d1_signer.TokenFetcher` for the arguments."""
+        self._signers = signers
+        self._profile = profile
+        self._endpoint = endpoint
+        self._limits = limits
+        self._clock = clock
+        self._wall = wall
+        self._correlation_id = correlation_id
+        self._observers = tuple(observers)
+        self._clock_offset = 0.0
+
+    def obtain(
+        self,
+        *,
+        deadline: float,
+        stopped: threading.Event,
+        refused: str | None = None,  # noqa: ARG002 (D1 gives another token anyway)
+    ) -> HeldToken:
+        """Obtain a token from D1.
+
+        Args:
+            deadline: Moment on ``time.monotonic()`` by which to return or raise.
+            stopped: Set by whoever wants no result any more.
+            refused: Value of a token that the API refused.
+
+        Raises:
+            SignerError: No signer could sign.
+            TokenError: D1 gave no usable token.
+            FetcherClosedError: ``stopped`` was set.
+        """
+        refused_kids: frozenset[str] = frozenset()
+        refusal: D1SignerError | None = None
+        last: D1SignerError | None = None
+        skew_corrected = False
+        attempt = 0
+        while True:
+            attempt += 1
+            started = (self._clock(), self._wall())
+            try:
+                kid, reply = self._try_once(deadline, stopped, refused_kids)
+            except (SignerError, ConfigurationError, TokenTimeout) as error:
+                # That time ran out before another attempt was sent hides nothing of what D1
+                # answered before, nor does another key that cannot sign.
+                late = isinstance(error, TokenTimeout) or time.monotonic() >= deadline
+                answered = last if late else refusal
+                if answered is None:
+                    raise
+                raise answered.fresh() from None
+            if isinstance(reply.outcome, Grant):
+                return self._held(reply.outcome, *started)
+            last = reply.outcome
+            # The two attempts below do not repeat what was refused: each sends another assertion
+            # that removes the reason which the refusal points to, and each happens once.
+            if not skew_corrected and self._corrects_skew(reply):
+                skew_corrected = True
+                continue
+            if not refused_kids and self._has_another_kid(reply, kid):
+                refused_kids, refusal = frozenset({kid}), reply.outcome
+                continue
+            pause = pause_before(
+                attempt,
+                retry_after=reply.retry_after,
+                chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+            )
+            in_time = time.monotonic() + pause < deadline
+            if attempt >= MAX_ATTEMPTS or not _is_retried(reply) or not in_time:
+                if skew_corrected and _is_invalid_grant(reply):
+                    # The Date was not what D1 minded, under any kid: both can be wrong at once.
+                    self._clock_offset = 0.0
+                raise reply.outcome
+            _log.info("token.retry attempt=%d pause=%.3f: %s", attempt, pause, reply.outcome.code)
+            if stopped.wait(pause):
+                raise FetcherClosedError("The token fetcher was closed during a renewal.")
+
+    def _try_once(
+        self, deadline: float, stopped: threading.Event, without: frozenset[str]
+    ) -> tuple[str, Reply]:
+        others = False
+
+        def share() -> float:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TokenTimeout(
+                    "No token within the deadline: signing took too long.",
+                    hint="Look at the device or service that holds the key.",
+                )
+            # Half of it where another can follow, so that two that hang leave time for a third.
+            return min(self._limits.sign, remaining / 2 if others else remaining)
+
+        def patience(another: bool) -> float:  # noqa: FBT001 (as SignerSet calls it)
+            nonlocal others
+            others = another
+            return share()
+
+        def sign(signer: Signer) -> tuple[str, Secret]:
+            assertion = sign_assertion(
+                signer, self._profile, clock_offset=self._clock_offset, timeout=share()
+            )
+            return signer.kid, assertion
+
+        kid, assertion = self._signers.attempt(sign, without=without, patience=patience)
+        if stopped.is_set():
+            raise FetcherClosedError("The token fetcher was closed during a renewal.")
+        correlation_id = (
+            secrets.token_hex(16)
+            if self._correlation_id is None
+            else checked_correlation_id(self._correlation_id())
+        )
+        started = time.perf_counter()
+        reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
+        event = RequestEvent(
+            correlation_id=correlation_id,
+            duration=time.perf_counter() - started,
+            status=reply.status,
+            error=reply.outcome.code if isinstance(reply.outcome, D1SignerError) else None,
+        )
+        notify(self._observers, event)
+        return kid, reply
+
+    def _held(self, grant: Grant, requested_at: float, requested_at_wall: float) -> HeldToken:
+        if grant.expires_in <= self._clock() - requested_at:
+            raise TokenResponseError(
+                "D1's token expired before it arrived.", hint="Look at the network to D1."
+            )
+        return hold(
+            value=grant.value,
+            scope=grant.scope,
+            expires_in=grant.expires_in,
+            requested_at=requested_at,
+            requested_at_wall=requested_at_wall,
+            chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+        )
+
+    def _corrects_skew(self, reply: Reply) -> bool:
+        offset = reply.clock_offset
+        if offset is None or not _is_invalid_grant(reply):
+            return False
+        if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > _MOST_SKEW:
+            return False
+        _log.warning("token.clock_skew offset=%.0f: set this machine's clock right", offset)
+        self._clock_offset = offset
+        return True
+
+    def _has_another_kid(self, reply: Reply, kid: str) -> bool:
+        if not _is_invalid_grant(reply) or set(self._signers.kids) == {kid}:
+            return False
+        _log.warning("token.kid_refused kid=%s: another kid of the set is tried", kid)
+        return True
+
+
+def _is_retried(reply: Reply) -> bool:
+    if reply.status is None:
+        return isinstance(reply.outcome, TokenUnavailable)
+    return reply.status in _RETRIED_STATUS
+
+
+def _is_invalid_grant(reply: Reply) -> bool:
+    # The body of D1's 400 is not documented, so one without an error code counts as well.
+    return (
+        isinstance(reply.outcome, TokenRefusedError)
+        and reply.status == 400  # noqa: PLR2004 (RFC 6749 section 5.2)
+        and reply.outcome.error in {"", "invalid_grant"}
+    )

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a fleet of processes shares its token: the protocol, and the sealing of what is stored.
+
+Without a store each fetcher keeps its token in its own memory. `RedisTokenStore` is one in Redis
+or Valkey. A store sees ciphertext only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from d1_signer import jose
+from d1_signer.errors import ConfigurationError
+from d1_signer.secret import Secret
+
+KEY_LENGTH = 32
+_NONCE_LENGTH = 12
+_VERSION = 1
+
+
+class Lease(Protocol):
+    """The right to renew for the fleet, until released or run out."""
+
+    def release(self) -> None:
+        """Give it back; does nothing where it ran out. May raise `StoreUnavailable`."""
+        ...
+
+
+class TokenStore(Protocol):
+    """Keeps one sealed token per name, and one lease per name. Safe in threads and after fork.
+
+    Each method answers or raises `StoreUnavailable` within a second or so.
+    """
+
+    def load(self, name: str) -> tuple[bytes, float] | None:
+        """What was saved, and the seconds for which it will be kept; None where there is none."""
+        ...
+
+    def save(self, name: str, sealed: bytes, *, life: float) -> None:
+        """Keep ``sealed`` for ``life`` seconds, in the place of what was there."""
+        ...
+
+    def lease(self, name: str, *, life: float) -> Lease | None:
+        """Take the lease for ``life`` seconds at most; None where another holds it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedToken:
+    """A token as the fleet shares it.
+
+    Attributes:
+        value: The access token. Secret.
+        scope: Its scopes.
+        requested_at: Start of the request, seconds since the epoch.
+        expires_at: Seconds since the epoch.
+    """
+
+    value: str = field(repr=False)
+    scope: str
+    requested_at: float
+    expires_at: float
+
+
+class Sealer:
+    """Seals tokens with AES-256-GCM, bound to the issuer, the environment and the scope."""
+
+    def __init__(self, key: Secret | None, *, issuer_id: str, base_url: str) -> None:
+        """Take the fleet's key.
+
+        Args:
+            key: 32 random bytes, in hexadecimal.
+            issuer_id: Whose tokens.
+            base_url: Of which D1.
+
+        Raises:
+            ConfigurationError: The key is missing or not 32 bytes.
+        """
+        if key is None or len(key.reveal()) != 2 * KEY_LENGTH:
+            raise ConfigurationError(
+                "A shared token store needs a store_key of 32 bytes.",
+                hint="Make one with os.urandom(32), and give the same to all of the fleet.",
+            )
+        self._cipher = AESGCM(bytes.fromhex(key.reveal()))
+        self._binding = {"v": _VERSION, "iss": issuer_id, "env": base_url}
+
+    def seal(self, token: SharedToken) -> bytes:
+        """Encrypt a token; the scope stays readable and is authenticated."""
+        secret = {
+            "value": token.value,
+            "requested_at": token.requested_at,
+            "expires_at": token.expires_at,
+        }
+        nonce = os.urandom(_NONCE_LENGTH)
+        box = self._cipher.encrypt(nonce, jose.compact_json(secret), self._bound(token.scope))
+        return jose.compact_json(
+            {
+                "v": _VERSION,
+                "scope": token.scope,
+                "box": jose.b64url_encode(nonce + box).decode("ascii"),
+            }
+        )
+
+    def open(self, sealed: bytes) -> SharedToken | None:
+        """Decrypt a token; None for anything that this key did not seal for this binding."""
+        try:
+            envelope = json.loads(sealed)
+            scope, box = envelope["scope"], jose.b64url_decode(envelope["box"])
+            content = json.loads(
+                self._cipher.decrypt(box[:_NONCE_LENGTH], box[_NONCE_LENGTH:], self._bound(scope))
+            )
+            return SharedToken(
+                value=content["value"],
+                scope=scope,
+                requested_at=content["requested_at"],
+                expires_at=content["expires_at"],
+            )
+        except (InvalidTag, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+    def _bound(self, scope: str) -> bytes:
+        return jose.compact_json({**self._binding, "scope": scope})

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one connection class: it ends by a moment, can be cut, and survives forks of the process.
+
+requests and urllib3 have a limit for each read, which a server that drips bytes never reaches, and
+no way to end a call from another thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError
+
+from d1_signer.transport.deadlines import run_until
+from d1_signer.transport.hosts import is_address
+from d1_signer.transport.processes import fork_gate
+from d1_signer.transport.response import BoundedResponse
+from d1_signer.transport.tls import require_verifying
+
+# Bytes of a request that are kept together; a body that is streamed is sent as it comes.
+_HELD = 1 << 16
+# Seconds to connect, where a call has neither a moment by which it ends nor a limit.
+_LONGEST_CONNECT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    until: float
+    cuts: int
+
+
+# requests and urllib3 pass nothing of ours on to a connection.
+_bounds: ContextVar[_Bounds | None] = ContextVar("d1_signer_bounds", default=None)
+
+
+class Connections:
+    """The connections of one adapter or client."""
+
+    def __init__(self) -> None:
+        """There is none yet."""
+        # Reentrant: a pool that is collected as garbage closes its connections in whatever thread
+        # and line that happens.
+        self.lock = threading.RLock()
+        self.cuts = 0
+        self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
+
+    @contextlib.contextmanager
+    def bounded(self, deadline: float) -> Iterator[None]:
+        """Bound the calls of this thread: their answers, heads and bodies, and by `cut`.
+
+        Args:
+            deadline: Moment on ``time.monotonic()``; then reading raises `TimeoutError`.
+        """
+        reset = _bounds.set(_Bounds(deadline, self.cuts))
+        try:
+            yield
+        finally:
+            _bounds.reset(reset)
+
+    def cut(self) -> None:
+        """End every call under way; one that is still connecting ends before it sends anything."""
+        with self.lock:
+            self.cuts += 1
+            for handle in list(self._handles):
+                handle.cut()
+
+    def handle(self, sock: socket.socket) -> _Handle:
+        """What a socket is cut by, until that is closed."""
+        handle = _Handle(self, sock)
+        with self.lock:
+            self._handles.add(handle)
+        return handle
+
+    def pools(self) -> dict[str, type[HTTPConnectionPool]]:
+        """Pool classes of urllib3 whose connections belong here."""
+
+        class Response(_Response):
+            owner = self
+
+        class Connection(_Connection):
+            owner = self
+            response_class = Response  # type: ignore[mutable-override]
+
+        class TlsConnection(_TlsConnection):
+            owner = self
+            response_class = Response  # type: ignore[mutable-override]
+
+        class Pool(HTTPConnectionPool):
+            ConnectionCls = Connection  # type: ignore[mutable-override]
+
+        class TlsPool(HTTPSConnectionPool):
+            ConnectionCls = TlsConnection  # type: ignore[mutable-override]
+
+        return {"http": Pool, "https": TlsPool}
+
+
+class _Handle:
+    """A descriptor of its own for a socket.
+
+    It serves from before the handshake on; and cutting it touches no state of the TLS object that
+    another thread works with, which would make that thread send the rest in clear text.
+    """
+
+    def __init__(self, owner: Connections, sock: socket.socket) -> None:
+        self._owner = owner
+        # Not dup(), which a TLS socket refuses.
+        self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._owner.lock:  # or a cut could meet the next descriptor of that number
+            self._sock.close()
+
+
+class _Response(BoundedResponse):
+    owner: Connections
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        bounds = _bounds.get()
+        super().__init__(sock, *args, until=None if bounds is None else bounds.until, **options)
+        self._sock = sock
+
+    def begin(self) -> None:
+        super().begin()
+        # Then http.client closes the connection, and with it what that is cut by, before the body
+        # is read.
+        if self.will_close and self.reader is not None and not self.reader.closed:
+            self.reader.held = self.owner.handle(self._sock)
+
+
+class _Connection(HTTPConnection):
+    owner: Connections
+    _began = 0
+    _handle: _Handle | None = None
+    _held: bytearray | None = None
+
+    def request(self, *args: Any, **options: Any) -> None:
+        # urllib3 sends head and body apart, which costs a tenth of a call.
+        self._held = bytearray()
+        try:
+            super().request(*args, **options)
+            self._send_held()
+        finally:
+            self._held = None
+
+    def send(self, data: Any) -> None:
+        if self._held is None:
+            super().send(data)
+            return
+        if isinstance(data, bytes):
+            self._held += data
+            if len(self._held) >= _HELD:
+                self._send_held()
+        else:
+            self._send_held()
+            super().send(data)
+
+    def _send_held(self) -> None:
+        if self._held:
+            held = bytes(self._held)
+            self._held.clear()
+            super().send(held)
+
+    def connect(self) -> None:
+        bounds = _bounds.get()
+        self._began = self.owner.cuts if bounds is None else bounds.cuts
+        self._let_go()
+        with contextlib.ExitStack() as gate:
+            try:
+                gate.enter_context(fork_gate.call(self._until()))
+            except TimeoutError:
+                raise self._out_of_time() from None
+            super().connect()
+
+    def _until(self) -> float:
+        bounds = _bounds.get()
+        if bounds is not None:
+            return bounds.until
+        limit = self.timeout if isinstance(self.timeout, int | float) else _LONGEST_CONNECT
+        return time.monotonic() + limit
+
+    def _out_of_time(self) -> ConnectTimeoutError:
+        return ConnectTimeoutError(self, f"no connection to {self.host} in time")
+
+    def _new_conn(self) -> socket.socket:
+        until = self._until()
+        connect = super()._new_conn
+        try:
+            # Names are resolved under no limit of time.
+            sock = connect() if is_address(self.host) else run_until(until, connect)
+        except TimeoutError:
+            raise self._out_of_time() from None
+        try:
+            self._claim(sock, until)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _claim(self, sock: socket.socket, until: float) -> None:
+        self._handle = self.owner.handle(sock)
+        if self.owner.cuts != self._began:
+            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        left = until - time.monotonic()
+        if left <= 0:
+            raise self._out_of_time()
+        # For the handshake, which Python bounds as a whole.
+        sock.settimeout(min(left, sock.gettimeout() or left))
+
+    def close(self) -> None:
+        super().close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    def connect(self) -> None:
+        # At each handshake: a caller may have weakened its context since it gave it.
+        require_verifying(self.ssl_context)
+        super().connect()

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter that carries mutual TLS into requests, and sessions with it.
+
+Verification of the server cannot be switched off by what a caller does to a session.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from d1_signer.errors import ConfigurationError
+from d1_signer.transport.connections import Connections
+from d1_signer.transport.hosts import is_loopback
+
+
+class TlsAdapter(HTTPAdapter):
+    """An adapter for requests that uses exactly the context it was given.
+
+    The usual recipe (``init_poolmanager(ssl_context=…)``) lets requests add certifi's authorities
+    to the context at the first call; here nothing is added.
+    """
+
+    def __init__(
+        self, context: ssl.SSLContext, *, timeouts: tuple[float, float], pool_size: int = 10
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Args:
+            context: For every https connection.
+            timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
+                nothing else.
+            pool_size: Connections to keep.
+        """
+        self._context: Final = context
+        self._timeouts: Final = timeouts
+        self._connections = Connections()
+        self._owner = os.getpid()
+        super().__init__(pool_maxsize=pool_size, max_retries=0)
+        _adapters.add(self)
+
+    def send(
+        self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
+    ) -> requests.Response:
+        """Send one request; see `HTTPAdapter`."""
+        self._notice_fork()
+        if kwargs.get("timeout") is None:
+            kwargs["timeout"] = self._timeouts
+        try:
+            return super().send(request, *args, **kwargs)
+        except requests.RequestException as error:
+            # Errors of requests hold the request, and travel into logs and crash reports.
+            if isinstance(error.request, requests.PreparedRequest):
+                error.request = _without_token(error.request)
+            raise
+
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
+    ) -> Any:
+        """Select the pool by our context alone; see `HTTPAdapter`."""
+        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
+        if host["scheme"] == "https":
+            return host, {"ssl_context": self._context}
+        if not is_loopback(str(host["host"])):
+            raise ConfigurationError(
+                "A call without TLS to another machine is refused.", hint="Use an https URL."
+            )
+        return host, pool
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:  # noqa: ARG002
+        """Refuse what would weaken or replace the context; see `HTTPAdapter`.
+
+        Raises:
+            ConfigurationError: ``verify`` is not True, or ``cert`` is set.
+        """
+        if verify is not True or cert is not None:
+            raise ConfigurationError(
+                "TLS verification cannot be switched off or replaced on this session.",
+                hint="Give ca_file or an ssl.SSLContext to TokenFetcher instead.",
+            )
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Create the pools; see `HTTPAdapter`."""
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._connections.pools()
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """Create the pools behind a proxy; see `HTTPAdapter`."""
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        manager.pool_classes_by_scheme = self._connections.pools()
+        return manager
+
+    def bounded(self, deadline: float) -> AbstractContextManager[None]:
+        """Bound the calls of this thread; see `Connections.bounded`."""
+        self._notice_fork()
+        return self._connections.bounded(deadline)
+
+    def abort(self) -> None:
+        """End every call under way, so that a thread that waits in one comes back."""
+        self._notice_fork()
+        self._connections.cut()
+
+    def _notice_fork(self) -> None:
+        # Of which Python was not told: uWSGI forks in C, and so do others.
+        if self._owner != os.getpid():
+            self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a forked child: begin without a connection.
+
+        Both sides writing into one inherited TLS stream would break it for both, and so would one
+        side cutting it.
+        """
+        self._owner = os.getpid()
+        # Dropping the pools closes their connections, and the lock may be a thread's of the parent.
+        self._connections.lock = threading.RLock()
+        self._connections = Connections()
+        self.proxy_manager.clear()
+        self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
+
+
+_adapters: weakref.WeakSet[TlsAdapter] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for adapter in list(_adapters):
+        adapter.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _without_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    if "Authorization" not in request.headers:
+        return request
+    shown = request.copy()
+    shown.headers["Authorization"] = "****"
+    return shown
+
+
+class _Session(requests.Session):
+    """Follows no redirect: a token, an assertion or a card stays with the host it was meant for."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """There is none; the answer is returned as it is."""
+        del resp
+
+
+def new_session(adapter: TlsAdapter, *, proxy: str | None) -> requests.Session:
+    """A requests session that takes nothing from the process environment and follows no redirect.
+
+    Args:
+        adapter: Used for https and, where the environment is a loopback address, for http.
+        proxy: URL of a proxy, or None.
+    """
+    session = _Session()
+    # No proxy variables, no netrc, no REQUESTS_CA_BUNDLE: what is used is what was configured.
+    session.trust_env = False
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    if proxy is not None:
+        session.proxies = {"https": proxy}
+    return session

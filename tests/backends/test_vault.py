@@ -1,0 +1,683 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vault's Transit engine: what is refused, what is asked for, and what a failure says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import ssl
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from d1_signer import errors
+from d1_signer.backends.vault import VaultBackend
+from d1_signer.backends.vault.http import HttpClient, read_settings
+from d1_signer.backends.vault.tokens import AppRoleTokens
+from d1_signer.custody.policy import CustodyPolicy
+from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.transport.processes import fork_gate
+from tests.servers import vault
+from tests.servers.aws import cut_short, dropped, held, page
+from tests.servers.certificates import self_signed
+from tests.servers.fault_proxy import (
+    TRICKLES,
+    Answer,
+    Dropped,
+    Fault,
+    FaultProxy,
+    drop,
+    endless,
+    listening,
+)
+from tests.servers.vault import asking, calls, on_sign, refusal, signature
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.conftest import LeakWatch
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vault.Vault]:
+    with vault.vault(tmp_path_factory.mktemp("vault")) as running:
+        running.make_key("d1")
+        running.make_key("other")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def token(server: vault.Vault) -> str:
+    return server.make_token()
+
+
+@pytest.fixture(autouse=True)
+def environment(
+    server: vault.Vault, token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VAULT_ADDR", server.url)
+    monkeypatch.setenv("VAULT_TOKEN", token)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("VAULT_NAMESPACE", "VAULT_CACERT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def proxy(server: vault.Vault) -> Iterator[FaultProxy]:
+    with server.proxy() as running:
+        yield running
+
+
+@pytest.fixture
+def signer(proxy: FaultProxy) -> Iterator[Signer]:
+    with open_signer("hashivault://d1", address=proxy.url) as opened:
+        yield opened
+
+
+def _signs(signer: Signer) -> None:
+    signer.public_key.verify(signer.sign(b"m"), b"m")
+
+
+# -- naming a key and a server --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hashivault:",
+        "hashivault://",
+        "hashivault:///d1",
+        "hashivault://d1/x",
+        "hashivault://..",
+        "hashivault://d1?mount=../sys",
+        "hashivault://d1?mount=a//b",
+        "hashivault://d1?version=latest",
+        "hashivault://d1?version=0",
+        "hashivault://d1?token=x",
+    ],
+)
+def test_bad_uri_is_refused(uri: str) -> None:
+    with pytest.raises(errors.KeyUriError):
+        open_signer(uri)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"address": "http://vault.example.com:8200"},
+        {"address": "vault.example.com"},
+        {"address": "https://user:pass@vault.example.com"},
+        {"address": "https://127.0.0.1:1", "ca_file": "/missing.pem"},
+        {"role_id": "r"},
+        {"secret_id_source": "env:X"},
+        {"role_id": "r", "secret_id_source": "env:X", "token_source": "env:Y"},
+        {"role_id": "r", "secret_id_source": "env:X", "auth_mount": "../x"},
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, str]) -> None:
+    with pytest.raises(errors.ConfigurationError):
+        open_signer("hashivault://d1", **options)  # type: ignore[arg-type]
+
+
+def test_mount_and_namespace(server: vault.Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.api("POST", "sys/namespaces/bank")
+    server.api("POST", "bank/sys/mounts/keys/d1", type="transit")
+    server.api("POST", "bank/keys/d1/keys/main", type="ecdsa-p256")
+    monkeypatch.setenv("VAULT_TOKEN", vault.ROOT_TOKEN)
+    with pytest.raises(errors.KeyNotFoundError):
+        open_signer("hashivault://main?mount=keys/d1")
+    with open_signer("hashivault://main?mount=keys/d1", namespace="bank") as signer:
+        _signs(signer)
+    monkeypatch.setenv("VAULT_NAMESPACE", "bank")
+    with open_signer("hashivault://main?mount=keys/d1") as signer:
+        _signs(signer)
+
+
+def test_tls_is_verified(server: vault.Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Vault's own switch for it is not obeyed.
+    monkeypatch.setenv("VAULT_SKIP_VERIFY", "true")
+    monkeypatch.setenv("VAULT_ADDR", server.tls_url)
+    with pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
+        open_signer("hashivault://d1")
+    assert not refused.value.retryable
+    monkeypatch.setenv("VAULT_CACERT", str(server.ca_file))
+    with open_signer("hashivault://d1") as signer:
+        _signs(signer)
+
+
+def test_certificate_for_another_name_is_refused(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path, address=None)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def serve(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as tls:
+            tls.recv(65536)
+            tls.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+    with listening(serve) as port:
+        named, other = f"https://localhost:{port}", f"https://127.0.0.1:{port}"
+        with pytest.raises(errors.AccessDeniedError):
+            open_signer("hashivault://d1", address=named, ca_file=str(certificate))
+        with pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
+            open_signer("hashivault://d1", address=other, ca_file=str(certificate))
+    assert not refused.value.retryable
+
+
+def test_handshake_that_breaks_off_may_succeed_later() -> None:
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
+        open_signer("hashivault://d1", address=f"https://127.0.0.1:{port}")
+    assert refused.value.retryable
+
+
+def test_environment_of_requests_is_not_used(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = tmp_path / "session-keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(keys))
+    for name in ("http_proxy", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.url)
+    with open_signer("hashivault://d1") as signer:
+        _signs(signer)
+    assert not proxy.requests
+    assert not keys.exists()
+
+
+def test_session_keys_of_tls_are_not_logged(
+    server: vault.Vault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = tmp_path / "session-keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(keys))
+    with open_signer(
+        "hashivault://d1", address=server.tls_url, ca_file=str(server.ca_file)
+    ) as signer:
+        _signs(signer)
+    assert not keys.exists()
+
+
+def test_kept_connections_are_kept_alive(server: vault.Vault) -> None:
+    for address in (server.url, server.tls_url):
+        with open_signer("hashivault://d1", address=address, ca_file=str(server.ca_file)) as signer:
+            assert isinstance(signer._backend, VaultBackend)
+            manager = signer._backend._clients.get().http._http._managers["https"]
+            pool = manager.connection_from_url(address)
+            connection = pool._get_conn()
+            try:
+                assert vars(connection)["sock"].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            finally:
+                pool._put_conn(connection)
+            _signs(signer)
+
+
+# -- keys that are refused, versions that are pinned ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ecdsa-p384", "rsa-2048", "ed25519", "aes256-gcm96"])
+def test_key_of_another_kind_is_refused(server: vault.Vault, kind: str) -> None:
+    server.make_key(kind, type=kind)
+    with pytest.raises(errors.InvalidKeyError, match=kind):
+        open_signer(f"hashivault://{kind}")
+
+
+def test_unknown_key_version_or_mount_is_not_found() -> None:
+    for uri in ("hashivault://nobody", "hashivault://d1?version=7"):
+        with pytest.raises(errors.KeyNotFoundError) as refused:
+            open_signer(uri)
+        assert refused.value.hint
+    with pytest.raises(errors.AccessDeniedError):
+        open_signer("hashivault://d1?mount=elsewhere")
+
+
+def test_new_version_changes_nothing_for_a_running_signer(server: vault.Vault) -> None:
+    server.make_key("rotated")
+    with open_signer("hashivault://rotated") as signer:
+        server.api("POST", "transit/keys/rotated/rotate")
+        _signs(signer)
+        assert isinstance(signer._backend, VaultBackend)
+        assert signer._backend.version == 1
+        with open_signer("hashivault://rotated") as newer:
+            assert newer.public_key != signer.public_key
+            _signs(newer)
+        with open_signer("hashivault://rotated?version=1") as older:
+            assert older.public_key == signer.public_key
+            _signs(older)
+        server.api("POST", "transit/keys/rotated/config", min_encryption_version=2)
+        with pytest.raises(errors.KeyDisabledError):
+            signer.sign(b"m")
+        with pytest.raises(errors.KeyDisabledError, match="min_encryption_version"):
+            open_signer("hashivault://rotated?version=1")
+
+
+def test_key_that_is_deleted_or_made_anew_under_way(server: vault.Vault) -> None:
+    server.make_key("replaced")
+    server.api("POST", "transit/keys/replaced/config", deletion_allowed=True)
+    with open_signer("hashivault://replaced") as signer:
+        server.api("DELETE", "transit/keys/replaced")
+        with pytest.raises(errors.KeyNotFoundError):
+            signer.sign(b"m")
+        server.make_key("replaced")
+        with pytest.raises(errors.InvalidSignatureError):
+            signer.sign(b"m")
+        with pytest.raises(errors.KeyMismatchError):
+            signer.custody()
+
+
+# -- tokens ---------------------------------------------------------------------------------------
+
+
+def test_token_from_the_users_file(
+    token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("VAULT_TOKEN")
+    with pytest.raises(errors.LoginError, match="no Vault token"):
+        open_signer("hashivault://d1")
+    file = tmp_path / ".vault-token"
+    file.touch(mode=0o600)
+    file.write_text(token)
+    with open_signer("hashivault://d1") as signer:
+        _signs(signer)
+    file.chmod(0o644)
+    with pytest.raises(errors.SecretSourceError):
+        open_signer("hashivault://d1")
+
+
+def test_time_in_which_a_token_is_typed_does_not_count(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offset = 0.0
+    monotonic = time.monotonic
+
+    def typed() -> str:
+        nonlocal offset
+        offset = 100.0
+        return token
+
+    monkeypatch.setattr(
+        "d1_signer.transport.deadlines.time.monotonic", lambda: monotonic() + offset
+    )
+    with open_signer("hashivault://d1", token_source=typed) as signer:
+        _signs(signer)
+
+
+def test_token_that_an_agent_renews_is_read_again(
+    server: vault.Vault, token: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "sink"
+    file.touch(mode=0o600)
+    first = server.make_token()
+    file.write_text(first)
+    with open_signer(f"hashivault://d1?token-source=file:{file}") as signer:
+        server.api("POST", "auth/token/revoke", token=first)
+        with pytest.raises((errors.AccessDeniedError, errors.LoginError)):
+            signer.sign(b"m")
+        file.write_text(token)
+        _signs(signer)
+
+
+def test_token_without_the_policy_is_denied(server: vault.Vault) -> None:
+    poor = server.make_token("default")
+    with pytest.raises(errors.AccessDeniedError) as refused:
+        open_signer("hashivault://d1", token_source=lambda: poor)
+    assert refused.value.details["status"] == 403
+    assert poor not in str(refused.value)
+
+
+def test_token_that_is_no_header_is_refused_without_being_shown() -> None:
+    with pytest.raises(errors.SignerError) as refused:
+        open_signer("hashivault://d1", token_source=lambda: "tok\u00e9n\nX-Evil: 1-aaaaaaaa")
+    assert "X-Evil" not in repr(refused.value.to_dict())
+
+
+def test_approle_logs_in_once_and_again_before_its_token_expires(
+    server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One second of the token's twenty, so that a slow machine does not reach their end.
+    monkeypatch.setattr("d1_signer.backends.vault.tokens._USABLE_SHARE", 0.05)
+    role_id, secret_id = server.make_approle("short", token_ttl="20s", token_max_ttl="20s")
+    with open_signer(
+        f"hashivault://d1?role-id={role_id}", address=proxy.url, secret_id_source=lambda: secret_id
+    ) as signer:
+        assert calls(proxy).count("POST auth/approle/login") == 1
+        until = time.monotonic() + 15
+        while calls(proxy).count("POST auth/approle/login") < 2 and time.monotonic() < until:
+            _signs(signer)
+        # No request was refused before: each got its token in time.
+        signed = [call for call in calls(proxy) if "/sign/" in call]
+        logins = calls(proxy).count("POST auth/approle/login")
+        assert logins == 2
+        assert len(proxy.requests) == 1 + len(signed) + logins
+
+
+def test_threads_share_one_login(server: vault.Vault, proxy: FaultProxy) -> None:
+    role_id, secret_id = server.make_approle("threads")
+    with (
+        open_signer(
+            "hashivault://d1",
+            address=proxy.url,
+            role_id=role_id,
+            secret_id_source=lambda: secret_id,
+        ) as signer,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        list(pool.map(lambda _: _signs(signer), range(64)))
+    assert calls(proxy).count("POST auth/approle/login") == 1
+
+
+def test_approle_token_that_was_revoked_is_replaced_once(
+    server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role_id, secret_id = server.make_approle("revoked")
+    with open_signer(
+        "hashivault://d1", address=proxy.url, role_id=role_id, secret_id_source=lambda: secret_id
+    ) as signer:
+        headers = next(r.headers for r in reversed(proxy.requests) if "X-Vault-Token" in r.headers)
+        server.api("POST", "auth/token/revoke", token=headers["X-Vault-Token"])
+        # A moment after a login there is no other: a missing policy must not become a login storm.
+        for _ in range(3):
+            with pytest.raises((errors.AccessDeniedError, errors.LoginError)):
+                signer.sign(b"m")
+        assert calls(proxy).count("POST auth/approle/login") == 1
+        monkeypatch.setattr("d1_signer.backends.vault.tokens._LOGIN_INTERVAL", 0.0)
+        _signs(signer)
+        assert calls(proxy).count("POST auth/approle/login") == 2
+
+
+def test_wrong_approle_is_a_login_error(server: vault.Vault) -> None:
+    role_id, _ = server.make_approle("mine")
+    for role, secret in ((role_id, "wrong-secret-id"), ("wrong-role-id", "wrong-secret-id")):
+        with pytest.raises(errors.LoginError) as refused:
+            open_signer("hashivault://d1", role_id=role, secret_id_source=lambda s=secret: s)
+        assert "wrong-secret-id" not in repr(refused.value.to_dict())
+
+
+# -- answers that went wrong ----------------------------------------------------------------------
+
+_SEALED = refusal(503, "Vault is sealed")
+_BAD = errors.InvalidSignatureError
+
+FAULTS: list[tuple[str, Fault, type[errors.D1SignerError], bool]] = [
+    ("sealed", _SEALED, errors.SignerUnavailable, True),
+    ("internal", refusal(500, "internal error"), errors.SignerUnavailable, True),
+    ("page-502", page(502, b"<html>bad gateway</html>"), errors.SignerUnavailable, True),
+    ("standby", refusal(473), errors.SignerUnavailable, True),
+    ("behind", refusal(412, "required index state not present"), errors.SignerUnavailable, True),
+    ("quota", refusal(429, "rate limit quota exceeded"), errors.SignerThrottled, True),
+    ("denied", refusal(403, "permission denied"), errors.AccessDeniedError, False),
+    ("expired", refusal(403, "permission denied", "invalid token"), errors.LoginError, False),
+    ("gone", refusal(404), errors.KeyNotFoundError, False),
+    ("unknown-key", refusal(400, "signing key not found"), errors.KeyNotFoundError, False),
+    ("bad-request", refusal(400, "something new"), errors.SignerError, False),
+    ("method", refusal(405, "unsupported operation"), errors.SignerError, False),
+    ("errors-no-list", page(400, b'{"errors": "text"}'), errors.SignerError, False),
+    ("page-200", page(200, b"<html>log in</html>"), errors.IntegrityError, True),
+    ("list-200", page(200, b"[]"), errors.IntegrityError, True),
+    ("empty-200", page(200, b""), errors.IntegrityError, True),
+    ("no-data", page(200, b'{"data": null}'), errors.IntegrityError, True),
+    ("huge", page(200, b" " * (1 << 21)), errors.IntegrityError, True),
+    ("dropped", dropped, errors.SignerUnavailable, True),
+    ("cut-short", cut_short, errors.SignerUnavailable, True),
+    ("truncated", signature(lambda text: text[:-4]), errors.IntegrityError, True),
+    ("padded", signature(lambda text: text + "=="), errors.IntegrityError, True),
+    ("number", signature(lambda _: 7), errors.IntegrityError, True),
+    ("other-scheme", signature(lambda text: "x" + text), errors.IntegrityError, True),
+    ("version", signature(lambda text: text.replace(":v1:", ":v2:")), errors.KeyMismatchError,
+     False),
+    ("flipped", signature(lambda text: text[:20] + ("A" if text[20] != "A" else "B") + text[21:]),
+     _BAD, False),
+    ("zeros", signature(lambda _: "vault:v1:" + "A" * 86), _BAD, False),
+    ("other-key", asking("/v1/transit/sign/other/sha2-256"), _BAD, False),
+    ("other-digest", asking(input=base64.b64encode(bytes(32)).decode()), _BAD, False),
+    ("hashed-again", asking(prehashed=False), _BAD, False),
+    ("der", asking(marshaling_algorithm="asn1"), errors.IntegrityError, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "retryable"), [pytest.param(*rest, id=name) for name, *rest in FAULTS]
+)
+def test_fault_is_refused_with_our_own_error(
+    signer: Signer,
+    proxy: FaultProxy,
+    token: str,
+    fault: Fault,
+    error: type[errors.D1SignerError],
+    retryable: bool,
+) -> None:
+    proxy.fault = on_sign(fault)
+    with pytest.raises(error) as refused:
+        signer.sign(b"m")
+    assert type(refused.value) is error
+    assert refused.value.retryable is retryable
+    assert refused.value.hint or error is _BAD
+    assert type(refused.value.__context__).__module__.partition(".")[0] != "urllib3"
+    assert token not in repr(refused.value.to_dict())
+    proxy.fault = None
+    _signs(signer)
+
+
+def test_redirect_is_not_followed_and_the_token_stays(
+    signer: Signer, proxy: FaultProxy, server: vault.Vault
+) -> None:
+    with server.proxy() as elsewhere:
+        location = f"{elsewhere.url}/v1/transit/sign/d1/sha2-256"
+        proxy.fault = on_sign(refusal(307, Location=location))
+        with pytest.raises(errors.SignerUnavailable, match="redirects to 127"):
+            signer.sign(b"m")
+        assert not elsewhere.requests
+
+
+def test_kept_connection_that_was_closed_is_replaced_once(
+    signer: Signer, proxy: FaultProxy
+) -> None:
+    drops = iter([True])
+
+    def once(request: Any, forward: Any) -> Answer:
+        if next(drops, False):
+            raise Dropped
+        return forward(request)  # type: ignore[no-any-return]
+
+    proxy.fault = once
+    _signs(signer)
+    assert len(calls(proxy)) == 3
+
+
+def test_no_server_there() -> None:
+    with pytest.raises(errors.SignerUnavailable) as refused:
+        open_signer("hashivault://d1", address="http://127.0.0.1:9")
+    assert refused.value.retryable
+
+
+@pytest.mark.parametrize("kind", ["token", "approle"])
+def test_no_answer_at_all_and_no_secret_in_the_error(leak_watch: LeakWatch, kind: str) -> None:
+    secret = "hvs.not-to-be-seen-anywhere"
+    leak_watch.note(secret)
+    options: dict[str, Any] = (
+        {"token_source": lambda: secret}
+        if kind == "token"
+        else {"role_id": "r", "secret_id_source": lambda: secret}
+    )
+    with listening(drop) as port, pytest.raises(errors.SignerUnavailable):
+        open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}", **options)
+
+
+def test_header_lines_that_cannot_be_read_are_not_logged(
+    token: str, leak_watch: LeakWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leak_watch.note(token)
+
+    def echo(connection: socket.socket) -> None:
+        connection.recv(65536)
+        head = f"HTTP/1.1 403 Forbidden\r\nnot a header {token}\r\nContent-Length: 0\r\n\r\n"
+        connection.sendall(head.encode())
+
+    with listening(echo) as port, pytest.raises(errors.AccessDeniedError):
+        open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}")
+    assert "tls.malformed_headers" in caplog.text
+
+
+# -- calls, time, threads -------------------------------------------------------------------------
+
+
+def test_one_call_for_each_signature_and_no_metadata(signer: Signer, proxy: FaultProxy) -> None:
+    for _ in range(25):
+        signer.sign(b"the message itself")
+    assert calls(proxy) == ["GET transit/keys/d1"] + ["POST transit/sign/d1/sha2-256"] * 25
+    assert b"the message itself" not in base64.b64decode(
+        json.loads(proxy.requests[-1].body)["input"]
+    )
+
+
+def test_deadline_bounds_a_slow_answer_and_nothing_is_sent_after_it(
+    signer: Signer, proxy: FaultProxy
+) -> None:
+    release, answered = threading.Event(), threading.Event()
+
+    def hold_and_drop(*_: object) -> Answer:
+        release.wait(30)
+        answered.set()
+        raise Dropped
+
+    proxy.fault = on_sign(hold_and_drop)
+    asked = len(proxy.requests)
+    with pytest.raises(errors.SignerTimeout):
+        signer.sign(b"m", timeout=0.2)
+    release.set()
+    answered.wait(10)
+    proxy.fault = None
+    _signs(signer)
+    assert len(proxy.requests) == asked + 2
+    assert not [t for t in threading.enumerate() if t.name == "d1-signer-call"]
+
+
+def test_kept_connection_that_closes_after_the_deadline_is_not_replaced(
+    signer: Signer, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock passes the deadline while the first attempt is under way.
+    offset = 0.0
+    monotonic = time.monotonic
+
+    def drop_late(*_: object) -> Answer:
+        nonlocal offset
+        offset = 100.0
+        raise Dropped
+
+    monkeypatch.setattr(
+        "d1_signer.transport.deadlines.time.monotonic", lambda: monotonic() + offset
+    )
+    proxy.fault = on_sign(drop_late)
+    with pytest.raises(errors.SignerTimeout):
+        signer.sign(b"m", timeout=30)
+    assert len([call for call in calls(proxy) if "/sign/" in call]) == 1
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("serve", TRICKLES.values(), ids=TRICKLES)
+def test_answer_that_trickles_in_ends_by_the_time_limit(
+    serve: Callable[[socket.socket], None],
+) -> None:
+    with listening(serve) as port:
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}", timeout=0.5)
+        assert time.monotonic() - started < 5.0
+
+
+def test_answer_without_an_end_is_refused() -> None:
+    with listening(endless) as port, pytest.raises(errors.IntegrityError, match="1 MiB"):
+        open_signer("hashivault://d1", address=f"http://127.0.0.1:{port}")
+
+
+def test_no_fork_happens_in_a_handshake(server: vault.Vault) -> None:
+    # OpenSSL's locks would stay locked in the child.
+    fork_gate._before_fork()
+    try:
+        with pytest.raises(errors.SignerTimeout):
+            open_signer("hashivault://d1", address=server.tls_url, timeout=0.1)
+    finally:
+        fork_gate._after_fork_in_parent()
+
+
+@pytest.mark.stress
+def test_threads_that_wait_for_one_login_keep_to_the_time_limit() -> None:
+    settings = read_settings("http://127.0.0.1:1", None, None)
+    http, tokens = HttpClient(settings), AppRoleTokens("role", lambda: "secret-id-1", "approle")
+    with tokens._lock:
+        started = time.monotonic()
+        with pytest.raises(errors.SignerTimeout):
+            tokens.current(http, started + 0.2)
+        assert time.monotonic() - started < 2.0
+
+
+def test_read_timeout_bounds_a_slow_answer(proxy: FaultProxy) -> None:
+    release = threading.Event()
+    with open_signer("hashivault://d1", address=proxy.url, read_timeout=0.5) as signer:
+        proxy.fault = on_sign(held(release))
+        with pytest.raises(errors.SignerTimeout):
+            signer.sign(b"m")
+        release.set()
+
+
+def test_32_threads(signer: Signer) -> None:
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda _: _signs(signer), range(320)))
+
+
+# -- custody, making keys -------------------------------------------------------------------------
+
+
+def test_exportable_keys_do_not_meet_the_policy(server: vault.Vault, signer: Signer) -> None:
+    evidence = signer.custody().evidence
+    assert (evidence.exportable, evidence.generated_in_place, evidence.hardware) == (
+        False,
+        True,
+        False,
+    )
+    CustodyPolicy(non_exportable=True, generated_in_place=True).check(evidence)
+    for name, flag in (("exported", "exportable"), ("backed-up", "allow_plaintext_backup")):
+        server.make_key(name, **{flag: True})
+        with open_signer(f"hashivault://{name}") as open_one:
+            facts = {fact.name: fact.value for fact in open_one.custody().evidence.facts}
+            assert facts[flag] is True
+        with pytest.raises(errors.CustodyError):
+            open_signer(f"hashivault://{name}", custody_policy=CustodyPolicy(non_exportable=True))
+    with pytest.raises(errors.CustodyError):
+        open_signer("hashivault://d1", custody_policy=CustodyPolicy(hardware=True))
+
+
+def test_key_that_is_made_exportable_later_is_reported(server: vault.Vault) -> None:
+    server.make_key("opened-up")
+    with open_signer("hashivault://opened-up") as signer:
+        assert signer.custody().evidence.exportable is False
+        server.api("POST", "transit/keys/opened-up/config", exportable=True)
+        assert signer.custody().evidence.exportable is True
+
+
+def test_imported_flag_is_reported(signer: Signer, proxy: FaultProxy) -> None:
+    def imported(request: Any, forward: Any) -> Answer:
+        answer: Answer = forward(request)
+        told = json.loads(answer.body)
+        told["data"]["imported_key"] = True
+        return replace(answer, body=json.dumps(told).encode())
+
+    proxy.fault = imported
+    assert signer.custody().evidence.generated_in_place is False
+
+
+def test_generated_key_signs_and_is_never_overwritten(server: vault.Vault) -> None:
+    made = generate_key("hashivault://made", token_source=lambda: vault.ROOT_TOKEN)
+    assert made.uri == "hashivault://made?version=1"
+    with open_signer(made.uri) as signer:
+        assert signer.public_key == made.public_key
+        _signs(signer)
+        CustodyPolicy(non_exportable=True).check(signer.custody().evidence)
+    with pytest.raises(errors.KeyExistsError):
+        generate_key("hashivault://made", token_source=lambda: vault.ROOT_TOKEN)
+    assert server.api("GET", "transit/keys/made")["data"]["latest_version"] == 1
+    with pytest.raises(errors.KeyUriError):
+        generate_key("hashivault://made?version=2", token_source=lambda: vault.ROOT_TOKEN)

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet over a real Redis: one request for all, and no error to a caller whatever Redis does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from d1_signer import (
+    D1SignerError,
+    LazySigner,
+    Limits,
+    RenewalEvent,
+    Signer,
+    SignerSet,
+    StoreUnavailable,
+    TokenFetcher,
+)
+from d1_signer.events import Event
+from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.redis_store import RedisTokenStore
+from tests.servers.redis_server import MASTER, RedisServer, cluster, sentinel
+from tests.token.conftest import ISSUER, certificate_of
+from tests.token.fleet.conftest import FleetMaker
+from tests.token.fleet.member import Member
+from tests.token.test_fetcher import until
+
+Members = Callable[..., list[Member]]
+
+
+def test_eight_cold_processes_of_sixteen_threads_sign_once_and_post_once(
+    members: Members, sandbox: Sandbox
+) -> None:
+    fleet = members(8)
+    sandbox.misbehave(Fault.DELAY, seconds=0.1)
+    for member in fleet:
+        member.ask(16)
+    answers = [member.answer() for member in fleet]
+    assert [answer["errors"] for answer in answers] == [[]] * 8
+    tokens = [token for answer in answers for token in answer["tokens"]]
+    assert len(tokens) == 128
+    assert len(set(tokens)) == 1
+    assert sum(answer["signed"] for answer in answers) == 1
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_shared_token_says_so_and_renews_at_its_own_time(
+    fleet: FleetMaker, sandbox: Sandbox
+) -> None:
+    events: list[Event] = []
+    first = fleet().token()
+    second = fleet(observers=[events.append]).token()
+    assert second.value == first.value
+    assert second.scope == first.scope
+    assert abs(second.expires_at - first.expires_at) < 0.1
+    (event,) = events
+    assert isinstance(event, RenewalEvent)
+    assert event.shared
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_refused_token_is_not_taken_from_the_store_again(
+    fleet: FleetMaker, sandbox: Sandbox
+) -> None:
+    one, other = fleet(), fleet()
+    refused = one.token()
+    assert other.token().value == refused.value
+    one.invalidate(refused)
+    assert one.token().value != refused.value
+    other.invalidate(refused)
+    assert other.token().value == one.token().value
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_member_alone_renews_and_does_not_take_its_own_token_back(
+    fleet: FleetMaker, sandbox: Sandbox
+) -> None:
+    fetcher = fleet()
+    ahead = 0.0
+    fetcher._clock = fetcher._renewal._clock = lambda: time.monotonic() + ahead
+    fetcher._wall = fetcher._renewal._wall = lambda: time.time() + ahead
+    fetcher._renewal._renewal._clock = fetcher._clock  # type: ignore[union-attr]
+    fetcher._renewal._renewal._wall = fetcher._wall  # type: ignore[union-attr]
+    for number in range(1, 16):  # each draws its moment at random
+        before = fetcher._held
+        until(lambda before=before: bool(fetcher.token()) and fetcher._held is not before)  # type: ignore[misc]
+        assert sandbox.counters.token_requests == number
+        assert fetcher._held is not None
+        ahead = fetcher._held.renew_at - time.monotonic()
+
+
+def test_a_user_of_redis_with_the_rights_that_are_named(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "fleet.md").read_text()
+    (rule,) = re.findall(r"`ACL SETUSER d1 on >… (.*)`", page)
+    with redis_server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "d1", "on", ">password", *rule.split())
+    with (
+        redis_server.client(username="d1", password="password") as one,
+        redis_server.client(username="d1", password="password") as two,
+    ):
+        first, second = (fleet(store=RedisTokenStore(client)) for client in (one, two))
+        assert first.token().value == second.token().value
+        until(lambda: not keys(redis_server, "lease"))
+    assert sandbox.counters.token_requests == 1
+    assert "fleet." not in caplog.text
+
+
+@pytest.mark.stress
+def test_signers_that_hang_leave_time_for_the_one_that_signs(
+    fleet: FleetMaker, signer: Signer
+) -> None:
+    over = threading.Event()
+
+    def hang() -> Signer:
+        over.wait(20)
+        return signer
+
+    hanging = [LazySigner(hang, kid=kid, public_key=signer.public_key) for kid in ("a", "b")]
+    fetcher = fleet(signer=SignerSet([*hanging, signer]), limits=Limits(total=8.0))
+    try:
+        assert fetcher.token().value
+    finally:
+        over.set()
+
+
+class Load:
+    """Threads that ask for tokens without pause, and what they got."""
+
+    def __init__(self, fetchers: list[TokenFetcher], threads: int) -> None:
+        self.errors: list[str] = []
+        self.expired = 0
+        self.calls = 0
+        self.values: set[str] = set()
+        self._end = threading.Event()
+        self._fetchers = fetchers
+        self._threads = threads
+
+    def _call(self, number: int) -> None:
+        fetcher = self._fetchers[number % len(self._fetchers)]
+        while not self._end.wait(0.001):
+            asked = time.time()  # after the call a thread may pause while a good token expires
+            try:
+                token = fetcher.token()
+            except D1SignerError as error:
+                self.errors.append(error.code)
+            else:
+                self.expired += asked >= token.expires_at
+                self.values.add(token.value)
+            self.calls += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(self._threads) as pool:
+            futures = [pool.submit(self._call, number) for number in range(self._threads)]
+            try:
+                yield
+            finally:
+                self._end.set()
+            for future in futures:
+                future.result()
+
+
+def renewals_go_on(sandbox: Sandbox, number: int) -> None:
+    before = sandbox.counters.tokens_issued
+    until(lambda: sandbox.counters.tokens_issued >= before + number, seconds=20)
+
+
+def test_redis_killed_and_restarted_under_load(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    sandbox.set_token_lifetime(1.0)
+    load = Load([fleet() for _ in range(3)], threads=9)
+    with load.running():
+        for _ in range(2):
+            renewals_go_on(sandbox, 1)
+            redis_server.kill()
+            renewals_go_on(sandbox, 4)
+            redis_server.start()
+        until(lambda: len(keys(redis_server, "token")) == 1)
+    assert (load.errors, load.expired) == ([], 0)
+    assert load.calls > 1000
+
+
+def test_redis_frozen_under_load(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    sandbox.set_token_lifetime(1.0)
+    load = Load([fleet() for _ in range(3)], threads=9)
+    with load.running():
+        renewals_go_on(sandbox, 1)
+        redis_server.freeze()
+        renewals_go_on(sandbox, 5)
+        redis_server.thaw()
+        renewals_go_on(sandbox, 2)
+    assert (load.errors, load.expired) == ([], 0)
+
+
+def test_a_lease_that_a_frozen_redis_gives_to_nobody_holds_up_nobody_for_long(
+    redis_server: RedisServer,
+) -> None:
+    with redis_server.client() as client:
+        store = RedisTokenStore(client)
+        store.load("d1-signer:{x}")  # connects
+        redis_server.freeze()
+        with pytest.raises(StoreUnavailable):
+            store.lease("d1-signer:{x}", life=60.0)
+        redis_server.thaw()
+        until(lambda: bool(client.exists("d1-signer:{x}:lease")))
+        assert store.lease("d1-signer:{x}", life=60.0) is None
+        until(lambda: store.lease("d1-signer:{x}", life=60.0) is not None, seconds=3)
+
+
+def test_a_redis_that_never_was_costs_requests_and_no_error(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    redis_server.kill()
+    assert fleet().token().value != fleet().token().value
+    assert sandbox.counters.token_requests == 2
+
+
+def keys(server: RedisServer, kind: str) -> list[bytes]:
+    with server.client() as client:
+        found: Any = client.keys(f"d1-signer:*:{kind}")
+        return list(found)
+
+
+def stored(server: RedisServer) -> tuple[bytes, dict[str, str]]:
+    (name,) = keys(server, "token")
+    with server.client() as client:
+        content: Any = client.get(name)
+    envelope: dict[str, str] = json.loads(content)
+    return name, envelope
+
+
+def test_the_store_holds_ciphertext_and_forgets_it_in_time(
+    fleet: FleetMaker, redis_server: RedisServer
+) -> None:
+    token = fleet().token()
+    with redis_server.client() as client:
+        for name in client.scan_iter():
+            content: Any = client.get(name)
+            for secret in (token.value, ISSUER, token.value[:16]):
+                assert secret.encode() not in name + content
+            remaining: Any = client.pttl(name)
+            assert 890_000 < remaining <= 900_000
+    assert keys(redis_server, "lease") == []
+
+
+def test_another_key_opens_nothing(fleet: FleetMaker, sandbox: Sandbox) -> None:
+    assert fleet().token().value != fleet(store_key=os.urandom(32)).token().value
+    assert sandbox.counters.token_requests == 2
+
+
+Change = Callable[[dict[str, str]], object]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda envelope: envelope | {"scope": "d1-api:everything"},
+        lambda envelope: envelope | {"box": envelope["box"][:-4] + "AAAA"},
+        lambda envelope: envelope | {"box": "A" * 64},
+        lambda envelope: envelope | {"box": ""},
+        lambda envelope: {"scope": envelope["scope"]},
+        lambda envelope: [envelope],
+        lambda _: None,
+        lambda _: 17,
+    ],
+)
+def test_what_was_tampered_with_is_treated_as_absent(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, change: Change
+) -> None:
+    first = fleet().token()
+    name, envelope = stored(redis_server)
+    with redis_server.client() as client:
+        client.set(name, json.dumps(change(envelope)), px=800_000)
+    assert fleet().token().value != first.value
+    assert sandbox.counters.token_requests == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[" * 100_000])
+def test_what_is_not_ours_is_treated_as_absent(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, content: bytes
+) -> None:
+    fleet().token()
+    (name,) = keys(redis_server, "token")
+    with redis_server.client() as client:
+        client.set(name, content, px=800_000)
+    assert fleet().token().value
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_token_of_another_issuer_or_environment_is_not_taken(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, signer: Any
+) -> None:
+    with Sandbox(issuer_id="other-issuer") as other:
+        other.register_key(signer.kid, signer.public_key.jwk())
+        foreign = fleet(
+            issuer_id="other-issuer",
+            environment=other.base_url,
+            client_certificate=certificate_of(other),
+            ca_file=other.ca_file,
+        ).token()
+        name, _ = stored(redis_server)
+        fetcher = fleet()
+        # Whoever can write to Redis moves the foreign envelope to the place of ours.
+        ours = fetcher._renewal._name  # type: ignore[union-attr]
+        with redis_server.client() as client:
+            client.rename(name, f"{ours}:token")
+        assert fetcher.token().value != foreign.value
+    assert sandbox.counters.token_requests == 1
+
+
+def test_an_expired_token_in_the_store_is_not_taken(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    sandbox.set_token_lifetime(0.3)
+    first = fleet().token()
+    (name,) = keys(redis_server, "token")
+    with redis_server.client() as client:
+        client.persist(name)
+        # Kept for longer than the token lives, by whoever can write to Redis.
+        client.pexpire(name, 800_000)
+    until(lambda: time.time() >= first.expires_at)
+    assert fleet().token().value != first.value
+    assert sandbox.counters.token_requests == 2
+
+
+def take_lease(server: RedisServer, fetcher: TokenFetcher, milliseconds: int | None) -> None:
+    with server.client() as client:
+        name = fetcher._renewal._name  # type: ignore[union-attr]
+        assert client.set(f"{name}:lease", "another", px=milliseconds, nx=True)
+
+
+def test_whoever_waits_for_a_lease_goes_on_when_it_runs_out(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    fetcher = fleet()
+    take_lease(redis_server, fetcher, 200)
+    assert fetcher.token().value
+    assert sandbox.counters.token_requests == 1
+
+
+@pytest.mark.parametrize("milliseconds", [None, 86_400_000])
+def test_a_lease_that_never_ends_is_done_without(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, milliseconds: int | None
+) -> None:
+    fetcher = fleet()
+    take_lease(redis_server, fetcher, milliseconds)
+    assert fetcher.token(timeout=5).value
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_lease_that_somebody_takes_over_and_over_is_an_error_in_time(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    fetcher = fleet(limits=Limits(total=0.5))
+    take_lease(redis_server, fetcher, 2000)
+    (lease,) = keys(redis_server, "lease")
+    over = threading.Event()
+
+    def take() -> None:
+        with redis_server.client() as client:
+            while not over.wait(0.01):
+                client.set(lease, "another", px=2000)
+
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(take)
+        started = time.monotonic()
+        try:
+            with pytest.raises(D1SignerError) as failure:
+                fetcher.token()
+        finally:
+            over.set()
+        taking.result()
+    assert failure.value.code == "token_timeout"
+    assert time.monotonic() - started < 2
+    assert sandbox.counters.token_requests == 0
+
+
+def test_a_lease_lost_during_the_work_is_no_error_and_another_keeps_it(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    fetcher = fleet()
+    sandbox.misbehave(Fault.DELAY, seconds=0.3, times=1)
+    fetcher.prefetch()
+    until(lambda: sandbox.counters.token_requests == 1)
+    (lease,) = keys(redis_server, "lease")
+    with redis_server.client() as client:
+        client.set(lease, "another", px=60_000)
+        assert fetcher.token().value
+        until(lambda: fetcher._flight is None)
+        assert client.get(lease) == b"another"
+
+
+def test_the_others_go_on_when_the_holder_of_the_lease_dies(
+    fleet: FleetMaker, members: Members, sandbox: Sandbox, member_settings: dict[str, str]
+) -> None:
+    (holder,) = members(1, D1_TOTAL_SECONDS="3")
+    sandbox.misbehave(Fault.DELAY, seconds=30.0, times=1)
+    holder.ask(1)
+    until(lambda: sandbox.counters.token_requests == 1)
+    holder.kill()
+    key = Path(member_settings["D1_STORE_KEY_FILE"]).read_bytes()
+    others = [fleet(store_key=key, limits=Limits(total=3.0)) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        tokens = list(pool.map(lambda fetcher: fetcher.token().value, others))
+    assert len(set(tokens)) == 1
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_forked_child_uses_the_store(fleet: FleetMaker, sandbox: Sandbox) -> None:
+    fetcher, other = fleet(), fleet()
+    value = fetcher.token().value
+    for asked in (fetcher, other):
+        child = os.fork()
+        if child == 0:
+            try:
+                asked._held, asked._fresh = None, (0.0, 0.0, asked._fresh[2])
+                os._exit(0 if asked.token(timeout=10).value == value else 1)
+            except BaseException:  # noqa: BLE001 (the child must not run the parent's tests)
+                os._exit(2)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+    assert other.token().value == value
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_cluster_shares_tokens(fleet: FleetMaker, sandbox: Sandbox, tmp_path: Path) -> None:
+    with cluster(tmp_path) as client:
+        store = RedisTokenStore(client)
+        assert fleet(store=store).token().value == fleet(store=store).token().value
+        assert sandbox.counters.token_requests == 1
+        names: Any = client.keys("d1-signer:*:token")
+        assert len(names) == 1
+
+
+def test_a_master_behind_a_sentinel_shares_tokens(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    with sentinel(tmp_path, redis_server) as watch:
+        settings = RedisTokenStore.CLIENT_SETTINGS
+        client: redis.Redis = watch.master_for(MASTER, **settings)  # type: ignore[no-untyped-call]
+        with client:
+            store = RedisTokenStore(client)
+            assert fleet(store=store).token().value == fleet(store=store).token().value
+            redis_server.kill()
+            assert fleet(store=store).token().value
+    assert sandbox.counters.token_requests == 2
+
+
+def test_a_client_that_answers_text_is_good_as_well(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    with redis_server.client(decode_responses=True) as client:
+        store = RedisTokenStore(client)
+        assert fleet(store=store).token().value == fleet(store=store).token().value
+    assert sandbox.counters.token_requests == 1
