@@ -27,7 +27,7 @@ from d1_signer.transport.deadlines import run_until
 from d1_signer.transport.hosts import is_address
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.response import BoundedResponse
-from d1_signer.transport.tls import require_verifying
+from d1_signer.transport.tls import require_verified, require_verifying
 
 # Bytes of a request that are kept together; a body that is streamed is sent as it comes.
 _HELD = 1 << 16
@@ -237,3 +237,8 @@ class _TlsConnection(_Connection, HTTPSConnection):
         # At each handshake: a caller may have weakened its context since it gave it.
         require_verifying(self.ssl_context)
         super().connect()
+        try:
+            require_verified(self.sock, self._tunnel_host or self.host)
+        except BaseException:
+            self.close()
+            raise

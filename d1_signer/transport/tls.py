@@ -6,17 +6,20 @@ Verification of the server cannot be switched off, here or by what a caller does
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import certifi
+from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
 from d1_signer.errors import ConfigurationError, SecretSourceError
 from d1_signer.secret import SecretSource, read_private_file, read_secret, shown_path
 
+_NEW_ENOUGH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED)
 _ENCRYPTED_HINT = "Name the source of its passphrase: file:PATH or env:NAME."
 
 
@@ -95,6 +98,14 @@ def verifying_context(authorities: str | None) -> ssl.SSLContext:
         context.load_default_certs()
     else:
         context.load_verify_locations(authorities)
+    refused = _suites_without_certificate(context)
+    if refused:
+        # The system's list without those, so that its policy stays in force. Suites of TLS 1.3 are
+        # no part of this list to OpenSSL.
+        suites = ((suite["name"], suite["protocol"]) for suite in context.get_ciphers())
+        context.set_ciphers(
+            ":".join(name for name, tls in suites if tls != "TLSv1.3" and name not in refused)
+        )
     return context
 
 
@@ -161,15 +172,16 @@ def require_verifying(context: ssl.SSLContext | None) -> None:
             "The ssl.SSLContext does not verify the server's certificate and host name.",
             hint="Set verify_mode to CERT_REQUIRED and check_hostname to True.",
         )
-    # MINIMUM_SUPPORTED is a negative number: whatever the OpenSSL build allows.
-    if context.minimum_version < ssl.TLSVersion.TLSv1_2:
+    usual_minimum, usual_suites = _usual()
+    if (
+        context.minimum_version < ssl.TLSVersion.TLSv1_2
+        and context.minimum_version != usual_minimum
+    ):
         raise ConfigurationError(
             "The ssl.SSLContext allows TLS below 1.2.",
             hint="Set minimum_version to ssl.TLSVersion.TLSv1_2.",
         )
-    # Such suites authenticate no server by a certificate, whatever verify_mode says; TLS 1.3 has
-    # none of them and reads "auth-any".
-    if any(_is_anonymous(suite) for suite in context.get_ciphers()):
+    if not _suites_without_certificate(context) <= usual_suites:
         raise ConfigurationError(
             "The ssl.SSLContext offers cipher suites that need no server certificate.",
             hint='Leave the ciphers as they are, or add ":!aNULL:!eNULL:!PSK:!SRP" to them.',
@@ -181,6 +193,56 @@ def require_verifying(context: ssl.SSLContext | None) -> None:
         )
 
 
-def _is_anonymous(suite: Mapping[str, Any]) -> bool:
-    kind = str(suite["auth"])
-    return "null" in kind or "psk" in kind or "srp" in kind or "NULL" in str(suite["name"])
+# With keys that are shared beforehand, with passwords, with nothing; and without encryption.
+_NOT_BY_CERTIFICATE = re.compile(r"(^|-)(PSK|SRP|ADH|AECDH|NULL)(-|$)")
+
+
+def _suites_without_certificate(context: ssl.SSLContext) -> frozenset[str]:
+    names = (suite["name"] for suite in context.get_ciphers())
+    return frozenset(name for name in names if _NOT_BY_CERTIFICATE.search(name))
+
+
+@functools.cache
+def _usual() -> tuple[ssl.TLSVersion, frozenset[str]]:
+    # Builds of Python that leave both to OpenSSL (those of Debian, Ubuntu and RHEL) list suites
+    # that nobody negotiates without a key or a password, and no minimum version, which then stands
+    # in OpenSSL's own configuration. `require_verified` looks at what was negotiated.
+    fresh = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return fresh.minimum_version, _suites_without_certificate(fresh)
+
+
+def require_verified(sock: object, host: str) -> None:
+    """Look at what a handshake came to, before the first byte of a request.
+
+    The settings of a context do not tell all: a callback for keys that are shared beforehand
+    (Python 3.13) cannot be read back, and with one no certificate is shown.
+
+    Args:
+        sock: The socket, after its handshake.
+        host: Name or address that was asked for.
+
+    Raises:
+        ssl.SSLCertVerificationError: No certificate was shown and verified, its subjectAltName
+            does not have the host, the cipher suite does not rest on it, or TLS is below 1.2.
+    """
+    if not isinstance(sock, ssl.SSLSocket):  # urllib3 can be told to use pyOpenSSL
+        raise _unverified("the handshake was not made by Python's ssl module")
+    suite, version = sock.cipher(), sock.version()
+    certificate: Any = sock.getpeercert()
+    if version not in {"TLSv1.2", "TLSv1.3"}:
+        raise _unverified(f"{version} is too old")
+    if suite is None or _NOT_BY_CERTIFICATE.search(suite[0]) or not suite[2]:
+        raise _unverified("the cipher suite does not rest on a certificate")
+    if not certificate:
+        raise _unverified("no certificate was shown")
+    try:
+        # RFC 9110 section 4.3.4: the name is in subjectAltName; OpenSSL may take a common name.
+        match_hostname(certificate, host.strip("[]"))
+    except CertificateError:
+        raise _unverified(f"its subjectAltName does not have {host}") from None
+
+
+def _unverified(reason: str) -> ssl.SSLCertVerificationError:
+    error = ssl.SSLCertVerificationError(1, reason)
+    error.verify_message = reason
+    return error

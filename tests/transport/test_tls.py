@@ -74,11 +74,15 @@ def test_a_context_that_does_not_verify_is_refused(
     old = verifying_context(sandbox)
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         old.minimum_version = ssl.TLSVersion.TLSv1_1
-    any_version = verifying_context(sandbox)
-    any_version.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
     logging_keys = verifying_context(sandbox)
     logging_keys.keylog_filename = str(tmp_path / "keys")
-    for context in (no_host, nothing, old, any_version, logging_keys):
+    contexts = [no_host, nothing, old, logging_keys]
+    if ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).minimum_version == ssl.TLSVersion.TLSv1_2:
+        # Elsewhere it is what Python's build leaves to OpenSSL, and the handshake is looked at.
+        any_version = verifying_context(sandbox)
+        any_version.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        contexts.append(any_version)
+    for context in contexts:
         with pytest.raises(ConfigurationError):
             make_fetcher(client_certificate=context, ca_file=None)
 
