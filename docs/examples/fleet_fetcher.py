@@ -15,8 +15,14 @@ from pathlib import Path
 
 import redis
 
-from d1_signer import ClientCertificate, Limits, SignerSet, TokenFetcher, open_signer
-from d1_signer.token.redis_store import RedisTokenStore
+from d1_signer import (
+    ClientCertificate,
+    Limits,
+    RedisTokenStore,
+    SignerSet,
+    TokenFetcher,
+    open_signer,
+)
 
 
 def new_fetcher() -> TokenFetcher:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,13 @@ def test_two_plugins_for_one_scheme_are_refused(
         open_signer("openssl:///key.pem")
     with pytest.raises(errors.ConfigurationError, match="not_there"):
         open_signer("broken:///key.pem")
+
+
+def test_the_example_uses_public_names_only() -> None:
+    (source,) = (EXAMPLE / "src").rglob("__init__.py")
+    imported = {
+        node.module or ""
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert {name for name in imported if name.startswith("d1_signer")} == {"d1_signer"}

@@ -8,19 +8,21 @@ import subprocess
 import time
 from pathlib import Path
 
-from d1_signer.custody.evidence import Evidence, Fact
-from d1_signer.errors import (
+from d1_signer import (
+    Evidence,
+    Fact,
+    GeneratedKey,
     InvalidKeyError,
     KeyExistsError,
     KeyNotFoundError,
+    KeyUri,
     KeyUriError,
+    PublicKey,
+    SignatureEncoding,
     SignerClosedError,
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.es256 import PublicKey
-from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
-from d1_signer.signing.key_uri import KeyUri
 
 _TIME_LIMIT = 10.0  # seconds, where the caller gives no deadline
 
