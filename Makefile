@@ -10,11 +10,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test bench soak lock clean system-demo system-test
+.PHONY: help demo check test matrix audit bench soak lock clean system-demo system-test system-matrix
 
 help:
 	@echo 'make demo   a key in SoftHSM, an assertion, a D1 access token from the sandbox'
 	@echo 'make test   everything: make check, then all tests'
+	@echo 'make matrix a chosen part of the tests on every Python that is found, as another user, and'
+	@echo '            with the lowest releases that are admitted'
+	@echo 'make audit  known advisories about the locked releases (ADVISORIES=FOLDER: asks nobody)'
 	@echo 'make check  ruff, mypy --strict, the import contracts'
 	@echo 'make bench  the measured figures, beside those of the peers'
 	@echo 'make soak   the long stress runs'
@@ -36,6 +39,12 @@ test: check system-test
 	$(PYTEST) -p no:benchmark -n $(JOBS) -m 'not stress and not soak'
 	$(PYTEST) -p no:benchmark -m 'stress and not soak' || test $$? -eq 5
 
+matrix: system-test system-matrix
+	PYTHON=$(PYTHON) JOBS=$(JOBS) scripts/matrix
+
+audit: $(VENV)/.dev
+	$(BIN)/python scripts/audit $(if $(ADVISORIES),--advisories $(ADVISORIES)) requirements/dev.txt requirements/lowest.txt
+
 bench: $(VENV)/.bench system-test
 	$(BIN)/python -m tests.bench
 
@@ -47,6 +56,9 @@ system-demo:
 
 system-test:
 	@scripts/system-packages test
+
+system-matrix:
+	@scripts/system-packages matrix
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

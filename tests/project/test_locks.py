@@ -43,7 +43,8 @@ def declared() -> dict[str, list[Requirement]]:
     def read(texts: list[object]) -> list[Requirement]:
         return [Requirement(text) for text in texts if isinstance(text, str)]
 
-    core = read(project["dependencies"]) + read(groups["build"])
+    library = read(project["dependencies"])
+    core = library + read(groups["build"])
     optional = [
         requirement for name in extras if name != "all" for requirement in read(extras[name])
     ]
@@ -52,6 +53,7 @@ def declared() -> dict[str, list[Requirement]]:
         "dev.txt": core + optional + read(groups["dev"]),
         "bench.txt": core + optional + read(groups["dev"]) + read(groups["bench"]),
         "bench-no-deps.txt": read(groups["bench-no-deps"]),
+        "lowest.txt": library + optional + read(groups["lowest"]),
     }
 
 
@@ -78,6 +80,17 @@ def test_lock_satisfies_what_is_declared(lock: str) -> None:
         name = canonicalize_name(requirement.name)
         assert name in locked, f"{name} is not in {lock}: run `make lock`"
         assert requirement.specifier.contains(locked[name]), f"{requirement}: run `make lock`"
+
+
+def test_the_lowest_releases_are_those_that_are_declared() -> None:
+    locked = {name: Version(version) for name, version in pins("lowest.txt")}
+    for requirement in declared()["lowest.txt"]:
+        ((bound, lowest),) = ((s.operator, Version(s.version)) for s in requirement.specifier)
+        assert bound == ">="
+        # A bound names no more digits than the release that it means.
+        release = locked[canonicalize_name(requirement.name)].release
+        assert release[: len(lowest.release)] == lowest.release, requirement
+        assert not any(release[len(lowest.release) :]), requirement
 
 
 def test_locks_agree() -> None:
