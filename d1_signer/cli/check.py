@@ -28,6 +28,7 @@ from d1_signer.cli._output import (
     moment,
     printable,
     said,
+    to_stdout,
     with_output_options,
 )
 from d1_signer.cli._settings import (
@@ -152,7 +153,7 @@ class Checklist:
 
     def _tell(self, line: str) -> None:
         if not self.output.json:
-            click.echo(line)
+            to_stdout(line)
 
 
 @click.command(cls=OptionsOnly)
