@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 import re
 import shlex
@@ -17,7 +16,7 @@ import stat
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, get_args
 from urllib.parse import unquote
 
@@ -39,6 +38,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _PLAIN_NAME = re.compile(r"[a-z]+([_-][a-z]+)*")
 _USER_IN_URL = re.compile(r"://[^/?#]*@")
 _WHOLE_NUMBER = re.compile(r"-?(0x[0-9A-Fa-f]{1,16}|[0-9]{1,19})")
+_DECIMAL = re.compile(r"-?([0-9]{1,19}(\.[0-9]{0,19})?|\.[0-9]{1,19})")
 # What a backend never sees: `open_signer` has it itself.
 _OWN = frozenset(inspect.signature(open_signer).parameters)
 
@@ -220,39 +220,43 @@ def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
 
 
 def _converted(name: str, text: str, kind: Any) -> Any:
-    """The text as a value of a type.
+    """The text as a value of a declared type.
 
     Raises:
         click.UsageError: It is none, or the type has no text form.
     """
-    kinds = {kind, *get_args(kind)} - {NoneType}
-    if {*get_args(SecretSource)} <= kinds:
-        return _source(name, text)
-    if PublicKey in kinds:
-        return _public_key(name, text)
-    readers = [(told, read) for kind, told, read in _READERS if kind in kinds]
-    if not readers:
+    read = reader_for(kind)
+    if read is None:
         raise click.UsageError(
             f"The option {name} cannot be given as text; open the key in Python for it."
         )
-    for _, read in readers:
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    raise click.UsageError(f"The option {name} is {' and '.join(told for told, _ in readers)}.")
+    try:
+        return read(text)
+    except _Misread as error:
+        raise click.UsageError(f"The option {name} {error}") from None
 
 
-def _source(name: str, text: str) -> str:
+def reader_for(kind: Any) -> Callable[[str], Any] | None:
+    """What reads a text as a value of a declared type; None: the type has no text form."""
+    kinds = {kind, *get_args(kind)}
+    if {*get_args(SecretSource)} <= kinds:
+        return _source
+    return next((read for known, read in _READERS if known in kinds), None)
+
+
+class _Misread(Exception):
+    """Why a text is not what it should be; the end of a sentence."""
+
+
+def _source(text: str) -> str:
     if text == "prompt" or text.startswith(("file:", "env:")):
         return text
-    raise click.UsageError(
-        f"The option {name} says where a secret comes from (file:PATH, env:NAME or prompt), and is "
-        "not the secret itself."
+    raise _Misread(
+        "says where a secret comes from (file:PATH, env:NAME or prompt), and is not the secret."
     )
 
 
-def _public_key(name: str, text: str) -> PublicKey:
+def _public_key(text: str) -> PublicKey:
     """A public key from its PEM file, whose path may be written as a file: URI."""
     path = text
     if text.lower().startswith("file:"):
@@ -261,14 +265,14 @@ def _public_key(name: str, text: str) -> PublicKey:
     try:
         with open(path, "rb", opener=_without_blocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise click.UsageError(f"The option {name}: {shown} is not a regular file.")
+                raise _Misread(f"names no regular file: {shown}.")
             content = file.read(_LARGEST_FILE)
         return PublicKey.from_pem(content)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
-        raise click.UsageError(f"The option {name}: {shown} cannot be read: {reason}.") from None
-    except D1SignerError as error:
-        raise click.UsageError(f"The option {name}: {shown}: {error.message}") from None
+        raise _Misread(f"names a file that cannot be read: {shown}: {reason}.") from None
+    except D1SignerError:
+        raise _Misread(f"names a file without a public key on P-256 in PEM: {shown}.") from None
 
 
 def _without_blocking(path: str, flags: int) -> int:
@@ -278,27 +282,28 @@ def _without_blocking(path: str, flags: int) -> int:
 
 def _boolean(text: str) -> bool:
     if text not in {"true", "false"}:
-        raise ValueError
+        raise _Misread("is neither true nor false.")
     return text == "true"
 
 
 def _whole_number(text: str) -> int:
     if not _WHOLE_NUMBER.fullmatch(text):
-        raise ValueError
+        raise _Misread("is no whole number, such as 4 or 0x80000001.")
     return int(text, 16 if "x" in text else 10)
 
 
 def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
+    if not _DECIMAL.fullmatch(text):
+        raise _Misread("is no number, such as 2.5.")
+    return float(text)
 
 
-_READERS: tuple[tuple[Any, str, Callable[[str], Any]], ...] = (
-    (bool, "neither true nor false", _boolean),
-    (int, "no whole number", _whole_number),
-    (float, "no number", _number),
-    (str, "no text", str),
-    (Any, "no text", str),
+# By the first that a declared type admits.
+_READERS: tuple[tuple[Any, Callable[[str], Any]], ...] = (
+    (PublicKey, _public_key),
+    (bool, _boolean),
+    (int, _whole_number),
+    (float, _number),
+    (str, str),
+    (Any, str),
 )
