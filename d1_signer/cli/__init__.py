@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from d1_signer.cli._stdout import keep_stdout
 from d1_signer.errors import MissingExtraError
 
 
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 success, 1 failure, 2 wrong usage or settings, 130 interrupted.
     """
+    if arguments is None:  # else the process is somebody else's, and so is its standard output
+        keep_stdout()
     try:
         from d1_signer.cli._app import run
     except ModuleNotFoundError as error:

@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from d1_signer.cli._output import Output, with_output_options
+from d1_signer.cli._output import Output, StdoutError, with_output_options
+from d1_signer.cli._stdout import give_up_stdout
 from d1_signer.cli.check import check
 from d1_signer.cli.keys import csr, custody, generate_key, public_key
 from d1_signer.cli.sandbox import sandbox
@@ -64,21 +65,33 @@ def run(arguments: Sequence[str]) -> int:
     output = Output(json="--json" in arguments)
     with _logging_to_stderr(), _warnings_as_notes(output):
         try:
-            status = cli.main(arguments, prog_name="d1-signer", standalone_mode=False, obj=output)
-        except click.ClickException as error:
-            if output.json:
-                output.failure(UsageError(error.format_message()))
-            else:
-                error.show()
-            return MISUSED
-        except click.Abort:
-            return INTERRUPTED
-        except D1SignerError as error:
-            output.failure(error)
-            return MISUSED if isinstance(error, ConfigurationError | InvalidInputError) else FAILED
-        except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
-            _report_defect(error, output)
+            return _run(arguments, output)
+        except StdoutError as error:
+            give_up_stdout()
+            if reason := str(error):  # a reader that goes away has seen what it wanted
+                output.note(f"Error: Standard output cannot be written: {reason}.")
             return FAILED
+
+
+def _run(arguments: Sequence[str], output: Output) -> int:
+    try:
+        status = cli.main(arguments, prog_name="d1-signer", standalone_mode=False, obj=output)
+    except click.ClickException as error:
+        if output.json:
+            output.failure(UsageError(error.format_message()))
+        else:
+            error.show()
+        return MISUSED
+    except click.Abort:
+        return INTERRUPTED
+    except D1SignerError as error:
+        output.failure(error)
+        return MISUSED if isinstance(error, ConfigurationError | InvalidInputError) else FAILED
+    except StdoutError:
+        raise
+    except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
+        _report_defect(error, output)
+        return FAILED
     return status if isinstance(status, int) else 0
 
 

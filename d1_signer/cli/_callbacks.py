@@ -30,6 +30,11 @@ _PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
 _PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
 
 
+def holds_key_itself(value: str) -> bool:
+    """Whether a setting holds a key: in PEM, as a JWK, or as base64 of DER."""
+    return _KEY_ITSELF.search(value) is not None
+
+
 def checked_keys(
     context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -40,7 +45,7 @@ def checked_keys(
         click.UsageError: One has a PIN in it and comes from the command line.
     """
     name = _name(context, parameter)
-    if any(map(_KEY_ITSELF.search, value)):
+    if any(map(holds_key_itself, value)):
         raise KeyUriError(
             f"{name} holds a key itself and not its URI.",
             hint=_KEY_HINT.format(form="file:///PATH"),
@@ -92,7 +97,7 @@ def checked_path(
     Raises:
         ConfigurationError: It is what the file should hold.
     """
-    if value is not None and _KEY_ITSELF.search(value):
+    if value is not None and holds_key_itself(value):
         raise ConfigurationError(
             f"{_name(context, parameter)} holds PEM or a key itself and not the path of its file.",
             hint=_KEY_HINT.format(form="its path"),

@@ -34,6 +34,23 @@ class OptionsOnly(click.Command):
         return found
 
 
+class StdoutError(Exception):
+    """Standard output cannot be written, so that there is nothing more to say there."""
+
+
+def to_stdout(content: str | bytes) -> None:
+    """Print a text as a line, or bytes as they are.
+
+    Raises:
+        StdoutError: It cannot be written.
+    """
+    try:
+        click.echo(content, nl=isinstance(content, str))
+    except OSError as error:
+        reader_left = isinstance(error, BrokenPipeError)
+        raise StdoutError("" if reader_left else error.strerror) from None
+
+
 @dataclass(slots=True)
 class Output:
     """How this run prints; one object for the run, filled by `with_output_options`.
@@ -48,7 +65,7 @@ class Output:
 
     def result(self, document: Mapping[str, object], text: str) -> None:
         """Print a command's result: the document as one line of JSON, or the text."""
-        click.echo(json.dumps(document) if self.json else text)
+        to_stdout(json.dumps(document) if self.json else text)
 
     def note(self, text: str) -> None:
         """Tell a person something beside the result; never on standard output."""
@@ -57,7 +74,7 @@ class Output:
     def failure(self, error: D1SignerError) -> None:
         """Print why the command failed: JSON on standard output, or text on standard error."""
         if self.json:
-            click.echo(json.dumps(error.to_dict()))
+            to_stdout(json.dumps(error.to_dict()))
             return
         self.note(f"Error: {printable(error.message)}")
         for line in explanation(error):

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from d1_signer.cli._callbacks import checked_keys, checked_path, checked_proxy
+from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
 from d1_signer.secret import Secret
@@ -41,10 +42,12 @@ class Keys:
     Attributes:
         uris: Key URIs, first the active one.
         kid: Key identifier for a single key.
+        options: What their backends are given.
     """
 
     uris: tuple[str, ...]
     kid: str | None
+    options: BackendOptions
 
     def single(self) -> str:
         """The one key URI.
@@ -61,10 +64,11 @@ class Keys:
         return self.uris[0]
 
     def require(self) -> None:
-        """Refuse settings that name no key, or one kid for several.
+        """Refuse settings that name no key, one kid for several, or an unknown option.
 
         Raises:
             ConfigurationError: Such settings.
+            click.UsageError: An option that no backend of the keys knows.
         """
         if not self.uris:
             raise ConfigurationError(
@@ -75,6 +79,7 @@ class Keys:
                 "One kid is given for several keys.",
                 hint="Leave --kid and D1_SIGNER_KID out, and end each key URI with #KID.",
             )
+        self.options.require_known(self.uris)
 
     def open(self, uri: str) -> Signer:
         """Open one of the keys; the caller closes it."""
@@ -83,7 +88,7 @@ class Keys:
         options: dict[str, Any] = {}
         if scheme_of(uri) == "pkcs11":
             options["timeout"] = _HSM_PATIENCE
-        return open_signer(uri, kid=self.kid, **options)
+        return open_signer(uri, kid=self.kid, **options | self.options.for_key(uri))
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:
@@ -247,7 +252,7 @@ class Connection:
 
 
 def with_keys(command: Command) -> Command:
-    """Give a command ``--key`` and ``--kid``, as its ``keys``."""
+    """Give a command ``--key``, ``--kid`` and the backends' options, as its ``keys``."""
 
     @setting(
         "--key",
@@ -261,9 +266,12 @@ def with_keys(command: Command) -> Command:
     @setting(
         "--kid", "D1_SIGNER_KID", "Key identifier of a single key. [default: RFC 7638 thumbprint]"
     )
+    @with_options
     @functools.wraps(command)
-    def wrapper(*args: Any, key: tuple[str, ...], kid: str | None, **options: Any) -> Any:
-        return command(*args, keys=Keys(uris=key, kid=kid), **options)
+    def wrapper(
+        *args: Any, key: tuple[str, ...], kid: str | None, options: BackendOptions, **others: Any
+    ) -> Any:
+        return command(*args, keys=Keys(uris=key, kid=kid, options=options), **others)
 
     return wrapper
 

@@ -8,7 +8,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from d1_signer.cli._opening import Opening
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -28,6 +29,7 @@ from d1_signer.cli._output import (
     moment,
     printable,
     said,
+    to_stdout,
     with_output_options,
 )
 from d1_signer.cli._settings import (
@@ -56,7 +58,6 @@ from d1_signer.token.renewal import Limits
 from d1_signer.transport.tls import client_context
 
 _CERTIFICATE = "client-certificate"
-_PKCS11_STEPS = ("module", "token", "login", "key")
 _REFUSALS = frozenset({400, 401, 403})
 
 
@@ -152,7 +153,7 @@ class Checklist:
 
     def _tell(self, line: str) -> None:
         if not self.output.json:
-            click.echo(line)
+            to_stdout(line)
 
 
 @click.command(cls=OptionsOnly)
@@ -196,14 +197,16 @@ def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
     """Check one key; returns its signer if it can sign."""
     checklist.begin(_shown_key(uri))
-    steps = _PKCS11_STEPS if scheme_of(uri) == "pkcs11" else ("key",)
+    opening = Opening(uri=uri, options=keys.options.given)
     try:
         signer = stack.enter_context(keys.open(uri))
     except D1SignerError as error:
-        _tell_where_opening_stopped(checklist, steps, error)
+        if opening.is_wrong_option(error):
+            raise
+        _tell_where_it_stopped(checklist, opening, error)
         return None
-    for name in steps:
-        checklist.ok(name, f"kid {signer.kid}" if name == "key" else "")
+    _tell_steps(checklist, opening.steps[:-1], opening.not_taken(None))
+    checklist.ok("key", f"kid {signer.kid}")
     with checklist.step("signature") as detail:
         _verify_with_cryptography(signer)
         detail("verified by cryptography")
@@ -229,18 +232,22 @@ def _shown_key(uri: str) -> str:
     return without_secrets(uri)
 
 
-def _tell_where_opening_stopped(
-    checklist: Checklist, steps: tuple[str, ...], error: D1SignerError
-) -> None:
-    # PKCS#11 tries a signature while it opens the key.
-    names = (*steps, "signature", "custody")
-    where = error.details.get("step")
-    at = names.index(where) if isinstance(where, str) and where in names else 0
-    for name in names[:at]:
-        checklist.ok(name)
-    checklist.failed(names[at], error)
+def _tell_where_it_stopped(checklist: Checklist, opening: Opening, error: D1SignerError) -> None:
+    names = (*opening.steps, "signature", "custody")
+    stopped_at = opening.stopped_at(error)
+    at = names.index(stopped_at)
+    _tell_steps(checklist, names[:at], opening.not_taken(error))
+    checklist.failed(stopped_at, error)
     for name in names[at + 1 :]:
-        checklist.skipped(name, f"{names[at]} failed")
+        checklist.skipped(name, f"{stopped_at} failed")
+
+
+def _tell_steps(checklist: Checklist, names: Sequence[str], not_taken: Mapping[str, str]) -> None:
+    for name in names:
+        if name in not_taken:
+            checklist.skipped(name, not_taken[name])
+        else:
+            checklist.ok(name)
 
 
 def _verify_with_cryptography(signer: Signer) -> None:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from d1_signer.cli._callbacks import checked_client_key, checked_subject
+from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -22,6 +23,7 @@ from d1_signer.cli._output import (
     indented,
     moment,
     table,
+    to_stdout,
     with_output_options,
 )
 from d1_signer.cli._settings import Keys, with_keys
@@ -75,10 +77,14 @@ def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
 
 
 def _refuse_der_on_terminal(form: str, output_file: str | None, output: Output) -> None:
-    if form == "der" and not output.json and output_file is None and sys.stdout.isatty():
+    if form == "der" and not output.json and output_file is None and _at_terminal():
         raise ConfigurationError(
             "DER is binary and is not written to a terminal.", hint="Give -o FILE, or use a pipe."
         )
+
+
+def _at_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
 
 
 def _deliver(
@@ -93,7 +99,7 @@ def _deliver(
     if output.json:
         output.result(document, "")
     elif output_file is None:
-        click.echo(encoded, nl=False)
+        to_stdout(encoded)
 
 
 @click.command(cls=OptionsOnly)
@@ -104,6 +110,7 @@ def _deliver(
     callback=checked_client_key,
     help="Key URI of the client key. D1_SIGNER_KEY is not read: that one signs assertions.",
 )
+@with_options
 @click.option(
     "--subject",
     required=True,
@@ -121,7 +128,13 @@ def _deliver(
 @_to_file
 @with_output_options
 def csr(
-    *, key: str, subject: x509.Name, form: str, output_file: str | None, output: Output
+    *,
+    key: str,
+    options: BackendOptions,
+    subject: x509.Name,
+    form: str,
+    output_file: str | None,
+    output: Output,
 ) -> None:
     """Print a certificate signing request (PKCS#10), signed by the key.
 
@@ -129,7 +142,8 @@ def csr(
     one that signs assertions. With --json it is the member csr: text for pem, base64 for der.
     """
     _refuse_der_on_terminal(form, output_file, output)
-    with Keys(uris=(key,), kid=None).open(key) as signer:
+    keys = Keys(uris=(key,), kid=None, options=options)
+    with keys.open(keys.single()) as signer:
         builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
         request = builder.sign(signer.as_private_key(), SHA256())
         thumbprint = signer.public_key.thumbprint()
@@ -153,7 +167,7 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     sensitive, not extractable, for signing only.
     """
     uri = keys.single()
-    made = generate(uri)
+    made = generate(uri, **keys.options.for_key(uri, "generate_key"))
     thumbprint = made.public_key.thumbprint()
     kid = keys.kid or split_fragment(uri)[1]
     named = made.uri if kid is None else f"{made.uri}#{quote(kid, safe='')}"

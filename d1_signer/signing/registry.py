@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -59,6 +60,13 @@ def load_backend_module(uri: str) -> BackendModule:
     raise KeyUriError(told, hint=f"Known schemes: {known}.")
 
 
+def option_names(function: Callable[..., Any]) -> list[str]:
+    """The options that a function of a backend's module takes beside the URI."""
+    _, *options = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [option.name for option in options if option.kind in kinds]
+
+
 def call_backend(module: BackendModule, name: str, uri: str, options: dict[str, Any]) -> Any:
     """Call a function of a backend's module with options that fit it.
 
@@ -74,11 +82,7 @@ def call_backend(module: BackendModule, name: str, uri: str, options: dict[str, 
     try:
         inspect.signature(function).bind(uri, **options)
     except TypeError:
-        known = [
-            parameter.name
-            for parameter in inspect.signature(function).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
+        known = option_names(function)
         unknown = ", ".join(sorted(set(options) - set(known))) or "a required one is missing"
         raise ConfigurationError(
             f"Options that do not fit {scheme_of(uri)}: {unknown}.",

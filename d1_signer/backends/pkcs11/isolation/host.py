@@ -40,6 +40,9 @@ from d1_signer.signing.backend import Backend
 def main(numbers: list[int]) -> None:
     """Open the key that the first frame describes, then serve until the parent has gone."""
     control, *connections = [socket.socket(fileno=number) for number in numbers]
+    # What the vendor's library prints is for whoever looks for what is wrong with it.
+    with contextlib.suppress(OSError):  # standard error is closed
+        os.dup2(2, 1)
     try:
         _, body = receive(control)
         backend = _opened(control, json.loads(body))
