@@ -41,10 +41,8 @@ PARAMETERS = {
     for name in ("open_backend", "generate_key")
 }
 TYPES = typing.get_type_hints(pkcs11.open_backend)
-# On every command that opens a key.
-EVERYWHERE = {"--option", "--timeout"}
 FLAGS = {
-    name: {flag for parameter in command.params for flag in parameter.opts} | EVERYWHERE
+    name: {flag for parameter in command.params for flag in parameter.opts}
     for name, command in cli.commands.items()
 }
 # Names before an equals sign that are others': of URIs, of the vendors' files and variables.
