@@ -87,7 +87,7 @@ class Opener:
         mark = self._mark(pin)
         turn = _turns.setdefault(self._settings.location, threading.Lock())
         if not turn.acquire(timeout=_SECONDS_FOR_TURN):
-            return _hung()
+            return _hung("module")
         try:
             if mark in refused:
                 return LoginError(
@@ -140,6 +140,7 @@ class Opener:
     ) -> PublicKey | D1SignerError:
         known = refused.export()
         limit = time.monotonic() + _SECONDS_TO_START
+        unanswered = _unanswered.get(mark, 0)
         try:
             host.control.settimeout(_SECONDS_TO_START)
             send(host.control, OPEN, self._request(pin, known))
@@ -149,7 +150,8 @@ class Opener:
             error, more = decoded_error(answer)
             refused.merge(more["refused"])
         except TimeoutError:
-            return _hung()
+            # All that was heard of it is whether it began to log in.
+            return _hung("login" if _unanswered.get(mark, 0) > unanswered else "module")
         except Gone:
             return not_started("it has ended")
         except D1SignerError as failure:
@@ -209,9 +211,9 @@ def _read(source: SecretSource) -> Secret:
         raise
 
 
-def _hung() -> SignerTimeout:
+def _hung(step: str) -> SignerTimeout:
     return SignerTimeout(
         "The PKCS#11 module did not open the key in time.",
         hint="Check the HSM and its connection.",
-        details={"step": "token"},
+        details={"step": step},
     )
