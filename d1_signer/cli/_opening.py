@@ -14,7 +14,6 @@ from d1_signer.errors import (
     InvalidInputError,
     LoginError,
     SecretSourceError,
-    SignerTimeout,
 )
 from d1_signer.signing.key_uri import scheme_of
 
@@ -69,9 +68,9 @@ class Opening:
             return False
         if self.options.get("isolation") != "process":
             return True
-        # Our process tells these before the child is started, or without having heard from it.
-        unheard = isinstance(error, LoginError) and "pkcs11" not in error.details
-        return not unheard and not isinstance(error, SecretSourceError | SignerTimeout)
+        # These may be told before the process that hosts the module is started.
+        refused_before = isinstance(error, LoginError) and "pkcs11" not in error.details
+        return not refused_before and not isinstance(error, SecretSourceError)
 
     def _has_pin(self) -> bool:
         asked_at_device = self.options.get("protected_authentication_path") == "true"

@@ -197,13 +197,14 @@ def test_audience_and_no_audience_exclude_each_other(run: Run) -> None:
 @pytest.mark.parametrize(
     ("command", "variables"),
     [
-        ("token", "KEY KID ISSUER_ID ENVIRONMENT CLIENT_CERT CLIENT_KEY CA_FILE"),
-        ("check", "KEY KID ISSUER_ID ENVIRONMENT CLIENT_CERT CLIENT_KEY CA_FILE"),
-        ("assertion", "KEY KID ISSUER_ID ENVIRONMENT"),
-        ("public-key", "KEY KID"),
-        ("generate-key", "KEY KID"),
-        ("custody", "KEY KID"),
-        ("sandbox", "KEY KID ISSUER_ID"),
+        ("token", "KEY KID OPTIONS ISSUER_ID ENVIRONMENT CLIENT_CERT CLIENT_KEY CA_FILE"),
+        ("check", "KEY KID OPTIONS ISSUER_ID ENVIRONMENT CLIENT_CERT CLIENT_KEY CA_FILE"),
+        ("assertion", "KEY KID OPTIONS ISSUER_ID ENVIRONMENT"),
+        ("public-key", "KEY KID OPTIONS"),
+        ("generate-key", "KEY KID OPTIONS"),
+        ("custody", "KEY KID OPTIONS"),
+        ("sandbox", "KEY KID OPTIONS ISSUER_ID"),
+        ("csr", "OPTIONS"),
     ],
 )
 def test_help_names_the_variables(run: Run, command: str, variables: str) -> None:
@@ -211,5 +212,5 @@ def test_help_names_the_variables(run: Run, command: str, variables: str) -> Non
     assert result.status == 0
     words = result.out.split()
     for name in variables.split():
-        full = f"D1_SIGNER_{name}" if name in {"KEY", "KID"} else f"D1_{name}"
+        full = f"D1_SIGNER_{name}" if name in {"KEY", "KID", "OPTIONS"} else f"D1_{name}"
         assert any(full in word for word in words)

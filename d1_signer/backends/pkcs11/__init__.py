@@ -29,6 +29,7 @@ try:
     from d1_signer.backends.pkcs11.backend import Pkcs11Backend, Settings
     from d1_signer.backends.pkcs11.generate import generate
     from d1_signer.backends.pkcs11.isolation.backend import HostSettings, IsolatedBackend
+    from d1_signer.backends.pkcs11.isolation.opening import Opener
     from d1_signer.backends.pkcs11.session.login import CKU_USER, Pin
 except ModuleNotFoundError as error:
     if error.name != "pkcs11":
@@ -129,26 +130,32 @@ def open_backend(
         public_key=PublicKey.from_pem(public_key) if isinstance(public_key, str) else public_key,
         init_reserved=init_reserved,
     )
-    _choice("isolation", isolation, ("none", "process"))
     _in_range("processes", processes, 1, 64)
-    if isolation == "none":
+    if _choice("isolation", isolation, ("none", "process")) == "none":
         return Pkcs11Backend(settings, _pin(parsed, pin_source))
-    return IsolatedBackend(_host_settings(uri, settings, pin_source, processes))
+    given = settings.public_key
+    options: dict[str, object] = {
+        "public_key": None if given is None else given.pem(),
+        "max_sessions": settings.max_sessions,
+    }
+    return IsolatedBackend(_host_settings(uri, settings, pin_source, options, processes))
 
 
 def _host_settings(
-    uri: str, settings: Settings, pin_source: SecretSource | None, processes: int
+    uri: str,
+    settings: Settings,
+    pin_source: SecretSource | None,
+    more: dict[str, object],
+    processes: int = 1,
 ) -> HostSettings:
     """What the children are told; a source that a child can read itself goes there as it is."""
-    given = settings.public_key
     options: dict[str, object] = {
         "module_path": settings.module_path,
-        "public_key": None if given is None else given.pem(),
-        "max_sessions": settings.max_sessions,
         "locking": settings.locking,
         "user_type": settings.user_type,
         "protected_authentication_path": settings.pin_pad,
         "init_reserved": settings.init_reserved,
+        **more,
     }
     source = pin_source if pin_source is not None else settings.uri.pin_source
     if isinstance(source, str) and source != "prompt":
@@ -174,6 +181,7 @@ def generate_key(
     user_type: int | None = None,
     protected_authentication_path: bool = False,
     init_reserved: str | None = None,
+    isolation: str = "none",
     timeout: float = 60.0,
 ) -> GeneratedKey:
     """Make a P-256 key on the token: sensitive, not extractable, for signing only.
@@ -187,6 +195,7 @@ def generate_key(
         user_type: As for `open_backend`.
         protected_authentication_path: As for `open_backend`.
         init_reserved: As for `open_backend`.
+        isolation: As for `open_backend`; the child ends when the key is made.
         timeout: Seconds for all of it, beside reading the PIN.
 
     Returns:
@@ -213,7 +222,11 @@ def generate_key(
         pin_pad=protected_authentication_path,
         init_reserved=init_reserved,
     )
-    return generate(settings, _pin(parsed, pin_source), _seconds("timeout", timeout))
+    timeout = _seconds("timeout", timeout)
+    if _choice("isolation", isolation, ("none", "process")) == "none":
+        return generate(settings, _pin(parsed, pin_source), timeout)
+    host = _host_settings(uri, settings, pin_source, {"timeout": timeout})
+    return Opener(host).generate(timeout)
 
 
 def _pin(uri: Pkcs11Uri, source: SecretSource | None) -> Pin:

@@ -14,16 +14,17 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from d1_signer.backends.pkcs11 import open_backend
+from d1_signer.backends.pkcs11 import generate_key, open_backend
 from d1_signer.backends.pkcs11.isolation.wire import (
     ACCEPTED,
     CUSTODY,
     DONE,
     FAILED,
+    GENERATE,
     LOGIN,
     SIGN,
     Gone,
@@ -34,18 +35,24 @@ from d1_signer.backends.pkcs11.isolation.wire import (
 from d1_signer.backends.pkcs11.session import login
 from d1_signer.backends.pkcs11.session.login import refused
 from d1_signer.errors import D1SignerError, SignerError
-from d1_signer.signing.backend import Backend
+from d1_signer.signing.backend import Backend, GeneratedKey
+
+T = TypeVar("T")
 
 
 def main(numbers: list[int]) -> None:
-    """Open the key that the first frame describes, then serve until the parent has gone."""
+    """Open or make the key that the first frame describes; serve until the parent has gone."""
     control, *connections = [socket.socket(fileno=number) for number in numbers]
     # What the vendor's library prints is for whoever looks for what is wrong with it.
     with contextlib.suppress(OSError):  # standard error is closed
         os.dup2(2, 1)
     try:
-        _, body = receive(control)
-        backend = _opened(control, json.loads(body))
+        kind, body = receive(control)
+        request = json.loads(body)
+        if kind == GENERATE:
+            _told(control, request, _generated)
+            return
+        backend = _told(control, request, _opened)
         if backend is None:
             return
         for connection in connections:
@@ -59,7 +66,22 @@ def main(numbers: list[int]) -> None:
         os._exit(0)  # threads may be in a call that does not return
 
 
-def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
+def _opened(uri: str, options: dict[str, Any]) -> tuple[Backend, dict[str, object]]:
+    backend = open_backend(uri, **options)
+    return backend, {"public_key": backend.public_key().pem()}
+
+
+def _generated(uri: str, options: dict[str, Any]) -> tuple[GeneratedKey, dict[str, object]]:
+    made = generate_key(uri, **options)
+    return made, {"uri": made.uri, "public_key": made.public_key.pem()}
+
+
+def _told(
+    control: socket.socket,
+    request: dict[str, Any],
+    work: Callable[[str, dict[str, Any]], tuple[T, dict[str, object]]],
+) -> T | None:
+    """Do what was asked for and tell the parent what came of it; None where it failed."""
     refused.take(request["refused"])
     options = request["options"]
     pin = request.get("pin")
@@ -67,7 +89,7 @@ def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
         options["pin_source"] = lambda: pin
     login.witness = lambda: _witnessed(control)
     try:
-        backend = open_backend(request["uri"], **options)
+        result, answer = work(request["uri"], options)
     except D1SignerError as error:
         send(control, FAILED, encoded_error(error, refused=refused.export()))
         return None
@@ -76,8 +98,8 @@ def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
         return None
     finally:
         login.witness = contextlib.nullcontext
-    send(control, DONE, backend.public_key().pem().encode())
-    return backend
+    send(control, DONE, json.dumps({**answer, "refused": refused.export()}).encode())
+    return result
 
 
 @contextlib.contextmanager

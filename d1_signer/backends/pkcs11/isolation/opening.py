@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from d1_signer.backends.pkcs11.isolation.child import Host
 from d1_signer.backends.pkcs11.isolation.wire import (
     ACCEPTED,
     DONE,
+    GENERATE,
     LOGIN,
     OPEN,
     Gone,
@@ -25,6 +27,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     receive,
     send,
 )
+from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.session.login import refused
 from d1_signer.errors import (
     D1SignerError,
@@ -35,6 +38,9 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.signing.backend import GeneratedKey
+
+T = TypeVar("T")
 
 _SECONDS_TO_START = 10.0  # Python, the module and its login; then the child is taken as hung
 _SECONDS_FOR_TURN = 60.0  # behind other signers on the token that are being opened
@@ -55,8 +61,25 @@ class HostSettings:
     timeout: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Order(Generic[T]):
+    """What a child is to do, how its answer is read, and how many seconds it has."""
+
+    kind: bytes
+    read: Callable[[dict[str, str]], T]
+    limit: float
+
+
+def _public_key(answer: dict[str, str]) -> PublicKey:
+    return PublicKey.from_pem(answer["public_key"])
+
+
+def _made(answer: dict[str, str]) -> GeneratedKey:
+    return GeneratedKey(uri=answer["uri"], public_key=_public_key(answer))
+
+
 class Opener:
-    """Starts children that open one key."""
+    """Starts children that open, or make, one key."""
 
     def __init__(self, settings: HostSettings) -> None:
         """Read a prompt's PIN, once for all children.
@@ -76,18 +99,37 @@ class Opener:
             LoginError: The PIN was refused, now or before; then no child is started with it.
             D1SignerError: It cannot be opened; ``details["step"]`` names the step that failed.
         """
-        # Errors are returned to here: what is raised below would have the PIN in its frames.
-        opened = self._opened()
-        if isinstance(opened, D1SignerError):
-            raise opened
-        return opened
+        return self._done(_Order(OPEN, _public_key, _SECONDS_TO_START))
 
-    def _opened(self) -> tuple[Host, PublicKey] | D1SignerError:
+    def generate(self, timeout: float) -> GeneratedKey:
+        """Start a child, have it make the key, and let it end.
+
+        Raises:
+            D1SignerError: As of `d1_signer.backends.pkcs11.generate_key`.
+        """
+        forks.notice()
+        try:
+            host, made = self._done(_Order(GENERATE, _made, _SECONDS_TO_START + timeout))
+        except SignerUnavailable as error:
+            if "pkcs11" not in error.details:  # it is not the module that says why
+                error.hint = "Look whether the key is there before you try again: it may be made."
+            raise
+        host.end()
+        return made
+
+    def _done(self, order: _Order[T]) -> tuple[Host, T]:
+        # Errors are returned to here: what is raised below would have the PIN in its frames.
+        done = self._ordered(order)
+        if isinstance(done, D1SignerError):
+            raise done
+        return done
+
+    def _ordered(self, order: _Order[T]) -> tuple[Host, T] | D1SignerError:
         pin = self._pin()
         mark = self._mark(pin)
         turn = _turns.setdefault(self._settings.location, threading.Lock())
         if not turn.acquire(timeout=_SECONDS_FOR_TURN):
-            return _hung()
+            return _hung("module")
         try:
             if mark in refused:
                 return LoginError(
@@ -103,7 +145,7 @@ class Opener:
                     "tool, then restart the process.",
                     details={"step": "login"},
                 )
-            return self._started(pin, mark)
+            return self._started(order, pin, mark)
         finally:
             turn.release()
 
@@ -122,34 +164,40 @@ class Opener:
         place = (options["module_path"], self._settings.location, str(options["user_type"]))
         return refused.digest("\0".join(place), pin or Secret(self._settings.uri))
 
-    def _started(self, pin: Secret | None, mark: bytes) -> tuple[Host, PublicKey] | D1SignerError:
+    def _started(
+        self, order: _Order[T], pin: Secret | None, mark: bytes
+    ) -> tuple[Host, T] | D1SignerError:
         try:
             host = Host(self._settings.connections)
         except OSError as failure:
             return not_started(str(failure))
-        opened: PublicKey | D1SignerError | None = None
+        answer: T | D1SignerError | None = None
         try:
-            opened = self._told_to_open(host, pin, mark)
+            answer = self._told(order, host, pin, mark)
         finally:
-            if not isinstance(opened, PublicKey):
+            if answer is None or isinstance(answer, D1SignerError):
                 host.kill()
-        return (host, opened) if isinstance(opened, PublicKey) else opened
+        return answer if isinstance(answer, D1SignerError) else (host, answer)
 
-    def _told_to_open(
-        self, host: Host, pin: Secret | None, mark: bytes
-    ) -> PublicKey | D1SignerError:
+    def _told(
+        self, order: _Order[T], host: Host, pin: Secret | None, mark: bytes
+    ) -> T | D1SignerError:
         known = refused.export()
-        limit = time.monotonic() + _SECONDS_TO_START
+        limit = time.monotonic() + order.limit
+        unanswered = _unanswered.get(mark, 0)
         try:
-            host.control.settimeout(_SECONDS_TO_START)
-            send(host.control, OPEN, self._request(pin, known))
+            host.control.settimeout(order.limit)
+            send(host.control, order.kind, self._request(pin, known))
             answered, answer = self._answer(host, mark, limit)
             if answered == DONE:
-                return PublicKey.from_pem(answer)
+                told = json.loads(answer)
+                refused.merge(told["refused"])
+                return order.read(told)
             error, more = decoded_error(answer)
             refused.merge(more["refused"])
         except TimeoutError:
-            return _hung()
+            # All that was heard of it is whether it began to log in.
+            return _hung("login" if _unanswered.get(mark, 0) > unanswered else "module")
         except Gone:
             return not_started("it has ended")
         except D1SignerError as failure:
@@ -209,9 +257,9 @@ def _read(source: SecretSource) -> Secret:
         raise
 
 
-def _hung() -> SignerTimeout:
+def _hung(step: str) -> SignerTimeout:
     return SignerTimeout(
         "The PKCS#11 module did not open the key in time.",
         hint="Check the HSM and its connection.",
-        details={"step": "token"},
+        details={"step": step},
     )

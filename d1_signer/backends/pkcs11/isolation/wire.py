@@ -16,7 +16,7 @@ from typing import Any
 from d1_signer import errors
 from d1_signer.errors import D1SignerError, SignerError
 
-OPEN, SIGN, CUSTODY, DONE, FAILED = b"O", b"S", b"C", b"D", b"F"
+OPEN, GENERATE, SIGN, CUSTODY, DONE, FAILED = b"O", b"G", b"S", b"C", b"D", b"F"
 # Of a host process while it opens: it will send the PIN, the token took it; each is sent back.
 LOGIN, ACCEPTED = b"L", b"A"
 
