@@ -41,9 +41,7 @@ class Opening:
 
     def stopped_at(self, error: D1SignerError) -> str:
         """The step that failed; ``key``, for which all others are taken, where none is told."""
-        step = error.details.get("step")
-        # PKCS#11 tries a signature while it opens the key.
-        return step if isinstance(step, str) and step in (*self.steps, "signature") else "key"
+        return self._told_step(error) or "key"
 
     def not_taken(self, error: D1SignerError | None) -> dict[str, str]:
         """Of the steps before the end, those that were not taken for sure; and why.
@@ -64,13 +62,18 @@ class Opening:
 
     def _proves_earlier_steps(self, error: D1SignerError) -> bool:
         """Whether the steps before the one that failed have passed."""
-        if "step" not in error.details:
+        if self._told_step(error) is None:
             return False
         if self.options.get("isolation") != "process":
             return True
         # These may be told before the process that hosts the module is started.
         refused_before = isinstance(error, LoginError) and "pkcs11" not in error.details
         return not refused_before and not isinstance(error, SecretSourceError)
+
+    def _told_step(self, error: D1SignerError) -> str | None:
+        # PKCS#11 tries a signature while it opens the key.
+        known = (*self.steps, "signature")
+        return next((step for step in known if step == error.details.get("step")), None)
 
     def _has_pin(self) -> bool:
         asked_at_device = self.options.get("protected_authentication_path") == "true"

@@ -19,8 +19,11 @@ _FIRST_FREE = 3  # where standard error is closed, its number must not become th
 def keep_stdout() -> None:
     """Write our own output to a copy, and let descriptor 1 lead to standard error.
 
-    It stays so until the process has ended: C writes what it holds back at its very end.
+    It stays so until the process has ended: C writes what it holds back at its very end. Where
+    ``sys.stdout`` was replaced, it is somebody else's process after all, and nothing is done.
     """
+    if sys.stdout is not sys.__stdout__:
+        return
     if sys.stdout is not None:  # None: it was closed at the start, and ours goes nowhere
         copy = fcntl.fcntl(sys.stdout.fileno(), fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
         sys.stdout.flush()
