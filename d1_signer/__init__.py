@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         PublicKey as PublicKey,
     )
     from d1_signer.events import (
+        CertificateEvent as CertificateEvent,
         FailoverEvent as FailoverEvent,
         Observer as Observer,
         RenewalEvent as RenewalEvent,
@@ -133,11 +134,11 @@ if TYPE_CHECKING:
         Lease as Lease,
         TokenStore as TokenStore,
     )
+    from d1_signer.transport.client import (
+        ClientCertificate as ClientCertificate,
+    )
     from d1_signer.transport.processes import (
         PerProcess as PerProcess,
-    )
-    from d1_signer.transport.tls import (
-        ClientCertificate as ClientCertificate,
     )
 
 # Every public name and the module that defines it; the one list of what this package offers.
@@ -182,7 +183,15 @@ _HOMES = {
         "TokenUnavailable",
     ],
     "es256": ["PublicKey"],
-    "events": ["FailoverEvent", "Observer", "RenewalEvent", "RequestEvent", "SignEvent", "Use"],
+    "events": [
+        "CertificateEvent",
+        "FailoverEvent",
+        "Observer",
+        "RenewalEvent",
+        "RequestEvent",
+        "SignEvent",
+        "Use",
+    ],
     "token.httpx_auth": ["HttpxD1Auth"],
     "token.renewal": ["Limits"],
     "signing.signer": [
@@ -197,7 +206,7 @@ _HOMES = {
     "token.redis_store": ["RedisTokenStore"],
     "token.stores": ["Lease", "TokenStore"],
     "transport.processes": ["PerProcess"],
-    "transport.tls": ["ClientCertificate"],
+    "transport.client": ["ClientCertificate"],
     "token.fetcher": ["Audience", "TokenFetcher"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

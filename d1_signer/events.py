@@ -95,7 +95,22 @@ class FailoverEvent:
     error: str
 
 
-Event = SignEvent | RequestEvent | RenewalEvent | FailoverEvent
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CertificateEvent:
+    """The client certificate of mutual TLS was loaded, or another one took its place.
+
+    Attributes:
+        subject: Its subject, as RFC 4514 writes it.
+        serial_number: Its serial number.
+        not_after: Until when it is valid, in seconds since the epoch.
+    """
+
+    subject: str
+    serial_number: int
+    not_after: float
+
+
+Event = SignEvent | RequestEvent | RenewalEvent | FailoverEvent | CertificateEvent
 Observer = Callable[[Event], None]
 """Called in the thread where the event happened, so it must be quick."""
 

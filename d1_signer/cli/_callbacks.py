@@ -105,6 +105,21 @@ def checked_path(
     return value
 
 
+def checked_path_or_key(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """The path of a PEM file or a key URI, as a callback of click.
+
+    Raises:
+        ConfigurationError: As for `checked_path`.
+        click.UsageError: As for `checked_keys`.
+    """
+    checked_path(context, parameter, value)
+    if value is not None and scheme_of(value):
+        checked_keys(context, parameter, (value,))
+    return value
+
+
 def checked_proxy(
     context: click.Context,  # noqa: ARG001 (click's signature of a callback)
     parameter: click.Parameter,  # noqa: ARG001

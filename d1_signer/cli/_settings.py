@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,18 +11,18 @@ from typing import Any
 
 import click
 
-from d1_signer.cli._callbacks import checked_keys, checked_path, checked_proxy
+from d1_signer.cli._callbacks import checked_keys, checked_path, checked_path_or_key, checked_proxy
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
 from d1_signer.secret import Secret
-from d1_signer.signing.key_uri import scheme_of
+from d1_signer.signing.key_uri import KeyUri, scheme_of
 from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.assertion import sign_assertion
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.token.fetcher import Audience, TokenFetcher
-from d1_signer.transport.tls import ClientCertificate
+from d1_signer.transport.client import ClientCertificate, ClientTls
 
 _HSM_PATIENCE = 30.0  # seconds
 
@@ -225,11 +224,22 @@ class Connection:
                 hint="Give both --client-cert (D1_CLIENT_CERT) and --client-key (D1_CLIENT_KEY).",
             )
         return ClientCertificate(
-            self.client_cert, self.client_key, passphrase=self.passphrase_source
+            self.client_cert, self._client_key(), passphrase=self.passphrase_source
         )
 
+    def _client_key(self) -> str | Signer:
+        """The path of the client key's file, or its signer, which is closed with the command."""
+        key = self.client_key or ""
+        scheme = scheme_of(key)
+        if not scheme:
+            return key
+        if scheme == "file":
+            return KeyUri.parse(key, query_names=frozenset()).path
+        options: dict[str, Any] = {"timeout": _HSM_PATIENCE} if scheme == "pkcs11" else {}
+        return click.get_current_context().with_resource(open_signer(key, **options))
+
     def fetcher(
-        self, signers: Signer | SignerSet, issuer: Issuer, *, tls: ssl.SSLContext | None = None
+        self, signers: Signer | SignerSet, issuer: Issuer, *, tls: ClientTls | None = None
     ) -> TokenFetcher:
         """A fetcher with these settings; the caller closes it.
 
@@ -243,7 +253,7 @@ class Connection:
             signers,
             issuer_id=issuer.required_id(),
             environment=environment,
-            client_certificate=tls or self.certificate(environment),
+            client_certificate=tls.context() if tls else self.certificate(environment),
             ca_file=None if tls else self.ca_file,
             proxy=self.proxy,
             proxy_adds_certificate=self.proxy_adds_certificate,
@@ -318,9 +328,9 @@ def with_connection(command: Command) -> Command:
     @setting(
         "--client-key",
         "D1_CLIENT_KEY",
-        "PEM file of its private key.",
-        metavar="PATH",
-        callback=checked_path,
+        "PEM file of its private key, or a key URI.",
+        metavar="PATH|URI",
+        callback=checked_path_or_key,
     )
     @click.option(
         "--client-key-passphrase-source",

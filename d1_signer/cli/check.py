@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import click
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -55,7 +55,7 @@ from d1_signer.signing.signer import Signer
 from d1_signer.token.d1 import Environment
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.renewal import Limits
-from d1_signer.transport.tls import client_context
+from d1_signer.transport.client import ClientTls
 
 _CERTIFICATE = "client-certificate"
 _REFUSALS = frozenset({400, 401, 403})
@@ -297,12 +297,14 @@ def _check_d1(
 
 def _check_certificate(
     checklist: Checklist, environment: Environment | None, connection: Connection
-) -> ssl.SSLContext | None:
-    """Check the TLS settings; returns the context for D1 if they can be used."""
+) -> ClientTls | None:
+    """Check the TLS settings; returns what makes contexts of them if they can be used."""
     try:
         certificate = connection.certificate(environment)
-        tls = client_context(certificate, connection.ca_file)
-        detail = certificate and _validity(Path(certificate.certificate))
+        tls = ClientTls(certificate, connection.ca_file)
+        detail = None
+        if tls.certificate is not None:
+            detail = _validity(tls.certificate, connection.client_cert or "")
     except D1SignerError as error:
         checklist.failed(_CERTIFICATE, error)
         return None
@@ -313,27 +315,24 @@ def _check_certificate(
     return tls
 
 
-def _validity(path: Path) -> str:
+def _validity(certificate: x509.Certificate, path: str) -> str:
     """Until when the certificate is valid.
 
     Raises:
         ConfigurationError: It is not valid now.
     """
-    from cryptography import x509  # late: a fifth of the command's start-up time
-
-    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     now = datetime.now(UTC)
     if not begin <= now <= end:
         raise ConfigurationError(
-            f"{shown_path(path.absolute())} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, "
-            "and not now.",
+            f"{shown_path(Path(path).absolute())} is valid from {begin:%Y-%m-%d} to "
+            f"{end:%Y-%m-%d}, and not now.",
             hint="Use the one that is valid now; Thales signs a new one from a new CSR.",
         )
     return f"valid until {end:%Y-%m-%d} ({(end - now).days} days)"
 
 
-def _reach(environment: Environment, tls: ssl.SSLContext, proxy: str | None) -> str:
+def _reach(environment: Environment, tls: ClientTls, proxy: str | None) -> str:
     """Let the endpoint refuse something that is no assertion: it was reached, and knows us.
 
     Raises:

@@ -188,6 +188,10 @@ class SignerSet:
         """Key identifiers in order, each once."""
         return tuple(dict.fromkeys(member.kid for member in self._members))
 
+    def public_keys(self) -> tuple[PublicKey, ...]:
+        """The public keys of all members, in order."""
+        return tuple(member.source.public_key for member in self._members)
+
     def jwks(self) -> dict[str, list[dict[str, str]]]:
         """The JWK Set of all members (RFC 7517 section 5), to register at D1."""
         keys = {member.kid: member.source.public_key for member in self._members}

@@ -25,6 +25,7 @@ from d1_signer.errors import (
 from d1_signer.secret import Secret
 from d1_signer.token.d1 import GRANT_TYPE, Environment
 from d1_signer.token.response import MAX_BODY, Grant, error_from, read_grant, seconds_until
+from d1_signer.transport.client import ClientTls
 from d1_signer.transport.failures import causes
 from d1_signer.transport.session import TlsAdapter, new_session
 
@@ -55,7 +56,7 @@ class TokenEndpoint:
     def __init__(
         self,
         environment: Environment,
-        context: ssl.SSLContext,
+        tls: ClientTls,
         *,
         proxy: str | None,
         connect_timeout: float,
@@ -65,14 +66,14 @@ class TokenEndpoint:
 
         Args:
             environment: Which D1.
-            context: TLS context with the client certificate.
+            tls: Gives the TLS contexts with the client certificate.
             proxy: URL of a proxy, or None.
             connect_timeout: Seconds to wait for a connection at most.
             read_timeout: Seconds to wait for the next bytes at most.
         """
         self._url = environment.token_endpoint
         self._timeouts = (connect_timeout, read_timeout)
-        self._adapter = TlsAdapter(context, timeouts=self._timeouts, pool_size=1)
+        self._adapter = TlsAdapter(tls, timeouts=self._timeouts, pool_size=1)
         self._closed = False
         self._session = new_session(self._adapter, proxy=proxy)
 

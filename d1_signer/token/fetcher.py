@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import NoReturn, Self, final
 
 import requests
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.events import Observer, checked
@@ -40,9 +41,9 @@ from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.keeper import TokenKeeper
 from d1_signer.token.renewal import Limits, Renewal, seconds
 from d1_signer.token.stores import TokenStore
+from d1_signer.transport.client import ClientCertificate, ClientTls
 from d1_signer.transport.proxies import check_proxy
 from d1_signer.transport.session import TlsAdapter, new_session
-from d1_signer.transport.tls import ClientCertificate, client_context, require_verifying
 
 _LEAST_INTERVAL = 0.01
 
@@ -132,24 +133,26 @@ class TokenFetcher(TokenKeeper):
             raise ConfigurationError(
                 "A store_key was given without a store.", hint="Give both, or neither."
             )
-        self._context = client_context(client_certificate, ca_file)
+        observers = checked(observers)
+        self._tls = ClientTls(client_certificate, ca_file, observers)
         if proxy is not None:
             check_proxy(proxy, credentials=True)
         self._proxy = proxy
-        observers = checked(observers)
         limits = Limits() if limits is None else limits
         clock, wall = token_clock, time.time
         endpoint = TokenEndpoint(
             self._environment,
-            self._context,
+            self._tls,
             proxy=self._proxy,
             connect_timeout=limits.connect,
             read_timeout=limits.read,
         )
+        signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
+        _require_another_key(signers, self._tls)
         if audience is Audience.TOKEN_ENDPOINT:
             audience = self._environment.token_endpoint
         alone = Renewal(
-            signer if isinstance(signer, SignerSet) else SignerSet([signer]),
+            signers,
             AssertionProfile(
                 issuer_id=issuer_id,
                 audience=audience,
@@ -195,11 +198,24 @@ class TokenFetcher(TokenKeeper):
     def ssl_context(self) -> ssl.SSLContext:
         """The mutual TLS of this fetcher, for another HTTP client: ``verify=`` of httpx.
 
+        A context of its own for each access; a ready one that was given is given back. Its sockets
+        look at the server's certificate and name after the handshake, before the first byte.
+
         Raises:
-            ConfigurationError: Someone has switched its verification off.
+            ConfigurationError: Someone has switched off the verification of one that was given.
         """
-        require_verifying(self._context)
-        return self._context
+        return self._tls.context()
+
+    def reload(self) -> None:
+        """Take what the files of the client certificate, its key and the authorities hold now.
+
+        They are looked at by themselves when a connection is made, every few seconds at most; so
+        this is for a program that wants the error.
+
+        Raises:
+            D1SignerError: They cannot be used; the last good ones are used on.
+        """
+        self._tls.reload()
 
     def session(self) -> requests.Session:
         """A new session for the banking API: the same mutual TLS, authenticated by `D1Auth`.
@@ -209,7 +225,7 @@ class TokenFetcher(TokenKeeper):
         without a ``timeout`` of its own has the `Limits` of this fetcher.
         """
         timeouts = (self._limits.connect, self._limits.read)
-        session = new_session(TlsAdapter(self._context, timeouts=timeouts), proxy=self._proxy)
+        session = new_session(TlsAdapter(self._tls, timeouts=timeouts), proxy=self._proxy)
         session.auth = D1Auth(self)
         return session
 
@@ -232,3 +248,16 @@ class TokenFetcher(TokenKeeper):
     def __reduce__(self) -> NoReturn:
         msg = "a TokenFetcher cannot be pickled: make one in each process"
         raise TypeError(msg)
+
+
+def _require_another_key(signers: SignerSet, tls: ClientTls) -> None:
+    """Refuse a client certificate of a key that signs assertions: D1 wants two keys."""
+    if tls.certificate is None:
+        return
+    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    key = tls.certificate.public_key().public_bytes(*form)
+    if any(key == public_key.der() for public_key in signers.public_keys()):
+        raise ConfigurationError(
+            "The client certificate is for the key that signs assertions.",
+            hint="Make another key for mutual TLS (generate-key, csr) and have Thales sign that.",
+        )

@@ -7,7 +7,6 @@ Verification of the server cannot be switched off by what a caller does to a ses
 from __future__ import annotations
 
 import os
-import ssl
 import threading
 import weakref
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from d1_signer.errors import ConfigurationError
+from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import Connections
 from d1_signer.transport.hosts import is_loopback
 
@@ -29,17 +29,19 @@ class TlsAdapter(HTTPAdapter):
     """
 
     def __init__(
-        self, context: ssl.SSLContext, *, timeouts: tuple[float, float], pool_size: int = 10
+        self, tls: ClientTls, *, timeouts: tuple[float, float], pool_size: int = 10
     ) -> None:
         """Prepare; nothing is connected yet.
 
         Args:
-            context: For every https connection.
+            tls: Gives the context of every https connection.
             timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
                 nothing else.
             pool_size: Connections to keep.
         """
-        self._context: Final = context
+        self._tls: Final = tls
+        self._context = tls.context()
+        self._generation = tls.generation
         self._timeouts: Final = timeouts
         self._connections = Connections()
         self._owner = os.getpid()
@@ -51,6 +53,8 @@ class TlsAdapter(HTTPAdapter):
     ) -> requests.Response:
         """Send one request; see `HTTPAdapter`."""
         self._notice_fork()
+        self._tls.look()
+        self._notice_new_files()
         if kwargs.get("timeout") is None:
             kwargs["timeout"] = self._timeouts
         try:
@@ -106,6 +110,15 @@ class TlsAdapter(HTTPAdapter):
         """End every call under way, so that a thread that waits in one comes back."""
         self._notice_fork()
         self._connections.cut()
+
+    def _notice_new_files(self) -> None:
+        generation = self._tls.generation
+        if generation != self._generation:
+            self._context, self._generation = self._tls.context(), generation
+            # Idle connections are those of the old certificate.
+            self.poolmanager.clear()
+            for manager in self.proxy_manager.values():
+                manager.clear()
 
     def _notice_fork(self) -> None:
         # Of which Python was not told: uWSGI forks in C, and so do others.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS contexts: mutual TLS towards D1, and what every context must hold.
+"""TLS contexts that verify, and what a handshake must have shown.
 
 Verification of the server cannot be switched off, here or by what a caller does to a session.
 """
@@ -7,81 +7,79 @@ Verification of the server cannot be switched off, here or by what a caller does
 from __future__ import annotations
 
 import functools
-import os
 import re
 import ssl
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any
 
-import certifi
 from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
-from d1_signer.errors import ConfigurationError, SecretSourceError
-from d1_signer.secret import SecretSource, read_private_file, read_secret, shown_path
+from d1_signer.errors import ConfigurationError
+from d1_signer.transport import handshake
 
 _NEW_ENOUGH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED)
-_ENCRYPTED_HINT = "Name the source of its passphrase: file:PATH or env:NAME."
+_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class ClientCertificate:
-    """The client certificate that D1's mutual TLS asks for.
+class VerifiedSocket(ssl.SSLSocket):
+    """A TLS socket that is not given out before its handshake was looked at."""
 
-    Attributes:
-        certificate: Path of the certificate in PEM, its chain behind it.
-        key: Path of its private key in PEM; readable by its owner only.
-        passphrase: Source of the key's passphrase; None for a key that is not encrypted.
-    """
-
-    certificate: str | os.PathLike[str]
-    key: str | os.PathLike[str]
-    passphrase: SecretSource | None = field(default=None, repr=False, kw_only=True)
-
-    def load_into(self, context: ssl.SSLContext) -> None:
-        """Load certificate and key into a context.
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 (the ssl module's)
+        """Do it; see `ssl.SSLSocket`.
 
         Raises:
-            SecretSourceError: A file or the passphrase cannot be read or used.
-            ConfigurationError: The key does not belong to the certificate.
+            ssl.SSLCertVerificationError: See `require_verified`.
+            D1SignerError: What the signer of the client key raised.
         """
-        certificate, key = _path(self.certificate), _path(self.key)
-        shown = f"{shown_path(certificate)}, {shown_path(key)}"
-        read_private_file(key, what="client key file")
-        asked = False
-
-        def passphrase() -> str:
-            nonlocal asked
-            asked = True
-            if self.passphrase is None:
-                return ""  # an empty answer keeps OpenSSL from asking on the terminal
-            return read_secret(self.passphrase, what="client key's passphrase").reveal()
-
         try:
-            context.load_cert_chain(certificate, key, password=passphrase)
-        except FileNotFoundError:
-            raise SecretSourceError(
-                f"The client certificate is missing: {shown_path(certificate)}.",
-                hint="Give the file that Thales sent for your CSR.",
-            ) from None
-        except ssl.SSLError as error:
-            if "MISMATCH" in (error.reason or ""):
-                raise ConfigurationError(
-                    f"The client key does not belong to the client certificate: {shown}.",
-                    hint="Give the key from whose CSR Thales signed the certificate.",
-                ) from None
-            raise SecretSourceError(
-                f"The client certificate or its key cannot be read: {shown}.",
-                hint=_ENCRYPTED_HINT if asked else "Both must be PEM files.",
-            ) from None
-        except (OSError, ValueError):
-            raise SecretSourceError(
-                f"The client certificate or its key cannot be read: {shown}.",
-                hint="Check the paths, their permissions, and the passphrase.",
-            ) from None
+            require_verifying(self.context)
+            with handshake.with_server(self.server_hostname):
+                super().do_handshake(block)
+            require_verified(self, self.server_hostname or "")
+        except BaseException:
+            self.close()
+            raise
 
 
-def verifying_context(authorities: str | None) -> ssl.SSLContext:
+class VerifiedObject(ssl.SSLObject):
+    """The same over buffers in memory, as asyncio has it."""
+
+    def do_handshake(self) -> None:
+        """Do it, or a step of it; see `ssl.SSLObject`.
+
+        Raises:
+            ssl.SSLCertVerificationError: See `require_verified`.
+            D1SignerError: What the signer of the client key raised.
+        """
+        require_verifying(self.context)
+        with handshake.with_server(self.server_hostname):
+            super().do_handshake()
+        require_verified(self, self.server_hostname or "")
+
+
+class VerifyingContext(ssl.SSLContext):
+    """A context of ours, whose sockets are looked at whoever makes them.
+
+    Attributes:
+        before_each: Called before each connection is wrapped.
+    """
+
+    sslsocket_class = VerifiedSocket  # type: ignore[mutable-override]
+    sslobject_class = VerifiedObject  # type: ignore[mutable-override]
+    before_each: Callable[[], None] = staticmethod(lambda: None)
+
+    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
+        """Begin TLS; see `ssl.SSLContext`."""
+        self.before_each()
+        return super().wrap_socket(*args, **options)
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """Begin TLS over buffers; see `ssl.SSLContext`."""
+        self.before_each()
+        return super().wrap_bio(*args, **options)
+
+
+def verifying_context(authorities: str | None) -> VerifyingContext:
     """A context that verifies the server.
 
     Args:
@@ -92,7 +90,7 @@ def verifying_context(authorities: str | None) -> ssl.SSLContext:
         ssl.SSLError: It holds no certificates.
     """
     # Not create_default_context(): it would log session keys where SSLKEYLOGFILE says so.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = VerifyingContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if authorities is None:
         context.load_default_certs()
@@ -109,55 +107,6 @@ def verifying_context(authorities: str | None) -> ssl.SSLContext:
     return context
 
 
-def client_context(
-    certificate: ClientCertificate | ssl.SSLContext | None,
-    ca_file: str | os.PathLike[str] | None,
-) -> ssl.SSLContext:
-    """Build the TLS context for D1, or check the caller's.
-
-    Args:
-        certificate: The client certificate; or a ready context, which is used as it is.
-        ca_file: PEM file of the authorities that may sign the server's certificate, instead of
-            the public ones that ``certifi`` lists.
-
-    Raises:
-        ConfigurationError: A ready context that does not verify the server, or both a ready
-            context and a CA file.
-        SecretSourceError: A file cannot be read.
-    """
-    if isinstance(certificate, ssl.SSLContext):
-        if ca_file is not None:
-            raise ConfigurationError(
-                "A CA file and a ready ssl.SSLContext were both given.",
-                hint="Load the CA file into the context.",
-            )
-        require_verifying(certificate)
-        return certificate
-    authorities = certifi.where() if ca_file is None else _path(ca_file)
-    try:
-        context = verifying_context(authorities)
-    except (OSError, ValueError):
-        raise ConfigurationError(
-            f"The CA file cannot be read: {shown_path(authorities)}.",
-            hint="It must hold certificates in PEM.",
-        ) from None
-    if isinstance(certificate, ClientCertificate):
-        certificate.load_into(context)
-    elif certificate is not None:
-        raise ConfigurationError(
-            "The client certificate is neither a ClientCertificate nor an ssl.SSLContext.",
-            hint="Give ClientCertificate(certificate, key).",
-        )
-    return context
-
-
-def _path(value: object) -> str:
-    try:
-        return os.fsdecode(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
-
-
 def require_verifying(context: ssl.SSLContext | None) -> None:
     """Refuse a context that does not verify the server or that writes its keys to a file.
 
@@ -167,10 +116,18 @@ def require_verifying(context: ssl.SSLContext | None) -> None:
     """
     if context is None:
         raise ConfigurationError("A TLS connection has no context of ours.")
-    if context.verify_mode is not ssl.CERT_REQUIRED or not context.check_hostname:
+    # Our sockets look for the name themselves; urllib3 turns this check off where somebody has told
+    # it to use pyOpenSSL.
+    named = context.check_hostname or isinstance(context, VerifyingContext)
+    if context.verify_mode is not ssl.CERT_REQUIRED or not named:
         raise ConfigurationError(
             "The ssl.SSLContext does not verify the server's certificate and host name.",
             hint="Set verify_mode to CERT_REQUIRED and check_hostname to True.",
+        )
+    if context.verify_flags & _NO_CHECK_TIME:
+        raise ConfigurationError(
+            "The ssl.SSLContext does not look at when certificates are valid.",
+            hint="Leave X509_V_FLAG_NO_CHECK_TIME out of verify_flags.",
         )
     usual_minimum, usual_suites = _usual()
     if (
@@ -218,14 +175,14 @@ def require_verified(sock: object, host: str) -> None:
     (Python 3.13) cannot be read back, and with one no certificate is shown.
 
     Args:
-        sock: The socket, after its handshake.
+        sock: The socket, or TLS over buffers, after its handshake.
         host: Name or address that was asked for.
 
     Raises:
         ssl.SSLCertVerificationError: No certificate was shown and verified, its subjectAltName
             does not have the host, the cipher suite does not rest on it, or TLS is below 1.2.
     """
-    if not isinstance(sock, ssl.SSLSocket):  # urllib3 can be told to use pyOpenSSL
+    if not isinstance(sock, ssl.SSLSocket | ssl.SSLObject):  # urllib3 can be told to use pyOpenSSL
         raise _unverified("the handshake was not made by Python's ssl module")
     suite, version = sock.cipher(), sock.version()
     certificate: Any = sock.getpeercert()

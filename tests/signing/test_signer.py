@@ -258,6 +258,7 @@ def test_interruption_passes_through(kind: type[BaseException]) -> None:
     with pytest.raises(kind):
         signer.sign(b"m")
     (event,) = events
+    assert isinstance(event, SignEvent)
     assert event.error == "interrupted"
 
 

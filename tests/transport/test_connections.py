@@ -29,6 +29,7 @@ from d1_signer import (
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
+from d1_signer.transport.client import ClientTls
 from d1_signer.transport.session import TlsAdapter, new_session
 from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
 from tests.token.test_fetcher import age, workers
@@ -91,7 +92,7 @@ def test_an_answer_that_drips_ends_at_the_deadline() -> None:
     with answering(drip) as place:
         endpoint = TokenEndpoint(
             Environment.of(f"http://{place}"),
-            ssl.create_default_context(),
+            ClientTls(ssl.create_default_context(), None),
             proxy=None,
             connect_timeout=30.0,
             read_timeout=30.0,
@@ -238,7 +239,7 @@ def test_a_child_of_a_fork_that_python_was_not_told_of_has_its_own_connection() 
     with Sandbox(issuer_id=ISSUER, tls=False) as sandbox:
         logging.disable()
         try:
-            adapter = TlsAdapter(context, timeouts=(10.0, 10.0))
+            adapter = TlsAdapter(ClientTls(context, None), timeouts=(10.0, 10.0))
             with new_session(adapter, proxy=None) as session:
                 url = f"{sandbox.banking_url}/ping"
                 assert session.get(url).status_code == 401
