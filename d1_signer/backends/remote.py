@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
-from d1_signer.custody.evidence import Evidence, Fact, FactValue
-from d1_signer.errors import D1SignerError, IntegrityError, SignerClosedError, SignerError
+from d1_signer.custody.evidence import Fact
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    IntegrityError,
+    SignerClosedError,
+    SignerError,
+)
 from d1_signer.es256 import PublicKey
-from d1_signer.signing.backend import SignatureEncoding
+from d1_signer.signing.backend import Backend
 from d1_signer.transport.deadlines import within
 from d1_signer.transport.failures import is_untrusted
-from d1_signer.transport.processes import PerProcess, only_in_this_process
+from d1_signer.transport.processes import PerProcess
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +39,7 @@ Failures = Sequence[tuple[tuple[type[Exception], ...], type[D1SignerError], str]
 Details = dict[str, str | int | float]
 
 _LONGEST_MESSAGE = 400
+_PLAIN = bool | int | str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,16 +62,10 @@ class Service:
     refused: Callable[[Exception, str], D1SignerError | None] = lambda _error, _doing: None
 
     def ask(self, doing: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the SDK and translate its failure.
+        """Call the SDK and translate its failure; ``doing`` is such as ``"to sign"``.
 
         The SDK's exception is left behind altogether, also as a context: it, and the frames below,
         may hold the request with its credentials.
-
-        Args:
-            doing: What is asked for, such as ``"to sign"``.
-            function: The SDK's function.
-            *args: Its arguments.
-            **kwargs: Its arguments.
         """
         try:
             return function(*args, **kwargs)
@@ -94,15 +96,7 @@ class Service:
     def refusal(
         self, doing: str, code: object, message: str, meaning: Meaning, details: Details
     ) -> D1SignerError:
-        """The error for a refusal by the service, with its code and what it says.
-
-        Args:
-            doing: What was asked for.
-            code: The service's code or status.
-            message: The service's own text; told where it is printable and short.
-            meaning: The error and the hint.
-            details: What a machine may want.
-        """
+        """The error for a refusal: the service's code, and its message if printable and short."""
         kind, hint = meaning
         told = message.isprintable() and 0 < len(message) <= _LONGEST_MESSAGE
         text = f"{self.name} refused {doing}: {code}{f' ({message})' if told else ''}."
@@ -130,15 +124,26 @@ def clients_of(
     """The client of each process: the caller's, the caller's function's, or one of our own.
 
     Args:
-        given: An SDK's client, a function that makes one, or None.
+        given: A client of the SDK, a function that makes one, or None.
         what: What it is, for error texts.
-        wrap: Takes an SDK's client that stays the caller's.
+        wrap: Takes such a client, which stays the caller's.
         make: Makes one of our own.
     """
     if given is None:
         return PerProcess(make)
-    sdk_client = given if callable(given) else only_in_this_process(given, what)
-    return PerProcess(lambda: wrap(sdk_client()))
+    owner = os.getpid()
+
+    def get() -> C:
+        if callable(given):
+            return wrap(given())
+        if os.getpid() != owner:
+            raise ConfigurationError(
+                f"The {what} was given as an object, and this process was forked after that.",
+                hint="Give a function that makes it: it is called once in each process.",
+            )
+        return wrap(given)
+
+    return PerProcess(get)
 
 
 def _ready(clients: PerProcess[C], until: float) -> C:
@@ -157,11 +162,8 @@ def client_for(clients: PerProcess[C], seconds: float) -> Iterator[tuple[C, floa
         client.close()
 
 
-class RemoteBackend(ABC, Generic[C]):
+class RemoteBackend(Backend, Generic[C]):
     """A key in a service: opened and pinned once, then used by each process's own client."""
-
-    name: str
-    encoding: SignatureEncoding
 
     def __init__(self, key: str, clients: PerProcess[C], timeout: float) -> None:
         """Read the public key, and pin it.
@@ -187,14 +189,6 @@ class RemoteBackend(ABC, Generic[C]):
     @abstractmethod
     def _open(self, client: C, until: float) -> tuple[str, PublicKey]:
         """Ask for what never changes; what is pinned, as the log names it, and the public key."""
-
-    @abstractmethod
-    def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
-        """Sign a digest of 32 bytes with one call, and check the answer."""
-
-    @abstractmethod
-    def custody(self) -> Evidence:
-        """Report what the service says of the key."""
 
     def public_key(self) -> PublicKey:
         """The public key as it was when the backend was opened."""
@@ -224,10 +218,9 @@ class RemoteBackend(ABC, Generic[C]):
         return f"<{type(self).__name__} {self._key}>"
 
 
-def facts_of(source: str, values: Mapping[str, object]) -> list[Fact]:
-    """What a service says of a key; None for what is no plain value."""
-    plain: dict[str, FactValue] = {
-        name: value if isinstance(value, bool | int | str) else None
-        for name, value in values.items()
-    }
-    return [Fact(name=name, value=value, source=source) for name, value in plain.items()]
+def facts_of(source: str, told: Mapping[str, object]) -> list[Fact]:
+    """What a service says of a key; None where it does not say."""
+    return [
+        Fact(name=name, value=value if isinstance(value, _PLAIN) else str(value), source=source)
+        for name, value in told.items()
+    ]

@@ -15,6 +15,7 @@ another key, signing stops with `KeyMismatchError`: D1 knows only the key that w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -55,15 +56,10 @@ _KEY_USAGE: Final = "SIGN_VERIFY"
 # The states in which KMS signs (AWS KMS Developer Guide, "Key states of AWS KMS keys").
 _USABLE_STATES = frozenset({"Enabled", "Updating"})
 _TIME_TO_GENERATE = 60.0  # seconds
-_DESCRIBED = (
-    "Arn",
-    "Origin",
-    "KeySpec",
-    "KeyUsage",
-    "KeyManager",
-    "MultiRegion",
-    "CustomKeyStoreId",
-    "CloudHsmClusterId",
+# What cannot change in a key's life.
+_FACTS = (
+    *("Arn", "Origin", "KeySpec", "KeyUsage", "KeyManager", "MultiRegion"),
+    *("CustomKeyStoreId", "CloudHsmClusterId", "CreationDate"),
 )
 
 
@@ -119,10 +115,8 @@ class AwsKmsBackend(RemoteBackend[Client]):
     def custody(self) -> Evidence:
         """Report what ``DescribeKey`` said at opening: what cannot change in a key's life."""
         metadata = self._metadata
-        told = {name: metadata.get(name) for name in _DESCRIBED}
-        facts = facts_of(
-            "AWS KMS DescribeKey", {**told, "CreationDate": str(metadata.get("CreationDate"))}
-        )
+        told = {name: metadata.get(name) for name in _FACTS}
+        facts = facts_of("AWS KMS DescribeKey", told)
         # Imported key material has a copy elsewhere, and for what is in an external key store AWS
         # does not speak.
         inside = metadata.get("Origin") in {"AWS_KMS", "AWS_CLOUDHSM"}
@@ -209,15 +203,8 @@ def generate_key(
 ) -> GeneratedKey:
     """Make an ECC_NIST_P256 key for SIGN_VERIFY and give it an alias.
 
-    Args:
-        uri: ``awskms:///alias/NAME``; key ids are AWS KMS's to choose.
-        region: As for `open_backend`.
-        profile: As for `open_backend`.
-        endpoint: As for `open_backend`.
-        fips: As for `open_backend`.
-        proxy: As for `open_backend`.
-        description: Description of the key, shown in the AWS console.
-        client: As for `open_backend`.
+    ``uri`` is ``awskms:///alias/NAME``, since key ids are AWS KMS's to choose; ``description`` is
+    shown in the AWS console; the other options are those of `open_backend`.
 
     Raises:
         KeyExistsError: The alias exists.
@@ -232,19 +219,14 @@ def generate_key(
             "A new AWS KMS key is named by an alias.", hint="Write awskms:///alias/NAME."
         )
     with client_for(clients(settings, client), _TIME_TO_GENERATE) as (made, until):
-        _refuse_existing(made.kms, settings.key_id, until)
+        with contextlib.suppress(KeyNotFoundError):
+            alias = settings.key_id
+            call_within(until, f"to look for {alias}", made.kms.describe_key, KeyId=alias)
+            raise KeyExistsError(
+                f"{alias} exists.", hint="It is not pointed at another key; choose another alias."
+            )
         public_key = _make(made.kms, settings.key_id, description, until)
     return GeneratedKey(uri=uri, public_key=public_key)
-
-
-def _refuse_existing(client: KMSClient, alias: str, until: float) -> None:
-    try:
-        call_within(until, f"to look for {alias}", client.describe_key, KeyId=alias)
-    except KeyNotFoundError:
-        return
-    raise KeyExistsError(
-        f"{alias} exists.", hint="It is not pointed at another key; choose another alias."
-    )
 
 
 def _make(client: KMSClient, alias: str, description: str, until: float) -> PublicKey:

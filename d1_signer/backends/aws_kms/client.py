@@ -46,19 +46,7 @@ _call = threading.local()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Which key, and how to reach AWS KMS.
-
-    Attributes:
-        key_id: Key id, ARN, alias name or alias ARN, as the API takes it.
-        region: AWS region; None: boto3's own search.
-        profile: Profile in the AWS configuration files, or None.
-        endpoint: URL of a private endpoint, or None.
-        fips: Use the FIPS endpoint, or do not; None: as the AWS configuration says.
-        proxy: URL of the proxy through which AWS KMS is reached, or None.
-        connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for bytes.
-        max_attempts: Attempts of one call in all.
-    """
+    """Which key, and how to reach AWS KMS: the options of `open_backend`, put together."""
 
     key_id: str
     region: str | None

@@ -46,7 +46,6 @@ except ModuleNotFoundError:
     raise MissingExtraError.of("google-cloud-kms", "gcp") from None
 
 _SOURCE = "Cloud KMS CryptoKeyVersion"
-_CHAINS = ("cavium_certs", "google_card_certs", "google_partition_certs")
 _VERSIONS = "/cryptoKeyVersions/"
 _ALGORITHM = kms.CryptoKeyVersion.CryptoKeyVersionAlgorithm.EC_SIGN_P256_SHA256
 _State = kms.CryptoKeyVersion.CryptoKeyVersionState
@@ -157,13 +156,9 @@ def generate_key(
 ) -> GeneratedKey:
     """Make a key for EC_SIGN_P256_SHA256 in an existing key ring.
 
-    Args:
-        uri: As for `open_backend`, without a version.
-        endpoint: As for `open_backend`.
-        proxy: As for `open_backend`.
-        protection_level: ``"HSM"`` or ``"SOFTWARE"``, or another name that Cloud KMS knows.
-        timeout: Seconds until the first version must be ready.
-        client: As for `open_backend`.
+    ``uri`` is that of `open_backend` without a version, and so are the other options;
+    ``protection_level`` is ``"HSM"``, ``"SOFTWARE"`` or another name that Cloud KMS knows, and
+    ``timeout`` the seconds until the first version must be ready.
 
     Raises:
         KeyExistsError: The key exists.
@@ -262,15 +257,13 @@ def _evidence(version: kms.CryptoKeyVersion) -> Evidence:
     level = _named(version.protection_level)
     imported = bool(version.import_job)
     held_by_google = level in _HARDWARE
-    facts = facts_of(
-        _SOURCE,
-        {
-            "protectionLevel": level,
-            "algorithm": _named(version.algorithm),
-            "generateTime": str(version.generate_time),
-            "importJob": version.import_job or None,
-        },
-    )
+    told = {
+        "protectionLevel": level,
+        "algorithm": _named(version.algorithm),
+        "generateTime": str(version.generate_time),
+        "importJob": version.import_job or None,
+    }
+    facts = facts_of(_SOURCE, told)
     attestation = version.attestation
     if attestation.content:
         facts += facts_of(_SOURCE, {"attestation.format": _named(attestation.format)})
@@ -282,11 +275,9 @@ def _evidence(version: kms.CryptoKeyVersion) -> Evidence:
                 assurance=Assurance.ATTESTED,
             )
         )
-        chains = {name: "".join(getattr(attestation.cert_chains, name)) for name in _CHAINS}
-        facts += facts_of(
-            _SOURCE,
-            {f"attestation.certChains.{name}": chain or None for name, chain in chains.items()},
-        )
+        for name in ("cavium_certs", "google_card_certs", "google_partition_certs"):
+            chain = "".join(getattr(attestation.cert_chains, name))
+            facts += facts_of(_SOURCE, {f"attestation.certChains.{name}": chain or None})
     return Evidence(
         location=f"gcpkms://{version.name}",
         exportable=False if held_by_google and not imported else None,

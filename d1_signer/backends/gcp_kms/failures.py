@@ -32,11 +32,7 @@ _ALTERED = "Something between this process and Cloud KMS alters requests or answ
 # In this order: a class before the classes it derives from.
 _FAILURES: Failures = (
     ((sdk.NotFound,), KeyNotFoundError, "Check project, location, key ring, key and version."),
-    (
-        (sdk.Unauthorized,),
-        LoginError,
-        "Check the application default credentials of this process.",
-    ),
+    ((sdk.Unauthorized,), LoginError, "Check the application default credentials of this process."),
     (
         (sdk.Forbidden,),
         AccessDeniedError,

@@ -16,6 +16,7 @@ signer, which goes on with its version: D1 knows only the key that was registere
 
 from __future__ import annotations
 
+import contextlib
 import re
 from base64 import b64encode, urlsafe_b64decode
 from typing import Any
@@ -75,15 +76,7 @@ class VaultBackend(RemoteBackend[Client]):
         mount: str,
         version: int | None,
     ) -> None:
-        """Read the key, and pin its version and public key.
-
-        Args:
-            key: Name of the key.
-            clients: As for `RemoteBackend`.
-            timeout: As for `RemoteBackend`.
-            mount: Where the Transit engine is mounted.
-            version: Version of the key; None: the latest.
-        """
+        """Read the key, and pin its version (None: the latest); see `RemoteBackend`."""
         self._mount = mount
         self._asked_version = version
         self._path = f"{mount}/sign/{quote(key)}/sha2-256"
@@ -220,15 +213,7 @@ def generate_key(
 ) -> GeneratedKey:
     """Make an ecdsa-p256 key that is not exportable.
 
-    Args:
-        uri: As for `open_backend`, without a version.
-        address: As for `open_backend`.
-        namespace: As for `open_backend`.
-        ca_file: As for `open_backend`.
-        token_source: As for `open_backend`.
-        role_id: As for `open_backend`.
-        secret_id_source: As for `open_backend`.
-        auth_mount: As for `open_backend`.
+    ``uri`` is that of `open_backend` without a version, and so are the options.
 
     Raises:
         KeyExistsError: The key exists.
@@ -241,26 +226,19 @@ def generate_key(
     settings = read_settings(address, namespace, ca_file, read_timeout=10.0)
     tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
     with client_for(clients(settings, tokens), _TIME_TO_GENERATE) as (client, until):
-        if _exists(client, mount, key, until):
+        path = f"{mount}/keys/{quote(key)}"
+        # Vault answers the making of a key that exists as if it had made it.
+        with contextlib.suppress(KeyNotFoundError):
+            client.ask("to look for the key", "GET", path, until=until)
             raise KeyExistsError(f"The Transit key {key} exists.", hint="Choose another name.")
         fields: dict[str, object] = {
             "type": _KEY_TYPE,
             "exportable": False,
             "allow_plaintext_backup": False,
         }
-        path = f"{mount}/keys/{quote(key)}"
         client.ask("to make a key", "POST", path, until=until, fields=fields)
         public_key = _public_key(_described(client, mount, key, until), 1)
     return GeneratedKey(uri=f"{uri}{'&' if '?' in uri else '?'}version=1", public_key=public_key)
-
-
-def _exists(client: Client, mount: str, key: str, until: float) -> bool:
-    # Vault answers the making of a key that exists as if it had made it.
-    try:
-        client.ask("to look for the key", "GET", f"{mount}/keys/{quote(key)}", until=until)
-    except KeyNotFoundError:
-        return False
-    return True
 
 
 def _read_uri(uri: str) -> tuple[KeyUri, str, str]:

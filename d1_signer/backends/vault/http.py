@@ -43,11 +43,7 @@ from d1_signer.transport.tls import verifying_context
 
 # In this order: a class before the classes it derives from.
 _FAILURES: Failures = (
-    (
-        (SSLError,),
-        SignerUnavailable,
-        "TLS failed: check VAULT_CACERT and the name in VAULT_ADDR.",
-    ),
+    ((SSLError,), SignerUnavailable, "TLS failed: check VAULT_CACERT and the name in VAULT_ADDR."),
     ((ConnectTimeoutError, ReadTimeoutError), SignerTimeout, "Check that Vault can be reached."),
     ((HTTPError, OSError), SignerUnavailable, "Check VAULT_ADDR and the network."),
     ((ValueError,), SignerError, "Check the settings; a token is plain ASCII text."),
@@ -84,15 +80,7 @@ _TEXTS: dict[int, tuple[tuple[str, type[D1SignerError], str], ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Where Vault is.
-
-    Attributes:
-        address: URL of the server, without a path below it as a rule.
-        namespace: Namespace of Vault Enterprise or OpenBao, or None.
-        ca_file: PEM file of the authorities to trust; None: the system's.
-        connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for bytes.
-    """
+    """Where Vault is: the options of `open_backend`, put together."""
 
     address: str
     namespace: str | None
