@@ -149,8 +149,10 @@ def _raising(kind: type[BaseException], **options: Any) -> Callable[[dict[str, s
 
 
 def _own(request: dict[str, str]) -> None:
-    assert request["token"]
-    raise errors.IntegrityError("too large")
+    try:
+        _raising(SdkError)(request)
+    except SdkError:
+        raise errors.IntegrityError("too large") from None
 
 
 @pytest.fixture
