@@ -50,7 +50,7 @@ _SIGNATURE = re.compile(r"vault:v([1-9][0-9]*):([A-Za-z0-9_-]{86})")
 _QUERY = frozenset(
     {"mount", "version", "token-source", "role-id", "secret-id-source", "auth-mount"}
 )
-_DESCRIBED = (
+_FACTS = (
     "type",
     "exportable",
     "allow_plaintext_backup",
@@ -128,7 +128,7 @@ class VaultBackend(RemoteBackend[Client]):
             described.get(name) for name in ("exportable", "allow_plaintext_backup")
         )
         facts = [
-            *facts_of("Vault Transit key", {name: described.get(name) for name in _DESCRIBED}),
+            *facts_of("Vault Transit key", {name: described.get(name) for name in _FACTS}),
             *facts_of("d1_signer", {"mount": self._mount, "version": self._version}),
         ]
         known = isinstance(exportable, bool) and isinstance(backup, bool)
