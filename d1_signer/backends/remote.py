@@ -155,11 +155,8 @@ def _ready(clients: PerProcess[C], until: float) -> C:
 def client_for(clients: PerProcess[C], seconds: float) -> Iterator[tuple[C, float]]:
     """A client to make a key with, closed afterwards, and the moment by which to be done."""
     until = time.monotonic() + seconds
-    client = _ready(clients, until)
-    try:
+    with contextlib.closing(_ready(clients, until)) as client:
         yield client, until
-    finally:
-        client.close()
 
 
 class RemoteBackend(Backend, Generic[C]):
