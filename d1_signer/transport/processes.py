@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from d1_signer.errors import ConfigurationError
-
 T = TypeVar("T")
 
 
@@ -65,21 +63,6 @@ def _new_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_new_locks)
-
-
-def only_in_this_process(value: T, what: str) -> Callable[[], T]:
-    """Give ``value`` in this process; in a forked child, refuse to use what it inherited."""
-    owner = os.getpid()
-
-    def get() -> T:
-        if os.getpid() != owner:
-            raise ConfigurationError(
-                f"The {what} was given as an object, and this process was forked after that.",
-                hint="Give a function that makes it: it is called once in each process.",
-            )
-        return value
-
-    return get
 
 
 _LONGEST_WAIT_TO_FORK = 15.0  # seconds

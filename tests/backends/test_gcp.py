@@ -427,10 +427,10 @@ def test_own_client_has_default_credentials_and_is_closed(own_client: tuple[gcp.
         signer.public_key.verify(signer.sign(b"m"), b"m")
         assert "authorization" in server.tell()["metadata"]
         assert isinstance(signer._backend, GcpKmsBackend)
-        client = signer._backend._caller.clients.made_here()
+        client = signer._backend._clients.made_here()
     assert client is not None
     with pytest.raises(ValueError, match="closed channel"):
-        client.get_public_key(name=gcp.VERSION)
+        client.sdk.get_public_key(name=gcp.VERSION)
 
 
 def test_proxy_is_used_where_it_is_named(own_client: tuple[gcp.Gcp, str]) -> None:

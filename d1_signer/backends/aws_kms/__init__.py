@@ -15,16 +15,15 @@ another key, signing stops with `KeyMismatchError`: D1 knows only the key that w
 
 from __future__ import annotations
 
-import logging
-import time
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from d1_signer.backends.remote import RemoteBackend, client_for, facts_of
 from d1_signer.custody.evidence import Evidence, Fact
 from d1_signer.errors import (
     D1SignerError,
-    IntegrityError,
     InvalidKeyError,
     KeyDisabledError,
     KeyExistsError,
@@ -32,12 +31,9 @@ from d1_signer.errors import (
     KeyNotFoundError,
     KeyUriError,
     MissingExtraError,
-    SignerClosedError,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
-from d1_signer.transport.deadlines import within
-from d1_signer.transport.processes import PerProcess
 
 try:
     from d1_signer.backends.aws_kms.client import (
@@ -47,14 +43,12 @@ try:
         clients,
         read_settings,
     )
-    from d1_signer.backends.aws_kms.failures import ALTERED, details
+    from d1_signer.backends.aws_kms.failures import AWS_KMS, details
 except ModuleNotFoundError:
     raise MissingExtraError.of("boto3", "aws") from None
 
 if TYPE_CHECKING:
     from mypy_boto3_kms import KMSClient
-
-_log = logging.getLogger(__name__)
 
 _ALGORITHM: Final = "ECDSA_SHA_256"
 _KEY_SPEC: Final = "ECC_NIST_P256"
@@ -62,55 +56,34 @@ _KEY_USAGE: Final = "SIGN_VERIFY"
 # The states in which KMS signs (AWS KMS Developer Guide, "Key states of AWS KMS keys").
 _USABLE_STATES = frozenset({"Enabled", "Updating"})
 _TIME_TO_GENERATE = 60.0  # seconds
+# What cannot change in a key's life.
+_FACTS = (
+    *("Arn", "Origin", "KeySpec", "KeyUsage", "KeyManager", "MultiRegion"),
+    *("CustomKeyStoreId", "CloudHsmClusterId", "CreationDate"),
+)
 
 
-class AwsKmsBackend:
+class AwsKmsBackend(RemoteBackend[Client]):
     """A key in AWS KMS; see `open_backend`."""
 
     name = "awskms"
     encoding = SignatureEncoding.DER
 
-    def __init__(self, key_id: str, clients: PerProcess[Client], timeout: float) -> None:
-        """Read the key's description and public key, and pin both.
-
-        Args:
-            key_id: Key id, ARN, alias name or alias ARN, as the API takes it.
-            clients: Gives the client of this process.
-            timeout: Seconds for one call with all its attempts, and for the opening.
-        """
-        self._key_id = key_id
-        self._clients = clients
-        self._timeout = timeout
-        self._closed = False
-        until = time.monotonic() + timeout
-        try:
-            client = self._client(until).kms
-            self._metadata = _describe(client, key_id, until)
-            self._arn = str(self._metadata["Arn"])
-            self._public_key = _public_key(client, key_id, self._arn, until)
-        except BaseException:
-            self.close()
-            raise
-        _log.info("awskms.opened key=%s thumbprint=%s", self._arn, self._public_key.thumbprint())
-
-    def public_key(self) -> PublicKey:
-        """The public key as it was when the backend was opened."""
-        return self._public_key
+    def _open(self, client: Client, until: float) -> tuple[str, PublicKey]:
+        self._metadata = _describe(client.kms, self._key, until)
+        self._arn = str(self._metadata["Arn"])
+        return self._arn, _public_key(client.kms, self._key, self._arn, until)
 
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
         """Sign a digest of 32 bytes with one call of ``Sign``; the answer is DER."""
-        if self._closed:
-            raise SignerClosedError("The key is closed.")
-        limit = time.monotonic() + self._timeout
-        until = limit if deadline is None else min(limit, deadline)
-        client = self._client(until)
+        client, until = self._begin(deadline)
         # A thread for each signature is saved where only a pause of the SDK could add to the limit.
         direct = deadline is None and client.is_bounded()
         answer = (call if direct else call_within)(
             until,
             "to sign",
             client.kms.sign,
-            KeyId=self._key_id,
+            KeyId=self._key,
             Message=digest,
             MessageType="DIGEST",
             SigningAlgorithm=_ALGORITHM,
@@ -123,20 +96,18 @@ class AwsKmsBackend:
             or answer.get("SigningAlgorithm") != _ALGORITHM
             or not isinstance(signature, bytes)
         ):
-            raise IntegrityError(
-                "AWS KMS answered without the signature that was asked for.",
-                hint=ALTERED,
-                details=details(answer),
+            raise AWS_KMS.altered(
+                "answered without the signature that was asked for.", details(answer)
             )
         return signature
 
     def _other_key(self, arn: str, answer: Mapping[str, Any]) -> D1SignerError:
-        if "alias/" in self._key_id:
-            text = f"{self._key_id} now points to {arn}; it pointed to {self._arn} at opening."
+        if "alias/" in self._key:
+            text = f"{self._key} now points to {arn}; it pointed to {self._arn} at opening."
             hint = "Point it back; or register the new key with D1 and open the signer anew."
         else:
             text = f"AWS KMS signed with {arn} and not with {self._arn}."
-            hint = ALTERED
+            hint = AWS_KMS.altered_hint
         return KeyMismatchError(
             f"{text} The signature was not used.", hint=hint, details=details(answer)
         )
@@ -144,10 +115,8 @@ class AwsKmsBackend:
     def custody(self) -> Evidence:
         """Report what ``DescribeKey`` said at opening: what cannot change in a key's life."""
         metadata = self._metadata
-        names = ("Arn", "Origin", "KeySpec", "KeyUsage", "KeyManager", "MultiRegion")
-        facts = [_fact(name, metadata.get(name)) for name in (*names, "CustomKeyStoreId")]
-        facts.append(_fact("CloudHsmClusterId", metadata.get("CloudHsmClusterId")))
-        facts.append(_fact("CreationDate", str(metadata.get("CreationDate"))))
+        told = {name: metadata.get(name) for name in _FACTS}
+        facts = facts_of("AWS KMS DescribeKey", told)
         # Imported key material has a copy elsewhere, and for what is in an external key store AWS
         # does not speak.
         inside = metadata.get("Origin") in {"AWS_KMS", "AWS_CLOUDHSM"}
@@ -166,19 +135,6 @@ class AwsKmsBackend:
             hardware=True if inside else None,
             facts=tuple(facts),
         )
-
-    def _client(self, until: float) -> Client:
-        return self._clients.made_here() or within(until, self._clients.get)
-
-    def close(self) -> None:
-        """Close the client's connections, unless the client was given."""
-        self._closed = True
-        client = self._clients.made_here()
-        if client is not None:
-            client.close()
-
-    def __repr__(self) -> str:
-        return f"<AwsKmsBackend {self._key_id}>"
 
 
 def open_backend(
@@ -247,15 +203,8 @@ def generate_key(
 ) -> GeneratedKey:
     """Make an ECC_NIST_P256 key for SIGN_VERIFY and give it an alias.
 
-    Args:
-        uri: ``awskms:///alias/NAME``; key ids are AWS KMS's to choose.
-        region: As for `open_backend`.
-        profile: As for `open_backend`.
-        endpoint: As for `open_backend`.
-        fips: As for `open_backend`.
-        proxy: As for `open_backend`.
-        description: Description of the key, shown in the AWS console.
-        client: As for `open_backend`.
+    ``uri`` is ``awskms:///alias/NAME``, since key ids are AWS KMS's to choose; ``description`` is
+    shown in the AWS console; the other options are those of `open_backend`.
 
     Raises:
         KeyExistsError: The alias exists.
@@ -269,24 +218,15 @@ def generate_key(
         raise KeyUriError(
             "A new AWS KMS key is named by an alias.", hint="Write awskms:///alias/NAME."
         )
-    until = time.monotonic() + _TIME_TO_GENERATE
-    kms = within(until, clients(settings, client).get)
-    try:
-        _refuse_existing(kms.kms, settings.key_id, until)
-        public_key = _make(kms.kms, settings.key_id, description, until)
-    finally:
-        kms.close()
+    with client_for(clients(settings, client), _TIME_TO_GENERATE) as (made, until):
+        with contextlib.suppress(KeyNotFoundError):
+            alias = settings.key_id
+            call_within(until, f"to look for {alias}", made.kms.describe_key, KeyId=alias)
+            raise KeyExistsError(
+                f"{alias} exists.", hint="It is not pointed at another key; choose another alias."
+            )
+        public_key = _make(made.kms, settings.key_id, description, until)
     return GeneratedKey(uri=uri, public_key=public_key)
-
-
-def _refuse_existing(client: KMSClient, alias: str, until: float) -> None:
-    try:
-        call_within(until, f"to look for {alias}", client.describe_key, KeyId=alias)
-    except KeyNotFoundError:
-        return
-    raise KeyExistsError(
-        f"{alias} exists.", hint="It is not pointed at another key; choose another alias."
-    )
 
 
 def _make(client: KMSClient, alias: str, description: str, until: float) -> PublicKey:
@@ -315,7 +255,7 @@ def _describe(client: KMSClient, key_id: str, until: float) -> Mapping[str, Any]
     metadata: Mapping[str, Any] = answer.get("KeyMetadata", {})
     arn, spec, usage = (metadata.get(name) for name in ("Arn", "KeySpec", "KeyUsage"))
     if not arn:
-        raise _unreadable(answer)
+        raise AWS_KMS.altered("gave an answer that is not complete.", details(answer))
     if spec != _KEY_SPEC or usage != _KEY_USAGE:
         raise InvalidKeyError(
             f"The key {arn} is of spec {spec} for {usage}.",
@@ -334,20 +274,10 @@ def _public_key(client: KMSClient, key_id: str, arn: str, until: float) -> Publi
     answer = call_within(until, "to give the public key", client.get_public_key, KeyId=key_id)
     der, answered = answer.get("PublicKey"), answer.get("KeyId")
     if not isinstance(der, bytes) or not answered:
-        raise _unreadable(answer)
+        raise AWS_KMS.altered("gave an answer that is not complete.", details(answer))
     if answered != arn:
         raise KeyMismatchError(
             f"{key_id} was {arn} and is {answered} a moment later.",
             hint="The alias was pointed at another key just now; open the signer anew.",
         )
     return PublicKey.from_der(der)
-
-
-def _unreadable(answer: Mapping[str, Any]) -> IntegrityError:
-    return IntegrityError(
-        "AWS KMS gave an answer that is not complete.", hint=ALTERED, details=details(answer)
-    )
-
-
-def _fact(name: str, value: bool | str | None) -> Fact:  # noqa: FBT001 (a value, not a switch)
-    return Fact(name=name, value=value, source="AWS KMS DescribeKey")

@@ -18,13 +18,14 @@ from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from urllib3 import exceptions as http
 
-from d1_signer.backends.aws_kms.failures import ask
+from d1_signer.backends.aws_kms.failures import AWS_KMS
+from d1_signer.backends.remote import clients_of
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import within
 from d1_signer.transport.exchange import Http
 from d1_signer.transport.hosts import check_endpoint
-from d1_signer.transport.processes import PerProcess, only_in_this_process
+from d1_signer.transport.processes import PerProcess
 from d1_signer.transport.proxies import check_proxy
 from d1_signer.transport.tls import verifying_context
 
@@ -45,19 +46,7 @@ _call = threading.local()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Which key, and how to reach AWS KMS.
-
-    Attributes:
-        key_id: Key id, ARN, alias name or alias ARN, as the API takes it.
-        region: AWS region; None: boto3's own search.
-        profile: Profile in the AWS configuration files, or None.
-        endpoint: URL of a private endpoint, or None.
-        fips: Use the FIPS endpoint, or do not; None: as the AWS configuration says.
-        proxy: URL of the proxy through which AWS KMS is reached, or None.
-        connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for bytes.
-        max_attempts: Attempts of one call in all.
-    """
+    """Which key, and how to reach AWS KMS: the options of `open_backend`, put together."""
 
     key_id: str
     region: str | None
@@ -150,34 +139,23 @@ def clients(
     settings: Settings, client: KMSClient | Callable[[], KMSClient] | None
 ) -> PerProcess[Client]:
     """The client of each process: the caller's, the caller's function's, or one of our own."""
-    if client is None:
-        return PerProcess(lambda: ask("to be set up", _client, settings))
-    if callable(client):
-        return PerProcess(lambda: Client(client()))
-    given = only_in_this_process(client, "KMS client")
-    return PerProcess(lambda: Client(given()))
+    return clients_of(
+        client, "KMS client", Client, lambda: AWS_KMS.ask("to be set up", _client, settings)
+    )
 
 
 def call(
     until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
 ) -> R:
-    """Call a function of the SDK, which sends nothing after a moment.
-
-    Args:
-        until: The moment, on ``time.monotonic()``.
-        doing: What is asked for, such as ``"to sign"``.
-        function: The SDK's function.
-        *args: Its arguments.
-        **kwargs: Its arguments.
-    """
+    """Call a function of the SDK, which sends nothing after a moment; see `Service.ask`."""
     _call.until = until
-    return ask(doing, function, *args, **kwargs)
+    return AWS_KMS.ask(doing, function, *args, **kwargs)
 
 
 def call_within(
     until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
 ) -> R:
-    """Call a function of the SDK and be back by a moment; the arguments are those of `call`.
+    """Call a function of the SDK and be back by a moment.
 
     botocore looks for credentials, and waits between its attempts, under no limit of ours: so it
     does that in a thread of its own.

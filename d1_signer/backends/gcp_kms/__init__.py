@@ -19,20 +19,18 @@ Google's guide "Verify end-to-end data integrity" asks; the SDK checks neither.
 
 from __future__ import annotations
 
-import logging
 import time
 from base64 import b64encode
 from collections.abc import Callable
 
-from d1_signer.custody.evidence import Assurance, Evidence, Fact, FactValue
+from d1_signer.backends.remote import RemoteBackend, client_for, facts_of
+from d1_signer.custody.evidence import Assurance, Evidence, Fact
 from d1_signer.errors import (
     ConfigurationError,
-    IntegrityError,
     InvalidKeyError,
     KeyNotFoundError,
     KeyUriError,
     MissingExtraError,
-    SignerClosedError,
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
@@ -42,13 +40,13 @@ try:
     import google_crc32c
     from google.cloud import kms_v1 as kms
 
-    from d1_signer.backends.gcp_kms.client import Caller, Client, clients, read_uri
-    from d1_signer.backends.gcp_kms.failures import ALTERED
+    from d1_signer.backends.gcp_kms.client import Client, Sdk, clients, read_uri
+    from d1_signer.backends.gcp_kms.failures import CLOUD_KMS
 except ModuleNotFoundError:
     raise MissingExtraError.of("google-cloud-kms", "gcp") from None
 
-_log = logging.getLogger(__name__)
-
+_SOURCE = "Cloud KMS CryptoKeyVersion"
+_VERSIONS = "/cryptoKeyVersions/"
 _ALGORITHM = kms.CryptoKeyVersion.CryptoKeyVersionAlgorithm.EC_SIGN_P256_SHA256
 _State = kms.CryptoKeyVersion.CryptoKeyVersionState
 _Level = kms.ProtectionLevel
@@ -56,54 +54,40 @@ _Level = kms.ProtectionLevel
 _HARDWARE = {"SOFTWARE": False, "HSM": True, "HSM_SINGLE_TENANT": True}
 
 
-class GcpKmsBackend:
+class GcpKmsBackend(RemoteBackend[Client]):
     """A key version in Cloud KMS; see `open_backend`."""
 
     name = "gcpkms"
     encoding = SignatureEncoding.DER
+    _evidence: Evidence | None = None
 
-    def __init__(self, version: str, caller: Caller, *, owned: bool) -> None:
-        """Read the public key, and pin it.
-
-        Args:
-            version: Resource name of the key version.
-            caller: How to call Cloud KMS.
-            owned: Whether `close` closes the client.
-        """
-        self._version = version
-        self._caller = caller
-        self._owned = owned
-        self._closed = False
-        self._evidence: Evidence | None = None
-        self._public_key, self._level = _public_key(caller, version)
-        _log.info("gcpkms.opened key=%s thumbprint=%s", version, self._public_key.thumbprint())
+    def _open(self, client: Client, until: float) -> tuple[str, PublicKey]:
+        if _VERSIONS not in self._key:
+            self._key = _newest(client, self._key, until)
+        public_key, self._level = _public_key(client, self._key, until)
+        return self._key, public_key
 
     @property
     def version(self) -> str:
         """Resource name of the key version that signs."""
-        return self._version
-
-    def public_key(self) -> PublicKey:
-        """The public key as it was when the backend was opened."""
-        return self._public_key
+        return self._key
 
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
         """Sign a digest of 32 bytes with one call of ``AsymmetricSign``; the answer is DER."""
-        if self._closed:
-            raise SignerClosedError("The key is closed.")
+        client, until = self._begin(deadline)
         request = kms.AsymmetricSignRequest(
-            name=self._version,
+            name=self._key,
             digest=kms.Digest(sha256=digest),
             digest_crc32c=google_crc32c.value(digest),
         )
         # The plain message below the SDK's wrapper, whose every field costs a conversion.
         answer = kms.AsymmetricSignResponse.pb(
-            self._caller.call("to sign", _asymmetric_sign, request, deadline)
+            client.call(until, "to sign", client.sdk.asymmetric_sign, request)
         )
         signature: bytes = answer.signature
         _check(
             ("verified_digest_crc32c", answer.verified_digest_crc32c is True),
-            ("name", answer.name == self._version),
+            ("name", answer.name == self._key),
             ("protection_level", answer.protection_level == self._level),
             (
                 "signature_crc32c",
@@ -120,22 +104,12 @@ class GcpKmsBackend:
         this package does not verify it, so what it says is still no more than claimed here.
         """
         if self._evidence is None:
-            request = kms.GetCryptoKeyVersionRequest(name=self._version)
-            version = self._caller.call("to describe the key", _get_version, request)
-            _check(("name", version.name == self._version))
+            client, until = self._begin(None)
+            version = _version(client, self._key, "to describe the key", until)
+            _check(("name", version.name == self._key))
             _check(("protection_level", version.protection_level == self._level))
             self._evidence = _evidence(version)
         return self._evidence
-
-    def close(self) -> None:
-        """Close the client's channel, unless the client was given."""
-        self._closed = True
-        client = self._caller.clients.made_here()
-        if self._owned and client is not None:
-            client.transport.close()  # type: ignore[no-untyped-call]
-
-    def __repr__(self) -> str:
-        return f"<GcpKmsBackend {self._version}>"
 
 
 def open_backend(
@@ -144,7 +118,7 @@ def open_backend(
     endpoint: str | None = None,
     proxy: str | None = None,
     timeout: float = 10.0,
-    client: Client | Callable[[], Client] | None = None,
+    client: Sdk | Callable[[], Sdk] | None = None,
 ) -> GcpKmsBackend:
     """Open a key version in Cloud KMS: ``GetPublicKey``, once.
 
@@ -153,7 +127,7 @@ def open_backend(
             enabled version is taken. Optionally ``?endpoint=HOST[:PORT]``, ``proxy=``.
         endpoint: A private or regional endpoint, as ``HOST[:PORT]``.
         proxy: ``http://HOST:PORT`` of a proxy through which Cloud KMS is reached.
-        timeout: Seconds for one call with all its attempts.
+        timeout: Seconds for one call with all its attempts, and for the opening.
         client: A KMS client that is used as it is and stays the caller's, or a function that makes
             one, called once in each process. Only the function also works after a fork.
 
@@ -168,10 +142,7 @@ def open_backend(
         SignerUnavailable: Cloud KMS cannot be reached, or throttles; retryable.
     """
     place = read_uri(uri, endpoint, proxy)
-    caller = Caller(clients(place, client), timeout)
-    name = f"{place.ring}/cryptoKeys/{place.key}"
-    number = _newest(caller, name) if place.version is None else place.version
-    return GcpKmsBackend(f"{name}/cryptoKeyVersions/{number}", caller, owned=client is None)
+    return GcpKmsBackend(place.name, clients(place, client), timeout)
 
 
 def generate_key(
@@ -181,17 +152,13 @@ def generate_key(
     proxy: str | None = None,
     protection_level: str = "HSM",
     timeout: float = 60.0,
-    client: Client | None = None,
+    client: Sdk | None = None,
 ) -> GeneratedKey:
     """Make a key for EC_SIGN_P256_SHA256 in an existing key ring.
 
-    Args:
-        uri: As for `open_backend`, without a version.
-        endpoint: As for `open_backend`.
-        proxy: As for `open_backend`.
-        protection_level: ``"HSM"`` or ``"SOFTWARE"``, or another name that Cloud KMS knows.
-        timeout: Seconds until the first version must be ready.
-        client: As for `open_backend`.
+    ``uri`` is that of `open_backend` without a version, and so are the other options;
+    ``protection_level`` is ``"HSM"``, ``"SOFTWARE"`` or another name that Cloud KMS knows, and
+    ``timeout`` the seconds until the first version must be ready.
 
     Raises:
         KeyExistsError: The key exists.
@@ -218,24 +185,22 @@ def generate_key(
             purpose=kms.CryptoKey.CryptoKeyPurpose.ASYMMETRIC_SIGN, version_template=template
         ),
     )
-    deadline = time.monotonic() + timeout
-    caller = Caller(clients(place, client), timeout)
-    made = caller.call("to make a key", lambda client: client.create_crypto_key, request, deadline)
-    name = f"{made.name}/cryptoKeyVersions/1"
-    _wait_until_enabled(caller, name, deadline)
-    public_key, _ = _public_key(caller, name)
+    with client_for(clients(place, client), timeout) as (one, until):
+        made = one.call(until, "to make a key", one.sdk.create_crypto_key, request)
+        name = f"{made.name}{_VERSIONS}1"
+        _wait_until_enabled(one, name, until)
+        public_key, _ = _public_key(one, name, until)
     settings = {"endpoint": place.endpoint, "proxy": place.proxy}
     query = "&".join(f"{name}={value}" for name, value in settings.items() if value)
     return GeneratedKey(uri=f"gcpkms://{name}{'?' if query else ''}{query}", public_key=public_key)
 
 
-def _wait_until_enabled(caller: Caller, name: str, deadline: float) -> None:
-    request = kms.GetCryptoKeyVersionRequest(name=name)
+def _wait_until_enabled(client: Client, name: str, until: float) -> None:
     while True:
-        version = caller.call("for the state of the new key", _get_version, request, deadline)
+        version = _version(client, name, "for the state of the new key", until)
         if version.state == _State.ENABLED:
             return
-        if version.state != _State.PENDING_GENERATION or time.monotonic() + 1 > deadline:
+        if version.state != _State.PENDING_GENERATION or time.monotonic() + 1 > until:
             raise SignerUnavailable(
                 f"The new key {name} is in the state {_named(version.state)}.",
                 hint="Look at it in Cloud KMS; it is opened by its name once it is enabled.",
@@ -243,19 +208,17 @@ def _wait_until_enabled(caller: Caller, name: str, deadline: float) -> None:
         time.sleep(0.5)
 
 
-def _asymmetric_sign(client: Client) -> Callable[..., kms.AsymmetricSignResponse]:
-    return client.asymmetric_sign
+def _version(client: Client, name: str, doing: str, until: float) -> kms.CryptoKeyVersion:
+    request = kms.GetCryptoKeyVersionRequest(name=name)
+    return client.call(until, doing, client.sdk.get_crypto_key_version, request)
 
 
-def _get_version(client: Client) -> Callable[..., kms.CryptoKeyVersion]:
-    return client.get_crypto_key_version
-
-
-def _newest(caller: Caller, key: str) -> int:
+def _newest(client: Client, key: str, until: float) -> str:
     request = kms.ListCryptoKeyVersionsRequest(parent=key, filter="state=ENABLED")
-    found = caller.call(
+    found = client.call(
+        until,
         "to list the key's versions",
-        lambda client: lambda **options: list(client.list_crypto_key_versions(**options)),
+        lambda **options: list(client.sdk.list_crypto_key_versions(**options)),
         request,
     )
     usable = [v.name for v in found if (v.state, v.algorithm) == (_State.ENABLED, _ALGORITHM)]
@@ -264,12 +227,13 @@ def _newest(caller: Caller, key: str) -> int:
             f"{key} has no enabled version for {_named(_ALGORITHM)}.",
             hint="Enable or make a version, or name another key.",
         )
-    return max(int(name.rpartition("/")[2]) for name in usable)
+    newest = max(int(name.rpartition("/")[2]) for name in usable)
+    return f"{key}{_VERSIONS}{newest}"
 
 
-def _public_key(caller: Caller, version: str) -> tuple[PublicKey, int]:
+def _public_key(client: Client, version: str, until: float) -> tuple[PublicKey, int]:
     request = kms.GetPublicKeyRequest(name=version)
-    answer = caller.call("to give the public key", lambda client: client.get_public_key, request)
+    answer = client.call(until, "to give the public key", client.sdk.get_public_key, request)
     pem = answer.pem.encode()
     _check(
         ("name", answer.name == version),
@@ -286,26 +250,23 @@ def _public_key(caller: Caller, version: str) -> tuple[PublicKey, int]:
 def _check(*fields: tuple[str, bool]) -> None:
     for field, fits in fields:
         if not fits:
-            raise IntegrityError(
-                f"Cloud KMS gave an answer whose {field} does not fit.",
-                hint=ALTERED,
-                details={"field": field},
-            )
+            raise CLOUD_KMS.altered(f"gave an answer whose {field} does not fit.", {"field": field})
 
 
 def _evidence(version: kms.CryptoKeyVersion) -> Evidence:
     level = _named(version.protection_level)
     imported = bool(version.import_job)
     held_by_google = level in _HARDWARE
-    facts = [
-        _fact("protectionLevel", level),
-        _fact("algorithm", _named(version.algorithm)),
-        _fact("generateTime", str(version.generate_time)),
-        _fact("importJob", version.import_job or None),
-    ]
+    told = {
+        "protectionLevel": level,
+        "algorithm": _named(version.algorithm),
+        "generateTime": str(version.generate_time),
+        "importJob": version.import_job or None,
+    }
+    facts = facts_of(_SOURCE, told)
     attestation = version.attestation
     if attestation.content:
-        facts.append(_fact("attestation.format", _named(attestation.format)))
+        facts += facts_of(_SOURCE, {"attestation.format": _named(attestation.format)})
         facts.append(
             Fact(
                 name="attestation.content",
@@ -314,10 +275,9 @@ def _evidence(version: kms.CryptoKeyVersion) -> Evidence:
                 assurance=Assurance.ATTESTED,
             )
         )
-        chains = attestation.cert_chains
         for name in ("cavium_certs", "google_card_certs", "google_partition_certs"):
-            chain = "".join(getattr(chains, name))
-            facts.append(_fact(f"attestation.certChains.{name}", chain or None))
+            chain = "".join(getattr(attestation.cert_chains, name))
+            facts += facts_of(_SOURCE, {f"attestation.certChains.{name}": chain or None})
     return Evidence(
         location=f"gcpkms://{version.name}",
         exportable=False if held_by_google and not imported else None,
@@ -330,7 +290,3 @@ def _evidence(version: kms.CryptoKeyVersion) -> Evidence:
 def _named(value: int) -> str:
     # A value that this version of the SDK does not know is a bare number.
     return str(getattr(value, "name", value))
-
-
-def _fact(name: str, value: FactValue) -> Fact:
-    return Fact(name=name, value=value, source="Cloud KMS CryptoKeyVersion")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which key of Cloud KMS, the client of each process, and calls within a time limit."""
+"""Which key of Cloud KMS, a client of it, and calls that end by a moment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from google.cloud.kms_v1.services.key_management_service.transports import (
     KeyManagementServiceGrpcTransport as Transport,
 )
 
-from d1_signer.backends.gcp_kms.failures import ask
+from d1_signer.backends.gcp_kms.failures import CLOUD_KMS
+from d1_signer.backends.remote import clients_of
 from d1_signer.errors import (
     ConfigurationError,
     KeyUriError,
@@ -30,12 +31,12 @@ from d1_signer.errors import (
 )
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import no_time_left, within
-from d1_signer.transport.processes import PerProcess, fork_gate, only_in_this_process
+from d1_signer.transport.processes import PerProcess, fork_gate
 from d1_signer.transport.proxies import check_proxy
 
 R = TypeVar("R")
 
-Client = kms.KeyManagementServiceClient
+Sdk = kms.KeyManagementServiceClient
 
 _NAME = re.compile(
     r"(projects/[a-z0-9.:-]+/locations/[a-z0-9-]+/keyRings/[A-Za-z0-9_-]+)"
@@ -52,56 +53,51 @@ _NOWHERE = "255.255.255.255/32"
 _PAUSES = (0.1, 0.4)
 
 
-class Caller:
-    """Calls Cloud KMS within a time limit that holds for all attempts together."""
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client of google-cloud-kms, and whether it is one of ours."""
 
-    def __init__(self, clients: PerProcess[Client], timeout: float) -> None:
-        self.clients = clients
-        self._timeout = timeout
+    sdk: Sdk
+    owned: bool = False
 
-    def call(
-        self,
-        doing: str,
-        method: Callable[[Client], Callable[..., R]],
-        request: object,
-        deadline: float | None = None,
-    ) -> R:
-        """Call one method.
+    def call(self, until: float, doing: str, method: Callable[..., R], request: object) -> R:
+        """Call a method of the SDK; the moment holds for all attempts together.
 
         Args:
+            until: The moment, on ``time.monotonic()``.
             doing: What is asked for, such as ``"to sign"``.
-            method: Picks the method of the client.
+            method: The SDK's method.
             request: The request's message.
-            deadline: Moment on ``time.monotonic()``; None: the time limit alone.
         """
-        until = time.monotonic() + self._timeout
-        until = until if deadline is None else min(until, deadline)
-        # Making the client looks for credentials, for which nobody has a time limit.
-        client = self.clients.made_here() or within(until, self.clients.get)
-        function = method(client)
-        if getattr(client.transport, "kind", "") == "grpc":
-            return self._attempts(doing, function, request, until)
+        if getattr(self.sdk.transport, "kind", "") == "grpc":
+            return _attempts(until, doing, method, request)
         # Over REST a time limit bounds each wait for bytes and not the call.
-        return within(until, lambda: self._attempts(doing, function, request, until))
+        return within(until, lambda: _attempts(until, doing, method, request))
 
-    def _attempts(self, doing: str, function: Callable[..., R], request: object, until: float) -> R:
-        for pause in (*_PAUSES, None):
-            try:
-                with fork_gate.call(until):
-                    remaining = until - time.monotonic()
-                    if remaining <= 0:
-                        break
-                    # The SDK's own retry ignores `timeout`: it runs for a minute.
-                    return ask(doing, function, request=request, retry=None, timeout=remaining)
-            except TimeoutError:
-                break
-            except (SignerTimeout, SignerThrottled):
+    def close(self) -> None:
+        """Close the channel; that of a client that was given stays open."""
+        if self.owned:
+            self.sdk.transport.close()  # type: ignore[no-untyped-call]
+
+
+def _attempts(until: float, doing: str, method: Callable[..., R], request: object) -> R:
+    for pause in (*_PAUSES, None):
+        try:
+            with fork_gate.call(until):
+                remaining = until - time.monotonic()
+                if remaining <= 0:
+                    break
+                # The SDK's own retry ignores `timeout`: it runs for a minute.
+                return CLOUD_KMS.ask(doing, method, request=request, retry=None, timeout=remaining)
+        except TimeoutError:
+            break
+        except (SignerTimeout, SignerThrottled):
+            raise
+        except SignerUnavailable:
+            if pause is None or time.monotonic() + pause >= until:
                 raise
-            except SignerUnavailable:
-                if pause is None or time.monotonic() + pause >= until:
-                    raise
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 (spreads load, no secret)
-        raise no_time_left()
+        time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 (spreads load, no secret)
+    raise no_time_left()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +105,7 @@ class Place:
     """What a key URI names, and how to reach it.
 
     Attributes:
+        name: Resource name of the key or the key version.
         ring: Resource name of the key ring.
         key: Name of the key in it.
         version: Number of the version, or None.
@@ -116,6 +113,7 @@ class Place:
         proxy: URL of the proxy through which Cloud KMS is reached, or None.
     """
 
+    name: str
     ring: str
     key: str
     version: str | None
@@ -140,16 +138,14 @@ def read_uri(uri: str, endpoint: str | None, proxy: str | None) -> Place:
     proxy = proxy or parsed.query.get("proxy")
     if proxy:
         check_proxy(proxy, credentials=False)
-    return Place(name.group(1), name.group(2), name.group(3), endpoint, proxy)
+    return Place(name.group(), name.group(1), name.group(2), name.group(3), endpoint, proxy)
 
 
-def clients(place: Place, client: Client | Callable[[], Client] | None) -> PerProcess[Client]:
+def clients(place: Place, given: Sdk | Callable[[], Sdk] | None) -> PerProcess[Client]:
     """The client of each process: the caller's, the caller's function's, or one of our own."""
-    if isinstance(client, Client):
-        return PerProcess(only_in_this_process(client, "Cloud KMS client"))
-    if client is not None:
-        return PerProcess(client)
-    return PerProcess(lambda: ask("to be set up", _client, place))
+    return clients_of(
+        given, "Cloud KMS client", Client, lambda: CLOUD_KMS.ask("to be set up", _client, place)
+    )
 
 
 def _client(place: Place) -> Client:
@@ -168,4 +164,5 @@ def _client(place: Place) -> Client:
         channel=channel,
         ssl_channel_credentials=grpc.ssl_channel_credentials(Path(certifi.where()).read_bytes()),
     )
-    return Client(client_options=ClientOptions(api_endpoint=place.endpoint), transport=transport)
+    options_of_sdk = ClientOptions(api_endpoint=place.endpoint)
+    return Client(Sdk(client_options=options_of_sdk, transport=transport), owned=True)

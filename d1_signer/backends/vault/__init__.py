@@ -16,34 +16,30 @@ signer, which goes on with its version: D1 knows only the key that was registere
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import re
-import time
 from base64 import b64encode, urlsafe_b64decode
 from typing import Any
 from urllib.parse import quote
 
-from d1_signer.backends.vault.http import read_settings
+from d1_signer.backends.remote import RemoteBackend, client_for, facts_of
+from d1_signer.backends.vault.http import VAULT, read_settings
 from d1_signer.backends.vault.tokens import AppRoleTokens, Client, GivenTokens, clients
-from d1_signer.custody.evidence import Evidence, Fact, FactValue
+from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import (
     ConfigurationError,
-    IntegrityError,
     InvalidKeyError,
     KeyDisabledError,
     KeyExistsError,
     KeyMismatchError,
     KeyNotFoundError,
     KeyUriError,
-    SignerClosedError,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.processes import PerProcess
-
-_log = logging.getLogger(__name__)
 
 _KEY_TYPE = "ecdsa-p256"
 _TIME_TO_GENERATE = 60.0  # seconds
@@ -54,10 +50,18 @@ _SIGNATURE = re.compile(r"vault:v([1-9][0-9]*):([A-Za-z0-9_-]{86})")
 _QUERY = frozenset(
     {"mount", "version", "token-source", "role-id", "secret-id-source", "auth-mount"}
 )
-_ALTERED = "Something between this process and Vault alters answers."
+_FACTS = (
+    "type",
+    "exportable",
+    "allow_plaintext_backup",
+    "deletion_allowed",
+    "imported_key",
+    "latest_version",
+    "min_encryption_version",
+)
 
 
-class VaultBackend:
+class VaultBackend(RemoteBackend[Client]):
     """A version of a Transit key; see `open_backend`."""
 
     name = "hashivault"
@@ -65,73 +69,44 @@ class VaultBackend:
 
     def __init__(
         self,
-        clients: PerProcess[Client],
-        mount: str,
         key: str,
-        version: int | None,
-        *,
+        clients: PerProcess[Client],
         timeout: float,
+        *,
+        mount: str,
+        version: int | None,
     ) -> None:
-        """Read the key, and pin its version and public key.
-
-        Args:
-            clients: Gives the client of this process.
-            mount: Where the Transit engine is mounted.
-            key: Name of the key.
-            version: Version of the key; None: the latest.
-            timeout: Seconds for one call with all its requests.
-        """
-        self._clients = clients
-        self._timeout = timeout
+        """Read the key, and pin its version (None: the latest); see `RemoteBackend`."""
         self._mount = mount
-        self._key = key
-        self._closed = False
+        self._asked_version = version
         self._path = f"{mount}/sign/{quote(key)}/sha2-256"
-        described = self._described()
-        self._version = _usable_version(described, key, version)
-        self._public_key = _public_key(described, self._version)
-        _log.info(
-            "hashivault.opened key=%s version=%d thumbprint=%s",
-            key,
-            self._version,
-            self._public_key.thumbprint(),
-        )
+        super().__init__(key, clients, timeout)
+
+    def _open(self, client: Client, until: float) -> tuple[str, PublicKey]:
+        described = _described(client, self._mount, self._key, until)
+        self._version = _usable_version(described, self._key, self._asked_version)
+        return f"{self._key} version={self._version}", _public_key(described, self._version)
 
     @property
     def version(self) -> int:
         """The version of the key that signs."""
         return self._version
 
-    def public_key(self) -> PublicKey:
-        """The public key as it was when the backend was opened."""
-        return self._public_key
-
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
         """Sign a digest of 32 bytes with one request; the answer is r||s."""
-        if self._closed:
-            raise SignerClosedError("The key is closed.")
-        client = self._clients.get()
-        limit = time.monotonic() + self._timeout
+        client, until = self._begin(deadline)
         fields: dict[str, object] = {
             "input": b64encode(digest).decode(),
             "prehashed": True,
             "marshaling_algorithm": "jws",
             "key_version": self._version,
         }
-        told = client.ask(
-            "to sign",
-            "POST",
-            self._path,
-            until=limit if deadline is None else min(limit, deadline),
-            fields=fields,
-        )
+        told = client.ask("to sign", "POST", self._path, until=until, fields=fields)
         data = told.get("data")
         signature = data.get("signature") if isinstance(data, dict) else None
         match = _SIGNATURE.fullmatch(signature) if isinstance(signature, str) else None
         if match is None:
-            raise IntegrityError(
-                "Vault answered without a signature of 64 bytes in base64url.", hint=_ALTERED
-            )
+            raise VAULT.altered("answered without a signature of 64 bytes in base64url.")
         if int(match.group(1)) != self._version:
             raise KeyMismatchError(
                 f"Vault signed with version {match.group(1)} of {self._key}; version "
@@ -142,7 +117,8 @@ class VaultBackend:
 
     def custody(self) -> Evidence:
         """Report what Vault says of the key now: it can be made exportable later on."""
-        described = self._described()
+        client, until = self._begin(None)
+        described = _described(client, self._mount, self._key, until)
         if _public_key(described, self._version) != self._public_key:
             raise KeyMismatchError(
                 f"Version {self._version} of {self._key} is another key than at opening.",
@@ -151,18 +127,10 @@ class VaultBackend:
         exportable, backup = (
             described.get(name) for name in ("exportable", "allow_plaintext_backup")
         )
-        names = (
-            "type",
-            "exportable",
-            "allow_plaintext_backup",
-            "deletion_allowed",
-            "imported_key",
-            "latest_version",
-            "min_encryption_version",
-        )
-        facts = [_fact(name, described.get(name)) for name in names]
-        facts.append(Fact(name="mount", value=self._mount, source="d1_signer"))
-        facts.append(Fact(name="version", value=self._version, source="d1_signer"))
+        facts = [
+            *facts_of("Vault Transit key", {name: described.get(name) for name in _FACTS}),
+            *facts_of("d1_signer", {"mount": self._mount, "version": self._version}),
+        ]
         known = isinstance(exportable, bool) and isinstance(backup, bool)
         return Evidence(
             location=f"hashivault://{self._key}",
@@ -172,20 +140,6 @@ class VaultBackend:
             hardware=False,
             facts=tuple(facts),
         )
-
-    def _described(self) -> dict[str, Any]:
-        client = self._clients.get()
-        return _described(client, self._mount, self._key, time.monotonic() + self._timeout)
-
-    def close(self) -> None:
-        """Close the connections of this process."""
-        self._closed = True
-        client = self._clients.made_here()
-        if client is not None:
-            client.http.close()
-
-    def __repr__(self) -> str:
-        return f"<VaultBackend {self._key}>"
 
 
 def open_backend(
@@ -243,7 +197,7 @@ def open_backend(
     )
     tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
     number = None if version is None else int(version)
-    return VaultBackend(clients(settings, tokens), mount, key, number, timeout=timeout)
+    return VaultBackend(key, clients(settings, tokens), timeout, mount=mount, version=number)
 
 
 def generate_key(
@@ -259,15 +213,7 @@ def generate_key(
 ) -> GeneratedKey:
     """Make an ecdsa-p256 key that is not exportable.
 
-    Args:
-        uri: As for `open_backend`, without a version.
-        address: As for `open_backend`.
-        namespace: As for `open_backend`.
-        ca_file: As for `open_backend`.
-        token_source: As for `open_backend`.
-        role_id: As for `open_backend`.
-        secret_id_source: As for `open_backend`.
-        auth_mount: As for `open_backend`.
+    ``uri`` is that of `open_backend` without a version, and so are the options.
 
     Raises:
         KeyExistsError: The key exists.
@@ -279,31 +225,20 @@ def generate_key(
         raise KeyUriError("A new key is named without a version.", hint="It begins with 1.")
     settings = read_settings(address, namespace, ca_file, read_timeout=10.0)
     tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
-    client = clients(settings, tokens).get()
-    until = time.monotonic() + _TIME_TO_GENERATE
-    try:
-        if _exists(client, mount, key, until):
+    with client_for(clients(settings, tokens), _TIME_TO_GENERATE) as (client, until):
+        path = f"{mount}/keys/{quote(key)}"
+        # Vault answers the making of a key that exists as if it had made it.
+        with contextlib.suppress(KeyNotFoundError):
+            client.ask("to look for the key", "GET", path, until=until)
             raise KeyExistsError(f"The Transit key {key} exists.", hint="Choose another name.")
         fields: dict[str, object] = {
             "type": _KEY_TYPE,
             "exportable": False,
             "allow_plaintext_backup": False,
         }
-        path = f"{mount}/keys/{quote(key)}"
         client.ask("to make a key", "POST", path, until=until, fields=fields)
         public_key = _public_key(_described(client, mount, key, until), 1)
-    finally:
-        client.http.close()
     return GeneratedKey(uri=f"{uri}{'&' if '?' in uri else '?'}version=1", public_key=public_key)
-
-
-def _exists(client: Client, mount: str, key: str, until: float) -> bool:
-    # Vault answers the making of a key that exists as if it had made it.
-    try:
-        client.ask("to look for the key", "GET", f"{mount}/keys/{quote(key)}", until=until)
-    except KeyNotFoundError:
-        return False
-    return True
 
 
 def _read_uri(uri: str) -> tuple[KeyUri, str, str]:
@@ -343,7 +278,7 @@ def _described(client: Client, mount: str, key: str, until: float) -> dict[str, 
     told = client.ask("for the key", "GET", f"{mount}/keys/{quote(key)}", until=until)
     data = told.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("keys"), dict):
-        raise IntegrityError("Vault described the key without its versions.", hint=_ALTERED)
+        raise VAULT.altered("described the key without its versions.")
     if data.get("type") != _KEY_TYPE:
         raise InvalidKeyError(
             f"The Transit key {key} is of type {data.get('type')}.",
@@ -372,13 +307,5 @@ def _public_key(described: dict[str, Any], version: int) -> PublicKey:
     entry = described["keys"].get(str(version))
     pem = entry.get("public_key") if isinstance(entry, dict) else None
     if not isinstance(pem, str):
-        raise IntegrityError(
-            f"Vault described the key without the public key of version {version}.",
-            hint=_ALTERED,
-        )
+        raise VAULT.altered(f"described the key without the public key of version {version}.")
     return PublicKey.from_pem(pem)
-
-
-def _fact(name: str, value: object) -> Fact:
-    plain: FactValue = value if isinstance(value, bool | int | str) else None
-    return Fact(name=name, value=plain, source="Vault Transit key")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,11 +23,11 @@ from urllib3.exceptions import (
     SSLError,
 )
 
+from d1_signer.backends.remote import Failures, Meaning, Service
 from d1_signer.errors import (
     AccessDeniedError,
     ConfigurationError,
     D1SignerError,
-    IntegrityError,
     KeyDisabledError,
     KeyNotFoundError,
     LoginError,
@@ -38,12 +38,23 @@ from d1_signer.errors import (
 )
 from d1_signer.secret import Secret
 from d1_signer.transport.exchange import Answer, Http
-from d1_signer.transport.failures import is_untrusted
 from d1_signer.transport.hosts import check_endpoint
 from d1_signer.transport.tls import verifying_context
 
-_LONGEST = 400
-_ALTERED = "Something between this process and Vault alters answers, or it is not Vault."
+# In this order: a class before the classes it derives from.
+_FAILURES: Failures = (
+    ((SSLError,), SignerUnavailable, "TLS failed: check VAULT_CACERT and the name in VAULT_ADDR."),
+    ((ConnectTimeoutError, ReadTimeoutError), SignerTimeout, "Check that Vault can be reached."),
+    ((HTTPError, OSError), SignerUnavailable, "Check VAULT_ADDR and the network."),
+    ((ValueError,), SignerError, "Check the settings; a token is plain ASCII text."),
+)
+
+VAULT = Service(
+    name="Vault",
+    packages="d1-signer and urllib3",
+    altered_hint="Something between this process and Vault alters answers, or it is not Vault.",
+    failures=_FAILURES,
+)
 
 _OK = range(200, 300)
 _REDIRECTS = range(300, 400)
@@ -69,15 +80,7 @@ _TEXTS: dict[int, tuple[tuple[str, type[D1SignerError], str], ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Where Vault is.
-
-    Attributes:
-        address: URL of the server, without a path below it as a rule.
-        namespace: Namespace of Vault Enterprise or OpenBao, or None.
-        ca_file: PEM file of the authorities to trust; None: the system's.
-        connect_timeout: Seconds for each attempt to connect.
-        read_timeout: Seconds for each wait for bytes.
-    """
+    """Where Vault is: the options of `open_backend`, put together."""
 
     address: str
     namespace: str | None
@@ -149,57 +152,38 @@ class HttpClient:
         Returns:
             The answer's JSON object; empty for an answer without a body.
         """
-        outcome = self._exchange(doing, method, path, until, token, fields, secrets)
-        if isinstance(outcome, D1SignerError):
-            raise outcome
+
+        def send() -> Answer:
+            # The secrets are in the frames below this one, which `ask` leaves behind.
+            return self._http.exchange(
+                method,
+                self._base + path,
+                headers=_headers(self._namespace, token),
+                body=_body(fields, secrets),
+                until=until,
+            )
+
+        answer = VAULT.ask(doing, _again, send)
         try:
-            told = json.loads(outcome.body) if outcome.body else {}
+            told = json.loads(answer.body) if answer.body else {}
         except ValueError:
             told = None
-        if outcome.status not in _OK:
-            raise _refused(outcome.status, told, doing, outcome.headers.get("Location", ""))
+        if answer.status not in _OK:
+            raise _refused(answer.status, told, doing, answer.headers.get("Location", ""))
         if not isinstance(told, dict):
-            raise IntegrityError(f"Vault answered {doing} without JSON.", hint=_ALTERED)
+            raise VAULT.altered(f"answered {doing} without JSON.")
         return told
-
-    def _exchange(  # noqa: PLR0917 (those of `request`)
-        self,
-        doing: str,
-        method: str,
-        path: str,
-        until: float,
-        token: Secret | None,
-        fields: Mapping[str, object] | None,
-        secrets: Mapping[str, Secret] | None,
-    ) -> Answer | D1SignerError:
-        """Returns the failure and does not raise it.
-
-        The frames here and below hold the secrets, so none of them may be in its traceback, and
-        urllib3's exception, which has them, neither in its context nor in a variable.
-        """
-        failure: D1SignerError
-        for again in (True, False):
-            try:
-                return self._http.exchange(
-                    method,
-                    self._base + path,
-                    headers=_headers(self._namespace, token),
-                    body=_body(fields, secrets),
-                    until=until,
-                )
-            except D1SignerError as error:
-                failure = error.with_traceback(None)
-                failure.__context__ = None
-                return failure
-            except (HTTPError, OSError, ValueError) as error:
-                failure = _unreachable(error, doing)
-                if not (again and isinstance(error, ProtocolError)):
-                    return failure
-        return failure
 
     def close(self) -> None:
         """Close the connections that are kept."""
         self._http.close()
+
+
+def _again(send: Callable[[], Answer]) -> Answer:
+    try:
+        return send()
+    except ProtocolError:  # as where a kept connection turned out to be closed
+        return send()
 
 
 def _body(
@@ -231,22 +215,6 @@ def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
         ) from None
 
 
-def _unreachable(error: Exception, doing: str) -> D1SignerError:
-    name = type(error).__name__
-    text = f"Vault could not be asked {doing}: {name}."
-    if isinstance(error, SSLError):
-        return SignerUnavailable(
-            text,
-            hint="TLS failed: check VAULT_CACERT and the name in VAULT_ADDR.",
-            retryable=not is_untrusted(error),
-        )
-    if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
-        return SignerTimeout(text, hint="Check that Vault can be reached.")
-    if isinstance(error, HTTPError | OSError):
-        return SignerUnavailable(text, hint="Check VAULT_ADDR and the network.")
-    return SignerError(text, hint="Check the settings; a token is plain ASCII text.")
-
-
 def _refused(status: int, told: object, doing: str, location: str) -> D1SignerError:
     if status in _REDIRECTS:
         host = urlsplit(location).hostname or "nowhere"
@@ -257,15 +225,11 @@ def _refused(status: int, told: object, doing: str, location: str) -> D1SignerEr
         )
     errors = told.get("errors") if isinstance(told, dict) else None
     message = " ".join(" ".join(map(str, errors)).split()) if isinstance(errors, list) else ""
-    message = message if message.isprintable() and len(message) <= _LONGEST else ""
-    kind, hint = _meaning(status, message.lower())
-    text = f"Vault refused {doing}: status {status}"
-    return kind(
-        f"{text} ({message})." if message else f"{text}.", hint=hint, details={"status": status}
-    )
+    meaning = _meaning(status, message.lower())
+    return VAULT.refusal(doing, f"status {status}", message, meaning, {"status": status})
 
 
-def _meaning(status: int, message: str) -> tuple[type[D1SignerError], str]:
+def _meaning(status: int, message: str) -> Meaning:
     for text, kind, hint in _TEXTS.get(status, ()):
         if text in message:
             return kind, hint

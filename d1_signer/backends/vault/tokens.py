@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from d1_signer.backends.vault.http import HttpClient, Settings
-from d1_signer.errors import AccessDeniedError, IntegrityError, LoginError
+from d1_signer.backends.vault.http import VAULT, HttpClient, Settings
+from d1_signer.errors import AccessDeniedError, LoginError
 from d1_signer.secret import Secret, SecretSource, read_secret
 from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.processes import PerProcess
@@ -45,7 +45,7 @@ class GivenTokens:
         self._token: Secret | None = None
 
     def for_this_process(self) -> GivenTokens:
-        """The same, its token read: before any time limit begins, since a person may type it."""
+        """The same, its token read."""
         if self._token is None:
             self._token = self._read()
         return self
@@ -152,7 +152,7 @@ class AppRoleTokens:
         ).pop("auth", None)
         token = auth.pop("client_token", None) if isinstance(auth, dict) else None
         if not isinstance(token, str) or not token:
-            raise IntegrityError("Vault answered a login without a token.")
+            raise VAULT.altered("answered a login without a token.")
         life = auth.get("lease_duration")
         # 0 is a token that does not expire.
         seconds = life * _USABLE_SHARE if isinstance(life, int) and life > 0 else float("inf")
@@ -188,6 +188,10 @@ class Client:
             raise refusal
         return self.http.request(doing, method, path, until=until, token=token_now, fields=fields)
 
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self.http.close()
+
 
 def clients(settings: Settings, tokens: GivenTokens | AppRoleTokens) -> PerProcess[Client]:
     """The client of each process; a child's goes on with the token of its parent's login."""
@@ -198,4 +202,6 @@ def clients(settings: Settings, tokens: GivenTokens | AppRoleTokens) -> PerProce
         latest = latest.for_this_process()
         return Client(HttpClient(settings), latest)
 
-    return PerProcess(make)
+    made = PerProcess(make)
+    made.get()  # before any time limit begins, since a person may type the token
+    return made
