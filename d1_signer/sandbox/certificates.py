@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from d1_signer.errors import InvalidInputError
+from d1_signer.errors import InvalidInputError, InvalidKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 _LOOPBACK_NAMES: tuple[x509.GeneralName, ...] = (
     x509.DNSName("localhost"),
@@ -36,7 +38,7 @@ _LOOPBACK_NAMES: tuple[x509.GeneralName, ...] = (
 )
 _LONGEST_PASSPHRASE = 1023  # bytes that OpenSSL takes
 _BACKDATED = dt.timedelta(hours=1)
-_LIFETIME = dt.timedelta(days=30)
+_LIFETIME = dt.timedelta(days=90)
 
 
 class CertificateAuthority:
@@ -54,7 +56,7 @@ class CertificateAuthority:
 
     def issue(
         self,
-        key: PrivateKey,
+        key: PublicKey,
         common_name: str,
         usage: x509.ObjectIdentifier,
         names: Sequence[x509.GeneralName] = (),
@@ -62,7 +64,7 @@ class CertificateAuthority:
         """Issue an end-entity certificate for `key` and one extended key usage."""
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = (
-            _builder(self.certificate.subject, _name(common_name), key.public_key())
+            _builder(self.certificate.subject, _name(common_name), key)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -119,11 +121,34 @@ class CertificateFolder:
             else ec.generate_private_key(ec.SECP256R1())
         )
         certificate = self._authority.issue(
-            private, "d1-signer sandbox client", ExtendedKeyUsageOID.CLIENT_AUTH
+            private.public_key(), "d1-signer sandbox client", ExtendedKeyUsageOID.CLIENT_AUTH
         )
+        return self._write_pair(self._stem(), certificate, private, passphrase)
+
+    def sign_request(self, request: bytes) -> Path:
+        """Issue a client certificate for the key of a CSR in PEM; returns its PEM file.
+
+        Raises:
+            InvalidInputError: Not a CSR, or not signed by its key.
+            InvalidKeyError: The key is neither RSA nor EC.
+        """
+        try:
+            csr = x509.load_pem_x509_csr(request)
+            key = csr.public_key() if csr.is_signature_valid else None
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            key = None
+        if key is None:
+            raise InvalidInputError("Not a certificate signing request in PEM that its key signed.")
+        if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+            raise InvalidKeyError("A client key is an EC or an RSA key.")
+        certificate = self._authority.issue(
+            key, "d1-signer sandbox client", ExtendedKeyUsageOID.CLIENT_AUTH
+        )
+        return self._write(f"{self._stem()}.pem", _certificate_pem(certificate))
+
+    def _stem(self) -> str:
         self._issued += 1
-        stem = "client" if self._issued == 1 else f"client-{self._issued}"
-        return self._write_pair(stem, certificate, private, passphrase)
+        return "client" if self._issued == 1 else f"client-{self._issued}"
 
     def server_context(self) -> ssl.SSLContext:
         """TLS 1.2 or newer that accepts only clients with a certificate of this authority."""
@@ -141,7 +166,7 @@ class CertificateFolder:
     def _issue_server(self) -> tuple[Path, Path]:
         private = ec.generate_private_key(ec.SECP256R1())
         certificate = self._authority.issue(
-            private,
+            private.public_key(),
             "d1-signer sandbox server",
             ExtendedKeyUsageOID.SERVER_AUTH,
             names=_LOOPBACK_NAMES,

@@ -167,6 +167,21 @@ class Sandbox:
         """
         return self._folder().issue_client(key=key, passphrase=passphrase)
 
+    def sign_client_request(self, request: bytes) -> Path:
+        """Issue a client certificate from a CSR, as Thales does: for a key in an HSM.
+
+        Args:
+            request: The CSR in PEM, as ``d1-signer csr`` prints it. Its subject is not kept.
+
+        Returns:
+            The PEM file of the certificate.
+
+        Raises:
+            InvalidInputError: Not a CSR, or not signed by its key.
+            InvalidKeyError: The key is neither RSA nor EC.
+        """
+        return self._folder().sign_request(request)
+
     def register_key(self, kid: str, jwk: Mapping[str, str]) -> None:
         """Make a public key known, as D1 does at onboarding; the kid's former key is replaced.
 

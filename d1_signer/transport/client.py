@@ -86,13 +86,14 @@ class ClientCertificate:
         """
         if isinstance(self.key, str | bytes | os.PathLike):
             return ()
-        signers = (self.key,) if isinstance(self.key, Signer | LazySigner) else self.key
+        several = isinstance(self.key, Sequence)
+        signers = tuple(self.key) if several else (self.key,)  # type: ignore[arg-type]
         if not signers or not all(isinstance(each, Signer | LazySigner) for each in signers):
             raise ConfigurationError(
                 "The client key is neither a path nor a Signer.",
                 hint="Give ClientCertificate(certificate, key) a path, a Signer or several.",
             )
-        return tuple(signers)
+        return signers  # type: ignore[return-value]  # looked at above
 
     def files(self) -> list[str]:
         """The files that it is made of."""

@@ -30,6 +30,7 @@ from d1_signer.errors import (
     D1SignerError,
     InvalidKeyError,
     KeyMismatchError,
+    SecretSourceError,
     SignerError,
 )
 from d1_signer.es256 import PublicKey
@@ -84,12 +85,12 @@ def chain_of(pem: bytes, shown: str) -> list[x509.Certificate]:
     """The certificates of a PEM file, the client's own first.
 
     Raises:
-        ConfigurationError: It holds none that can be read.
+        SecretSourceError: It holds none that can be read.
     """
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError:
-        raise ConfigurationError(
+        raise SecretSourceError(
             f"The client certificate cannot be read: {shown}.",
             hint="Give the file in PEM that Thales sent for your CSR, its chain behind it.",
         ) from None

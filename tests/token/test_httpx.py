@@ -20,7 +20,6 @@ import pytest
 
 from d1_signer import (
     AccessToken,
-    ConfigurationError,
     D1SignerError,
     HttpxD1Auth,
     Limits,
@@ -163,9 +162,12 @@ def test_the_context_is_the_mutual_tls_of_the_fetcher(
     assert context.verify_mode is ssl.CERT_REQUIRED
     with pytest.raises(httpx.HTTPError), httpx.Client(trust_env=False) as plain:
         plain.get(f"{sandbox.banking_url}/ping")
-    context.check_hostname = False
-    with pytest.raises(ConfigurationError):
-        _ = fetcher.ssl_context
+    with httpx.Client(verify=context, trust_env=False) as mutual:
+        assert mutual.get(f"{sandbox.banking_url}/ping").status_code == 401
+    # What one consumer does to its own is no business of the next one's.
+    context.verify_mode, context.check_hostname = ssl.CERT_REQUIRED, False
+    assert fetcher.ssl_context.check_hostname
+    assert fetcher.ssl_context is not context
 
 
 async def gather(number: int, work: Callable[[], Awaitable[httpx.Response]]) -> list[Any]:
