@@ -43,6 +43,7 @@ def prepared_token(tmp_path_factory: pytest.TempPathFactory) -> SoftHsmToken:
 def no_pin_failed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copies are one token to the memory of failed PINs, which lasts as long as the process."""
     monkeypatch.setattr(refused, "_digests", set())
+    monkeypatch.setattr(refused, "_taken", set())
 
 
 @pytest.fixture

@@ -86,7 +86,8 @@ def open_backend(
         pin_source: Where the user PIN comes from; wins over the URI's ``pin-source``.
         module_path: The module's file; wins over the URI's ``module-path``.
         public_key: The public key (or its PEM), for a token that holds neither it nor a
-            certificate; checked against the token's where it does.
+            certificate, or tells them in a form that cannot be read; checked against the token's
+            where it can.
         max_sessions: Sessions that sign, beside the one that holds the login.
         session_timeout: Seconds to wait at most for a free session.
         timeout: Seconds for a call that is given no time limit of its own, and for opening, beside

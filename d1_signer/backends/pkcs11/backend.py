@@ -354,6 +354,10 @@ class Pkcs11Backend:
         except (KeyNotFoundError, sdk.GeneralError):
             # A SoftHSM module that starts while another process logs in may miss its tokens.
             self._module.reinitialize(self._module.generation, None)
+        try:
+            return self._module.run(self._look, None)
+        except sdk.UserAlreadyLoggedIn:  # and no key is to be seen
+            self._module.reinitialize(self._module.generation, None)
         return self._module.run(self._look, None)
 
     def _look(self) -> FoundKey:

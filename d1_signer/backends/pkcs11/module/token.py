@@ -89,8 +89,6 @@ def read_slots(cryptoki: Cryptoki) -> Slots:
     for slot_id in _slot_ids(cryptoki):
         try:
             tokens.append(_token(cryptoki, slot_id))
-        except (sdk.TokenNotPresent, sdk.TokenNotRecognised):
-            pass
         except sdk.PKCS11Error as failure:
             if code_of(failure) == Ckr.CRYPTOKI_NOT_INITIALIZED:
                 raise  # the module's own state, not the slot's
