@@ -12,13 +12,12 @@ import pkcs11
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, exceptions as sdk
 
 from d1_signer.backends.pkcs11 import keys
-from d1_signer.backends.pkcs11.backend import Settings
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import P256
-from d1_signer.backends.pkcs11.module import forks
-from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.backends.pkcs11.module import forks, owners
 from d1_signer.backends.pkcs11.session.handoff import Handoff
 from d1_signer.backends.pkcs11.session.login import Login, Pin
+from d1_signer.backends.pkcs11.settings import Settings
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import KeyExistsError, SignerError, SignerTimeout
 from d1_signer.es256 import PublicKey
@@ -72,7 +71,7 @@ def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
 
 
 def _made(settings: Settings, secret: Secret | None, deadline: float) -> GeneratedKey:
-    module = Module.acquire(
+    module = owners.acquire(
         settings.module_path,
         locking=settings.locking,
         reserved=settings.init_reserved,

@@ -2,15 +2,17 @@
 """The few C calls of PKCS#11 that python-pkcs11 does not make as needed here, through ctypes.
 
 `C_Initialize` with arguments (the binding promises the module a single thread), `C_Finalize`
-without holding the GIL, `C_Login` on a session that is closed when the login fails (the binding
-leaks it), `C_GetSessionInfo`, and `C_SignInit` and `C_Sign` without the binding's third call for
-the length and its 15 µs. PKCS#11 v2.40 base specification, sections 5.4 to 5.6 and 5.11.
+without holding the GIL, `C_GetSlotInfo` of one slot after the other (the binding gives up at the
+first that fails), `C_Login` on a session that is closed when the login fails (the binding leaks
+it), `C_GetSessionInfo`, and `C_SignInit` and `C_Sign` without the binding's third call for the
+length and its 15 µs. PKCS#11 v2.40 base specification, sections 5.4 to 5.6 and 5.11.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ CKR_OK = 0x0
 CKR_ARGUMENTS_BAD = 0x7
 CKR_NEED_TO_CREATE_THREADS = 0x9
 CKR_CANT_LOCK = 0xA
+CKR_BUFFER_TOO_SMALL = 0x150
 CKR_CRYPTOKI_NOT_INITIALIZED = 0x190
 CKR_CRYPTOKI_ALREADY_INITIALIZED = 0x191
 
@@ -29,6 +32,8 @@ _LOGGED_IN_STATES = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNC
 
 _CKM_ECDSA = 0x1041
 _DIGEST_LENGTH = 32
+_SLOT_LISTS = 10  # tries, where the list grows between two calls
+_LONGEST_SLOT_INFO = 256  # CK_SLOT_INFO has 104 octets
 _LONGEST_SIGNATURE = 128  # 64 are expected; a module that gives more is refused by its caller
 
 # What the calls made here may answer; python-pkcs11's own table is not reachable from Python.
@@ -106,6 +111,7 @@ _Mechanism = _structure(
 )
 
 _INITIALIZE, _FINALIZE, _GET_INFO = 0, 1, 2
+_GET_SLOT_LIST, _GET_SLOT_INFO = 4, 5
 _GET_SESSION_INFO, _LOGIN = 15, 18
 _SIGN_INIT, _SIGN = 42, 43
 
@@ -125,6 +131,8 @@ class Cryptoki:
 
     Attributes:
         address: Where it is; another list at another address is another instance of the module.
+        code: Where its ``C_Initialize`` is.
+        listing: Held while the binding asks for slots; see `slots`.
     """
 
     def __init__(self, path: str, binding: Any) -> None:
@@ -145,6 +153,7 @@ class Cryptoki:
         self.address = address
         functions = _FunctionList.from_address(address).functions
         handle, pin = ctypes.c_ulong, ctypes.c_char_p
+        self.code: int = functions[_INITIALIZE]
         self._initialize = _function(functions[_INITIALIZE], ctypes.c_void_p)
         self._finalize = _function(functions[_FINALIZE], ctypes.c_void_p)
         self._get_info = _function(functions[_GET_INFO], ctypes.c_void_p)
@@ -153,14 +162,22 @@ class Cryptoki:
         at = ctypes.c_void_p
         self._sign_init = _function(functions[_SIGN_INIT], handle, at, handle)
         self._sign = _function(functions[_SIGN], handle, pin, ctypes.c_ulong, at, at)
+        self._get_slot_list = _function(functions[_GET_SLOT_LIST], ctypes.c_ubyte, at, at)
+        self._get_slot_info = _function(functions[_GET_SLOT_INFO], handle, at)
+        self.listing = threading.Lock()
+        self._arguments: dict[tuple[bool, str | None], Any] = {}
 
     def initialize(self, *, os_locking: bool, reserved: str | None) -> int:
         """Call ``C_Initialize``; returns its ``CK_RV``."""
         if not os_locking and reserved is None:
             return int(self._initialize(None))
-        arguments = _InitializeArguments(
-            flags=CKF_OS_LOCKING_OK if os_locking else 0,
-            reserved=None if reserved is None else reserved.encode(),
+        # Kept for ever, since some modules keep the pointer and look at it again (OpenSC#2170).
+        arguments = self._arguments.setdefault(
+            (os_locking, reserved),
+            _InitializeArguments(
+                flags=CKF_OS_LOCKING_OK if os_locking else 0,
+                reserved=None if reserved is None else reserved.encode(),
+            ),
         )
         return int(self._initialize(ctypes.byref(arguments)))
 
@@ -211,6 +228,32 @@ class Cryptoki:
             cryptoki_version=(info.cryptoki_version.major, info.cryptoki_version.minor),
         )
 
+    def slots(self) -> tuple[list[int], dict[int, sdk.PKCS11Error]]:
+        """The slots with a token that tell about themselves, and what the others answer.
+
+        Calls ``C_GetSlotList``, again where the list has grown meanwhile, and ``C_GetSlotInfo``.
+
+        Raises:
+            pkcs11.PKCS11Error: There is no list.
+        """
+        count = ctypes.c_ulong()
+        code, ids, tries = CKR_BUFFER_TOO_SMALL, (ctypes.c_ulong * 0)(), _SLOT_LISTS
+        while code == CKR_BUFFER_TOO_SMALL and tries:
+            _check(self._get_slot_list(1, None, ctypes.byref(count)))
+            ids = (ctypes.c_ulong * count.value)()
+            code = self._get_slot_list(1, ids, ctypes.byref(count))
+            tries -= 1
+        _check(code)
+        answers = {slot: self._slot_answer(slot) for slot in ids[: count.value]}
+        silent = {slot: error_of(code) for slot, code in answers.items() if code != CKR_OK}
+        return [slot for slot in answers if slot not in silent], silent
+
+    def _slot_answer(self, slot: int) -> int:
+        code = int(self._get_slot_info(slot, ctypes.create_string_buffer(_LONGEST_SLOT_INFO)))
+        if code == CKR_CRYPTOKI_NOT_INITIALIZED:
+            raise error_of(code)  # the module's own state, not the slot's
+        return code
+
     def login(self, session: int, user_type: int, pin: str | None) -> None:
         """Call ``C_Login``; without a PIN, the token asks for it itself (PIN pad).
 
@@ -245,18 +288,26 @@ def loaded(path: str) -> tuple[Any, Cryptoki]:
     return binding, Cryptoki(path, binding)
 
 
-def _list_of(binding: Any) -> int | None:
-    """Address of the function list in python-pkcs11's object; None where it looks otherwise.
+def place_of_list(binding: Any) -> Any:
+    """Where python-pkcs11's object holds its function list; None where it looks otherwise.
 
     Such an object is a C structure of three pointers, of which only the first, the list of v2.40,
     is set when the object is made without its ``__init__``. The binding shows none of them.
     """
     pointers = ctypes.c_void_p * 3
-    base = type(binding).__mro__[1]
+    base = _pkcs11.lib.__mro__[1]
     if base.__basicsize__ != object.__basicsize__ + ctypes.sizeof(pointers):
         return None
-    first, *others = pointers.from_address(id(binding) + object.__basicsize__)
-    return first if first is not None and others == [None, None] else None
+    place = id(binding) + object.__basicsize__
+    first, *others = pointers.from_address(place)
+    known = first is not None and others == [None, None]
+    return ctypes.c_void_p.from_address(place) if known else None
+
+
+def _list_of(binding: Any) -> int | None:
+    """Address of the function list in python-pkcs11's object."""
+    place = place_of_list(binding)
+    return None if place is None else place.value
 
 
 def handle(item: Any) -> int:

@@ -63,6 +63,19 @@ class Handoff:
         result: T = job.result
         return result
 
+    def prepare(self) -> None:
+        """Have a thread ready.
+
+        Raises:
+            SignerUnavailable: None can be started.
+        """
+        with self._lock:
+            ready = bool(self._idle)
+        if not ready:
+            queue = self._started()
+            with self._lock:
+                self._idle.append(queue)
+
     def close(self) -> None:
         """Let the threads end, those that hang when they come back."""
         with self._lock:
@@ -75,6 +88,9 @@ class Handoff:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
+        return self._started()
+
+    def _started(self) -> SimpleQueue[_Job | None]:
         queue: SimpleQueue[_Job | None] = SimpleQueue()
         try:
             threading.Thread(

@@ -26,6 +26,7 @@ from d1_signer.backends.pkcs11.failures import (
     told,
     translated,
 )
+from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, handle
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.errors import LoginError, SecretSourceError
@@ -95,6 +96,20 @@ refused = Refused()
 # The generation of its module in which a device was lost at the login with a PIN, and how. It is
 # tried again after the module was initialised anew, and not before.
 _lost: dict[tuple[str, bytes], tuple[int, sdk.PKCS11Error]] = {}
+
+# PINs that a token took. In the child of a fork, how often each is sent again after an answer that
+# says nothing: siblings that begin at once get such answers of SoftHSM, and the PIN was right.
+_taken: set[bytes] = set()
+_resends: dict[bytes, int] = {}
+_SAYS_NOTHING = (sdk.FunctionFailed, sdk.GeneralError)
+_RESENDS_IN_CHILD = 2
+
+
+def _after_fork() -> None:
+    _resends.update(dict.fromkeys(_taken, _RESENDS_IN_CHILD))
+
+
+forks.in_child(_after_fork)
 
 # Around the sending of a PIN; left by an exception where the token did not take it. For a process
 # of ours that may end in between, so that another one knows.
@@ -266,6 +281,8 @@ class Login:
                 cryptoki.login(session, user_type, None if pin is None else pin.reveal())
         except sdk.PKCS11Error as failure:
             raise self._judged(failure.with_traceback(None), digest, generation) from None
+        if digest is not None:
+            _taken.add(digest)
 
     def _judged(self, failure: sdk.PKCS11Error, digest: bytes | None, generation: int) -> Exception:
         """What to raise for a login that failed; with a PIN, only a clear loss is recovered from.
@@ -278,6 +295,8 @@ class Login:
         lost = isinstance(failure, _DEVICE_LOST) or not_initialized(failure)
         if digest is not None and lost:
             _lost[self._module.path, digest] = generation, failure
+        elif digest is not None and isinstance(failure, _SAYS_NOTHING) and _resends.get(digest):
+            _resends[digest] -= 1
         elif digest is not None and not isinstance(failure, (*_SESSION_LOST, *_NOT_NOW)):
             refused.add(digest)
             if not isinstance(failure, _REFUSALS):
