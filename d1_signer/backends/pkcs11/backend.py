@@ -20,6 +20,7 @@ from d1_signer.backends.pkcs11.module import forks, owners
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.session import at_exit
 from d1_signer.backends.pkcs11.session.access import Access
+from d1_signer.backends.pkcs11.session.at_exit import kept_threads
 from d1_signer.backends.pkcs11.session.handoff import Handoff
 from d1_signer.backends.pkcs11.session.ladder import Ladder, SessionsAreShort
 from d1_signer.backends.pkcs11.session.login import Pin
@@ -74,13 +75,16 @@ class Pkcs11Backend:
         _all.add(self)
         deadline = self._deadline(None)
         try:
-            self._open_step("module", lambda: self._begin(deadline), deadline)
+            # In a thread that never ends, in case the module turns out to want that.
+            self._open_step(
+                "module", lambda: kept_threads.run(lambda: self._begin(deadline), deadline)
+            )
             asked = time.monotonic()
             # In the caller's own thread, and its time is not the module's: it may ask a person.
             pin.read()
             if deadline is not None:
                 deadline += time.monotonic() - asked
-            self._open_step("token", self._open, deadline)
+            self._open_step("token", lambda: self._bounded(deadline, self._open))
         except BaseException:
             self.close()
             raise
@@ -97,7 +101,7 @@ class Pkcs11Backend:
         """Sign a digest of 32 bytes; the answer is r||s, 64 bytes."""
         forks.notice()
         deadline = self._deadline(deadline)
-        if deadline is None:
+        if deadline is None and not self._module.thread_bound:
             return self._sign(digest, None)
         return self._bounded(deadline, lambda: self._sign(digest, deadline))
 
@@ -115,8 +119,6 @@ class Pkcs11Backend:
         """Close all sessions and give the module back; calling it again does nothing.
 
         It returns after a second at most; if the module hangs, the rest is done when it answers.
-        A module that must be finalised in this thread (see `callers`) has no such limit for that,
-        unless the signer has one for its calls, which then are made in other threads.
         """
         forks.notice()
         with self._life:
@@ -126,31 +128,20 @@ class Pkcs11Backend:
             opening = self._opening
         self._handoff.close()
         free = self._pool.close()
-        if not opening:
-            self._let_go_within(free, time.monotonic() + _PATIENCE)
-
-    def _let_go_within(self, free: list[Worker], limit: float) -> None:
-        through = threading.Lock()  # taken by whoever is through first; the other one finalises
-        here = self._module.thread_bound and self._settings.timeout is None
-
-        def work() -> None:
-            self._close_sessions(free)
-            if not here or not through.acquire(blocking=False):
-                self._module.release()
-
+        if opening:
+            return
         try:
-            at_exit.closing.run(work, limit)
+            kept_threads.run(lambda: self._let_go(free), time.monotonic() + _PATIENCE)
         except SignerTimeout:
             _log.warning("pkcs11.close_hangs token=%s", self._settings.uri.token_location())
         except SignerUnavailable:  # no thread can be started
-            work()
-        finally:
-            if here and not through.acquire(blocking=False):
-                self._module.release(limit)
+            self._let_go(free)
 
-    def _let_go(self) -> None:
-        self._close_sessions([])
-        self._module.release()
+    def _let_go(self, free: list[Worker]) -> None:
+        try:
+            self._close_sessions(free)
+        finally:
+            self._module.release()
 
     def _close_sessions(self, workers: list[Worker]) -> None:
         with contextlib.suppress(D1SignerError):
@@ -165,7 +156,7 @@ class Pkcs11Backend:
 
     def leave(self, limit: float) -> None:
         """Close all sessions, unless a call is under way until the limit."""
-        self._module.if_idle(lambda: self._access.close(self._pool.workers), limit)
+        self._module.leave(lambda: self._access.close(self._pool.workers), limit)
 
     # -- signing ------------------------------------------------------------------------------
 
@@ -177,13 +168,19 @@ class Pkcs11Backend:
     def _bounded(self, deadline: float | None, work: Callable[[], T]) -> T:
         """Do it here, or with a deadline in a thread that is left behind when the call hangs.
 
+        A module that is `Module.thread_bound` is called in other threads in any case.
+
         A session whose call was left behind stays out of the pool until the call returns, so that
         at most ``max_sessions`` calls can hang.
         """
-        if deadline is None:
+        if self._module.thread_bound:
+            threads = kept_threads
+        elif deadline is None:
             return work()
+        else:
+            threads = self._handoff
         try:
-            return self._handoff.run(work, deadline)
+            return threads.run(work, deadline)
         except SignerTimeout as error:
             error.details.setdefault("busy_sessions", self._pool.busy)
             raise
@@ -266,10 +263,10 @@ class Pkcs11Backend:
 
     # -- opening ------------------------------------------------------------------------------
 
-    def _open_step(self, name: str, work: Callable[[], None], deadline: float | None) -> None:
+    def _open_step(self, name: str, work: Callable[[], None]) -> None:
         self._opening = True
         try:
-            self._bounded(deadline, work)
+            work()
         except SignerTimeout as error:
             error.details.setdefault("step", name)
             raise
@@ -290,7 +287,7 @@ class Pkcs11Backend:
         with self._life:
             self._opening, late = False, self._closed
         if late:
-            self._let_go()
+            self._let_go([])
 
     def _open(self) -> None:
         """Take every step once, so that a wrong setting shows at opening."""

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from d1_signer.errors import SignerTimeout
+from d1_signer.errors import SignerClosedError, SignerTimeout
 
 _PAUSE = 0.001
 
@@ -39,13 +39,16 @@ class Gate:
     Attributes:
         inside: The calls under way.
         shut_by: Those who have shut the gate or wait to; only the first one has it.
+        ended: Whether it stays shut, since the process ends.
         turn: Taken by one call after the other, for a module that serves one thread at a time.
     """
 
     def __init__(self) -> None:
         self.inside: set[object] = set()
         self.shut_by: list[object] = []
+        self.ended = False
         self.turn = threading.RLock()
+        self._held = False  # for a fork, when nobody was inside any more
 
     def enter(self, call: object, deadline: float | None) -> None:
         """Go in; waits while the gate is shut. ``inside.discard(call)`` must follow.
@@ -56,6 +59,7 @@ class Gate:
 
         Raises:
             SignerTimeout: It was shut until the deadline.
+            SignerClosedError: It is not opened any more.
         """
         while True:
             if not self.shut_by:
@@ -63,7 +67,9 @@ class Gate:
                 if not self.shut_by:  # else whoever shut it meanwhile may have missed this call
                     return
                 self.inside.discard(call)
-            if not until(lambda: not self.shut_by, deadline):
+            if self.ended:
+                raise SignerClosedError("The process ends: the PKCS#11 sessions are closed.")
+            if not until(lambda: not self.shut_by or self.ended, deadline):
                 raise SignerTimeout(
                     "The PKCS#11 module was being initialised anew until the deadline.",
                     hint="Try again, or allow more time.",
@@ -99,6 +105,37 @@ class Gate:
     def drained(self, limit: float) -> bool:
         """Wait until nobody is inside; False where somebody still is at the limit."""
         return until(lambda: not self.inside, limit)
+
+    def alone(self, work: Callable[[], None], limit: float) -> bool:
+        """Do work with the gate shut and nobody inside; False where that was not to be had."""
+        me = object()
+        try:
+            if not self.shut(me, limit) or not self.drained(limit):
+                return False
+            work()
+            return True
+        finally:
+            if me in self.shut_by:
+                self.shut_by.remove(me)
+
+    def hold_for_fork(self, limit: float) -> None:
+        """Let nobody in, and wait until nobody is inside."""
+        self._held = self.shut(threading.get_ident(), limit) and self.drained(limit)
+
+    def resume_in_parent(self) -> None:
+        """The fork was made."""
+        me = threading.get_ident()
+        if me in self.shut_by:
+            self.shut_by.remove(me)
+        self._held = False
+
+    @property
+    def torn(self) -> bool:
+        """In the child, of the parent's gate: whether the fork came in the middle of something.
+
+        Where Python was not told before the fork, the gate shows what went on then.
+        """
+        return bool(self.inside or self.shut_by) and not self._held
 
 
 def remaining(deadline: float | None) -> float | None:

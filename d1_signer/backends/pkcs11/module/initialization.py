@@ -3,7 +3,7 @@
 
 Handles of sessions and objects restart at each initialisation. What other code holds would stand
 for other sessions and other keys after it: so a module is not finalised where other code may hold
-handles of it, nor where finalising would crash threads (`callers`).
+handles of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 from enum import StrEnum
 
 from d1_signer.backends.pkcs11.module import cryptoki
-from d1_signer.backends.pkcs11.module.callers import Callers, callers_of
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki
 from d1_signer.errors import SignerUnavailable
 
@@ -43,17 +42,15 @@ class Initialization:
         locking: How calls are kept apart.
         ours: Whether it was initialised by us, not by other code in this process.
         lent: Whether other code may hold handles of what we initialised; see `lending`.
-        callers: The threads that used the module, where they matter.
     """
 
-    def __init__(self, reserved: str | None, functions: Cryptoki) -> None:
+    def __init__(self, reserved: str | None) -> None:
         """Begin with a module that is not initialised, as far as we know."""
         self.wanted = "auto"
         self.reserved = reserved
         self.locking = Locking.OS
         self.ours = False
         self.lent = False
-        self.callers = callers_of(functions.code)
         self._inherited = False  # ours in the parent, before a fork
 
     def reason_to_keep(self) -> str:
@@ -62,8 +59,6 @@ class Initialization:
             return "other code in this process may hold handles of it"
         if not self.ours:
             return "other code in this process has initialised it"
-        if self.callers is not None and self.callers.others():
-            return "it has an OpenSSL context of its own, and other threads that used it are alive"
         return ""
 
     def begin(self, functions: Cryptoki, *, kept: str) -> None:
@@ -114,8 +109,6 @@ class Initialization:
         """In the child: the module is to be initialised anew."""
         self._inherited = self._inherited or (self.ours and not self.lent)
         self.ours = False
-        if self.callers is not None:
-            self.callers = Callers()
 
 
 def _kept(reason: str) -> SignerUnavailable:

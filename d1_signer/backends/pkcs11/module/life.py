@@ -19,8 +19,8 @@ from typing import Any, TypeVar, TypeVarTuple
 from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import told
-from d1_signer.backends.pkcs11.module import cryptoki, lending
-from d1_signer.backends.pkcs11.module.gate import Gate, remaining, until
+from d1_signer.backends.pkcs11.module import contexts, cryptoki, lending
+from d1_signer.backends.pkcs11.module.gate import Gate, remaining
 from d1_signer.backends.pkcs11.module.initialization import Initialization, Locking
 from d1_signer.errors import (
     ConfigurationError,
@@ -34,7 +34,6 @@ Ts = TypeVarTuple("Ts")
 _log = logging.getLogger(__name__)
 
 _SECONDS_TO_DRAIN = 2.0  # before initialising anew
-_SECONDS_TO_END = 0.2  # for threads of ours that have been told to
 
 
 class Module:
@@ -45,6 +44,7 @@ class Module:
         generation: Counts the initialisations, over forks too.
         instance: Counts the instances of a module that gives out more than one; see `_abandon`.
         logins: The `login.Login` of each slot and user type, in this generation.
+        thread_bound: Whether only threads that never end may use it; see `contexts`.
     """
 
     def __init__(self, path: str, reserved: str | None) -> None:
@@ -54,7 +54,6 @@ class Module:
         self.logins: dict[tuple[int, int], Any] = {}
         self._users = 0
         self._stale = True
-        self._drained = False  # when a fork had shut the gate, nobody was in a call any more
         self._poisoned = False  # forked from a process whose call hung: its locks are held for ever
         self._new_locks()
         self.instance = 0
@@ -67,7 +66,8 @@ class Module:
                 hint="Check the path, the file's architecture, and the libraries that it needs.",
                 details={"step": "module"},
             ) from None
-        self._initialization = Initialization(reserved, self.cryptoki)
+        self.thread_bound = contexts.has_own(self.cryptoki.code)
+        self._initialization = Initialization(reserved)
 
     def _new_locks(self) -> None:
         self._life = threading.RLock()
@@ -121,8 +121,6 @@ class Module:
                 break
             # While this thread waited at the gate, the last user gave the module back.
             self._gate.inside.discard(call)
-        if revive and (callers := self._initialization.callers) is not None:
-            callers.add()
         if self._one_at_a_time:
             self._gate.take_turn(deadline)
 
@@ -239,11 +237,6 @@ class Module:
         return self._initialization.locking
 
     @property
-    def thread_bound(self) -> bool:
-        """Whether only a thread that used it may finalise it; see `callers`."""
-        return self._initialization.callers is not None
-
-    @property
     def kept(self) -> bool:
         """Whether it is initialised and may not be finalised in this process now."""
         return not self._stale and bool(self._initialization.reason_to_keep())
@@ -311,80 +304,48 @@ class Module:
                 details={"step": "module"},
             ) from None
         except BaseException:
-            self._given_back(None)
+            self._given_back()
             raise
 
-    def release(self, deadline: float | None = None) -> None:
+    def release(self) -> None:
         """Give the module back; the last one to do so finalises it, if nobody is in a call.
 
-        ``C_Finalize`` is called in this thread, and takes as long as it takes.
-
-        Args:
-            deadline: Moment on ``time.monotonic()`` until which to wait for calls; None: a limit of
-                our own.
+        It may take as long as a call of the module: a caller with a deadline hands it off.
         """
         with self._life:
-            self._given_back(deadline)
+            self._given_back()
 
-    def _given_back(self, deadline: float | None) -> None:
+    def _given_back(self) -> None:
         self._users -= 1
-        if self._users or self._stale or self._initialization.lent:
+        if self._users or self._stale or self._initialization.lent or self._gate.ended:
             return
         limit = time.monotonic() + _SECONDS_TO_DRAIN
-        if deadline is not None:
-            limit = min(limit, deadline)
-        if not self._alone(self._end_of_last_user, limit):
+        if self._hangs() or not self._gate.alone(self._end, limit):
             _log.warning("pkcs11.not_finalized module=%s: a call is outstanding", self.path)
 
-    def _end_of_last_user(self) -> None:
-        """With the gate shut."""
-        callers = self._initialization.callers
-        if callers is None or until(
-            lambda: not callers.others(), time.monotonic() + _SECONDS_TO_END
-        ):
-            self._end()
-        else:
-            _log.info("pkcs11.not_finalized module=%s: threads that used it live", self.path)
+    def leave(self, work: Callable[[], None], limit: float) -> None:
+        """The process ends: let nobody in any more, and do work unless a call is under way.
 
-    def if_idle(self, work: Callable[[], None], limit: float) -> bool:
-        """Do work with the module while nobody is in a call; False if somebody was until the limit.
-
-        It does not initialise a module that is not, and then does nothing.
+        Nobody, since a thread that goes on would open its session again and log in: a process that
+        ends in the middle of a login can cost SoftHSM its token.
         """
-        return not self._stale and self._alone(work, limit)
-
-    def _alone(self, work: Callable[[], None], limit: float) -> bool:
-        """Do work with the gate shut and nobody inside; False where that was not to be had."""
-        me = object()
-        try:
-            if self._hangs() or not self._gate.shut(me, limit) or not self._gate.drained(limit):
-                return False
+        self._gate.ended = True
+        if self._gate.shut(self, limit) and self._gate.drained(limit) and not self._stale:
             work()
-            return True
-        finally:
-            if me in self._gate.shut_by:
-                self._gate.shut_by.remove(me)
 
     # -- forks --------------------------------------------------------------------------------
 
     def hold_for_fork(self, limit: float) -> None:
         """Let nobody in, and wait until nobody is inside."""
-        me = threading.get_ident()
-        self._drained = self._gate.shut(me, limit) and self._gate.drained(limit)
+        self._gate.hold_for_fork(limit)
 
     def resume_in_parent(self) -> None:
         """The fork was made."""
-        me = threading.get_ident()
-        if me in self._gate.shut_by:
-            self._gate.shut_by.remove(me)
-        self._drained = False
+        self._gate.resume_in_parent()
 
     def begin_in_child(self) -> None:
         """Forget the parent's calls and handles; the next call initialises the module."""
-        # Where Python was not told before the fork, the gate shows as well what went on then.
-        used = bool(self._gate.inside or self._gate.shut_by)
-        self._poisoned = self._poisoned or (used and not self._drained)
-        self._drained = False
+        self._poisoned = self._poisoned or self._gate.torn
         self._new_locks()
         self._stale = True
         self._initialization.after_fork()

@@ -32,8 +32,8 @@ class Leaver(Protocol):
         """Close them, unless a call is under way until then, a moment on ``time.monotonic()``."""
 
 
-# Its thread is kept (see handoff.py), and closes the sessions of signers that are closed as well.
-closing = Handoff()
+# Its threads never end (see handoff.py).
+kept_threads = Handoff()
 _open: weakref.WeakSet[Leaver] = weakref.WeakSet()
 
 
@@ -41,7 +41,7 @@ def expected(leaver: Leaver) -> None:
     """From now on there may be sessions to close."""
     _open.add(leaver)
     with contextlib.suppress(SignerUnavailable):
-        closing.prepare()  # Python 3.12 starts no thread at exit
+        kept_threads.prepare()  # Python 3.12 starts no thread at exit
 
 
 def leave() -> None:
@@ -57,11 +57,11 @@ def leave() -> None:
             leaver.leave(limit)
 
     with contextlib.suppress(SignerTimeout, SignerUnavailable):
-        closing.run(work, limit)
+        kept_threads.run(work, limit)
 
 
 def _after_fork() -> None:
-    closing.after_fork()
+    kept_threads.after_fork()
     _open.clear()
 
 

@@ -83,8 +83,8 @@ class Ladder:
             try:
                 if level is Recovery.MODULE:
                     self._reinitialize(module, seen, deadline, failure)
-                else:
-                    self._drop(worker)
+                if worker.generation == module.generation:
+                    self._drop(worker)  # else its session has died with its generation
                 self._attempt(worker, lambda _: None, deadline)
                 step = "signature"
                 result = self._attempt(worker, work, deadline)
