@@ -26,11 +26,12 @@ from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import Backend, GeneratedKey
 
 try:
-    from d1_signer.backends.pkcs11.backend import Pkcs11Backend, Settings
+    from d1_signer.backends.pkcs11.backend import Pkcs11Backend
     from d1_signer.backends.pkcs11.generate import generate
     from d1_signer.backends.pkcs11.isolation.backend import HostSettings, IsolatedBackend
     from d1_signer.backends.pkcs11.session.login import CKU_USER
     from d1_signer.backends.pkcs11.session.pin import Pin
+    from d1_signer.backends.pkcs11.settings import Settings
 except ModuleNotFoundError as error:
     if error.name != "pkcs11":
         raise

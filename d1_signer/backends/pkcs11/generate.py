@@ -9,11 +9,9 @@ from collections.abc import Iterator
 
 from pkcs11 import Attribute, KeyType, ObjectClass, exceptions as sdk
 
-from d1_signer.backends.pkcs11.backend import Settings
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import P256
-from d1_signer.backends.pkcs11.module import forks
-from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.backends.pkcs11.module import forks, owners
 from d1_signer.backends.pkcs11.module.token import Token
 from d1_signer.backends.pkcs11.public_keys import read_point
 from d1_signer.backends.pkcs11.returns import Ckr, code_of
@@ -22,6 +20,7 @@ from d1_signer.backends.pkcs11.session.handoff import Handoff
 from d1_signer.backends.pkcs11.session.login import Login
 from d1_signer.backends.pkcs11.session.pin import Pin
 from d1_signer.backends.pkcs11.session.session import Session, Template, session_on
+from d1_signer.backends.pkcs11.settings import Settings
 from d1_signer.backends.pkcs11.tokens import find_token
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import InvalidKeyError, KeyExistsError, SignerError, SignerTimeout
@@ -90,7 +89,7 @@ def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
 
 
 def _made(settings: Settings, secret: Secret | None, deadline: float) -> GeneratedKey:
-    module = Module.acquire(
+    module = owners.acquire(
         settings.module_path,
         locking=settings.locking,
         reserved=settings.init_reserved,

@@ -3,8 +3,8 @@
 
 The binding promises the module a single thread, holds the GIL in `C_Finalize`, leaks the session
 whose login fails, makes a third call for each signature, fails where one of many attributes or
-slots cannot be read, loses bytes that are not UTF-8, and does not tell which call failed. So the
-calls are made here, in `slots` and in `session`. PKCS#11 v2.40 base specification, section 5.
+slots cannot be read, loses bytes that are not UTF-8, and does not tell which call failed. So they
+are made here, in `token` and in `session.session`. PKCS#11 v2.40 base specification, section 5.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Cryptoki:
 
     Attributes:
         address: Where it is; another list at another address is another instance of the module.
+        code: Where its ``C_Initialize`` is.
     """
 
     def __init__(self, path: str, binding: Any) -> None:
@@ -110,8 +111,10 @@ class Cryptoki:
             check(self._library.C_GetFunctionList(ctypes.byref(pointer)), "C_GetFunctionList")
             address = pointer.value or 0
         self.address = address
+        self._arguments: dict[tuple[bool, str | None], Any] = {}
         self._functions = _FunctionList.from_address(address).functions
         number, text, at = ctypes.c_ulong, ctypes.c_char_p, ctypes.c_void_p
+        self.code: int = self._functions[_INITIALIZE]
         self._initialize = self.function(_INITIALIZE, at)
         self._finalize = self.function(_FINALIZE, at)
         self._get_info = self.function(_GET_INFO, at)
@@ -136,9 +139,13 @@ class Cryptoki:
         """Call ``C_Initialize``; returns its ``CK_RV``."""
         if not os_locking and reserved is None:
             return int(self._initialize(None))
-        arguments = _InitializeArguments(
-            flags=CKF_OS_LOCKING_OK if os_locking else 0,
-            reserved=None if reserved is None else reserved.encode(),
+        # Kept for ever, since some modules keep the pointer and look at it again (OpenSC#2170).
+        arguments = self._arguments.setdefault(
+            (os_locking, reserved),
+            _InitializeArguments(
+                flags=CKF_OS_LOCKING_OK if os_locking else 0,
+                reserved=None if reserved is None else reserved.encode(),
+            ),
         )
         return int(self._initialize(ctypes.byref(arguments)))
 
@@ -233,24 +240,26 @@ def loaded(path: str) -> tuple[Any, Cryptoki]:
     return binding, Cryptoki(path, binding)
 
 
-def _list_of(binding: Any) -> int | None:
-    """Address of the function list in python-pkcs11's object; None where it looks otherwise.
+def place_of_list(binding: Any) -> Any:
+    """Where python-pkcs11's object holds its function list; None where it looks otherwise.
 
     Such an object is a C structure of three pointers, of which only the first, the list of v2.40,
     is set when the object is made without its ``__init__``. The binding shows none of them.
     """
     pointers = ctypes.c_void_p * 3
-    base = type(binding).__mro__[1]
+    base = _pkcs11.lib.__mro__[1]
     if base.__basicsize__ != object.__basicsize__ + ctypes.sizeof(pointers):
         return None
-    first, *others = pointers.from_address(id(binding) + object.__basicsize__)
-    return first if first is not None and others == [None, None] else None
+    place = id(binding) + object.__basicsize__
+    first, *others = pointers.from_address(place)
+    known = first is not None and others == [None, None]
+    return ctypes.c_void_p.from_address(place) if known else None
 
 
-def handle(item: Any) -> int:
-    """The handle of one of the binding's sessions or objects."""
-    number: int = item.handle
-    return number
+def _list_of(binding: Any) -> int | None:
+    """Address of the function list in python-pkcs11's object."""
+    place = place_of_list(binding)
+    return None if place is None else place.value
 
 
 def unpadded(field: bytes) -> str:

@@ -23,6 +23,7 @@ from d1_signer.backends.pkcs11.failures import (
     told,
     translated,
 )
+from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, shown
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.module.token import Token
@@ -78,6 +79,19 @@ _COUNTED = TokenFlag.USER_PIN_COUNT_LOW | TokenFlag.USER_PIN_FINAL_TRY | TokenFl
 # The generation of its module in which a device was lost at the login with a PIN, and how. It is
 # tried again after the module was initialised anew, and not before.
 _lost: dict[tuple[str, bytes], tuple[int, sdk.PKCS11Error]] = {}
+
+# In the child of a fork, how often a PIN that was taken is sent again after an answer that says
+# nothing: siblings that begin at once get such answers of SoftHSM, and the PIN was right.
+_resends: dict[bytes, int] = {}
+_SAYS_NOTHING = {Ckr.FUNCTION_FAILED, Ckr.GENERAL_ERROR}
+_RESENDS_IN_CHILD = 2
+
+
+def _after_fork() -> None:
+    _resends.update(dict.fromkeys(refused.taken, _RESENDS_IN_CHILD))
+
+
+forks.in_child(_after_fork)
 
 # Around the sending of a PIN; left by an exception where the token did not take it. For a process
 # of ours that may end in between, so that another one knows.
@@ -272,6 +286,8 @@ class Login:
             return failure
         if digest is not None and code in _DEVICE_LOST:
             _lost[self._module.path, digest] = generation, failure
+        elif digest is not None and code in _SAYS_NOTHING and _resends.get(digest):
+            _resends[digest] -= 1
         elif digest is not None and code not in _SESSION_LOST | _NOT_NOW:
             refused.add(digest)
             if code not in _REFUSALS:

@@ -38,6 +38,11 @@ class Refused:
         """Remember that a token took it."""
         self._taken.add(digest)
 
+    @property
+    def taken(self) -> frozenset[bytes]:
+        """What `took` was told and no refusal has been doubted of since."""
+        return frozenset(self._taken)
+
     def doubt(self, digest: bytes) -> bool:
         """Whether a refusal may be doubted: once after each time that the token took the PIN."""
         known = digest in self._taken
