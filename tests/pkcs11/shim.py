@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 import struct
 import subprocess
@@ -34,7 +35,9 @@ class Call(IntEnum):
 
     INITIALIZE = 0
     FINALIZE = 1
+    GET_INFO = 2
     GET_SLOT_LIST = 4
+    GET_SLOT_INFO = 5
     GET_TOKEN_INFO = 6
     OPEN_SESSION = 12
     CLOSE_SESSION = 13
@@ -45,6 +48,7 @@ class Call(IntEnum):
     GET_ATTRIBUTE_VALUE = 24
     FIND_OBJECTS_INIT = 26
     FIND_OBJECTS = 27
+    FIND_OBJECTS_FINAL = 28
     SIGN_INIT = 42
     SIGN = 43
     GENERATE_KEY_PAIR = 59
@@ -67,7 +71,7 @@ class Shim:
 
     def __init__(self, path: Path, module_path: str, state: Path) -> None:
         self.path = str(path)
-        self.env = {"SHIM_MODULE": module_path, "SHIM_STATE": str(state)}
+        self.env = {"SHIM_MODULE": module_path, "SHIM_STATE": str(state), "SHIM_SCRIPT": ""}
         state.write_bytes(bytes(_SIZE))
         with state.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _SIZE)
@@ -79,6 +83,10 @@ class Shim:
         """Answer a call with a return value, or ABORT or HANG, for some times."""
         self._set(_FUNCTIONS + call, times)
         self._set(call, code)
+
+    def script(self, directives: str) -> None:
+        """Change single answers, in this process and the children it starts; see shim.c."""
+        os.environ["SHIM_SCRIPT"] = directives
 
     def heal(self) -> None:
         for place in range(_FUNCTIONS):

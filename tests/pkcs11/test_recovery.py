@@ -89,13 +89,15 @@ def test_failure_in_the_middle_of_recovery_takes_the_next_level(
     assert shim.sessions == sessions
 
 
-def test_signature_is_retried_once(signer: Signer, shim: Shim) -> None:
+def test_signature_is_retried_once_on_each_level(signer: Signer, shim: Shim) -> None:
     shim.fail(Call.SIGN, 0xB3)
     before = shim.calls(Call.SIGN_INIT)
     with pytest.raises(SignerUnavailable) as raised:
         signer.sign(b"message")
     assert raised.value.retryable
-    assert shim.calls(Call.SIGN_INIT) == before + 2
+    assert raised.value.details["needs"] == "process"
+    assert shim.calls(Call.SIGN_INIT) == before + 3
+    assert shim.calls(Call.FINALIZE) == 1
 
 
 def test_what_no_recovery_helps_against_is_not_retried(signer: Signer, shim: Shim) -> None:
@@ -104,7 +106,7 @@ def test_what_no_recovery_helps_against_is_not_retried(signer: Signer, shim: Shi
     with pytest.raises(SignerError) as raised:
         signer.sign(b"message")
     assert not raised.value.retryable
-    assert raised.value.details["pkcs11"] == "MechanismInvalid"
+    assert raised.value.details["pkcs11"] == "CKR_MECHANISM_INVALID"
     assert shim.calls(Call.SIGN_INIT) == before + 1
     signer.sign(b"message")
 
@@ -116,7 +118,7 @@ def test_logout_by_other_code_in_the_process(token: SoftHsmToken, shim: Shim) ->
         other.C_GetFunctionList(ctypes.byref(functions))
         table = (ctypes.c_void_p * 69).from_address(functions.value or 0)  # the version comes first
         log_out = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)(table[1 + Call.LOGOUT] or 0)
-        holder = signer._backend._login._holder  # type: ignore[attr-defined]
+        holder = signer._backend._access._login._holder  # type: ignore[attr-defined]
         assert log_out(holder.handle) == 0
         logins = shim.calls(Call.LOGIN)
         signer.public_key.verify(signer.sign(b"message"), b"message")
