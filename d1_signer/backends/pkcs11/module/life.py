@@ -21,7 +21,7 @@ from typing import Any, TypeVar, TypeVarTuple
 from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import told
-from d1_signer.backends.pkcs11.module import cryptoki, forks
+from d1_signer.backends.pkcs11.module import cryptoki, forks, tpm
 from d1_signer.backends.pkcs11.module.gate import Gate, remaining
 from d1_signer.errors import (
     ConfigurationError,
@@ -73,6 +73,7 @@ class Module:
         self._new_locks()
         self.instance = 0
         self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
+        self._tpm = tpm.Connection()
         try:
             self.binding, self.cryptoki = cryptoki.loaded(path)
         except sdk.PKCS11Error as error:
@@ -233,8 +234,12 @@ class Module:
                 "This process was forked while a PKCS#11 call hung: the module is unusable in it.",
                 hint='Fork again when the HSM answers, or use isolation="process".',
             )
+        self._tpm.check_not_inherited()
         self._end()
-        self._initialize()
+        try:
+            self._initialize()
+        finally:
+            self._tpm.noted()
         self._stale = False
 
     def _end(self) -> None:
