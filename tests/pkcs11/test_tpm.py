@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer.es256 import PublicKey
+from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import Run
 from tests.pkcs11.tpm import Tpm, running_tpm
 from tests.pkcs11.wire import module
@@ -205,6 +206,78 @@ def test_first_signer_after_the_fork_works(store: Store, run_python: Run) -> Non
     for signature in ran.stdout.split():
         store.key.verify(bytes.fromhex(signature), b"message")
     assert len(ran.stdout.split()) == 2
+
+
+_BESIDE_OTHERS = """
+import ctypes, os, sys
+from d1_signer import open_signer
+from d1_signer.errors import ConfigurationError
+
+for library in ("libtss2-esys.so.0", "libtss2-tcti-swtpm.so.0"):
+    ctypes.CDLL(library)
+with open_signer(sys.argv[1]) as signer:
+    child = os.fork()
+    if child == 0:
+        try:
+            signer.sign(b"message")
+            print("signed", flush=True)
+        except ConfigurationError:
+            print("refused", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_other_code_that_speaks_to_a_tpm_changes_nothing(
+    store: Store, token: SoftHsmToken, run_python: Run
+) -> None:
+    for uri, told in ((token.uri, "signed\n"), (store.uri, "refused\n")):
+        ran = run_python(_BESIDE_OTHERS, uri, **store.env)
+        assert (ran.returncode, ran.stdout) == (0, told), ran.stderr
+
+
+_OPEN = """
+import json, sys
+from d1_signer import open_signer
+from d1_signer.errors import D1SignerError
+
+try:
+    open_signer(sys.argv[1])
+except D1SignerError as error:
+    print(json.dumps(error.to_dict()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "step", "text"),
+    [
+        ({"TPM2_PKCS11_TCTI": "device:/dev/none"}, "configuration", "module", "GeneralError"),
+        (
+            {"DBUS_SESSION_BUS_ADDRESS": "unix:/"},
+            "configuration",
+            "module",
+            "GeneralError",
+        ),
+        ({"TPM2_PKCS11_STORE": "EMPTY"}, "key_not_found", "token", "No token fits"),
+    ],
+    ids=["no device", "no broker", "another store"],
+)
+def test_errors_of_the_page(
+    store: Store,
+    run_python: Run,
+    tmp_path: Path,
+    changed: dict[str, str],
+    code: str,
+    step: str,
+    text: str,
+) -> None:
+    env = {name: value.replace("EMPTY", str(tmp_path)) for name, value in changed.items()}
+    ran = run_python(_OPEN, store.uri, **{**store.env, **env})
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert (told["code"], told["details"]["step"]) == (code, step)
+    assert text in told["message"]
+    assert f"| `{code}`, step `{step}`" in _PAGE
 
 
 _LOSE = """
