@@ -22,7 +22,7 @@ from tests.pkcs11.wire import module
 
 ROOT = Path(__file__).parents[2]
 _PAGE = (ROOT / "docs" / "pkcs11" / "tpm.md").read_text()
-_SET_UP, _LOCKOUT = re.findall(r"^```sh\n(.*?)^```$", _PAGE, re.DOTALL | re.MULTILINE)
+_SET_UP, _NEW_PIN, _LOCKOUT = re.findall(r"^```sh\n(.*?)^```$", _PAGE, re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,10 @@ class Store:
     printed: str
     env: dict[str, str]
     uri: str
+
+    def run(self, commands: str) -> str:
+        """What commands of the page print."""
+        return _run(self.tpm, self.folder, commands, self.env)
 
     def with_pin(self, pin: str) -> str:
         """The key's URI with another PIN."""
@@ -48,28 +52,21 @@ class Store:
         return PublicKey.from_pem(pem)
 
 
+def _run(tpm: Tpm, folder: Path, commands: str, env: dict[str, str]) -> str:
+    """Run commands as the page has them, with this TPM and folder in place of the machine's."""
+    commands = commands.replace("device:/dev/tpmrm0", tpm.tcti).replace("/etc/d1", str(folder))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return tpm.tool("bash", "-eu", "-c", commands, PATH=path, **env)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("tpm")
     with running_tpm(folder) as tpm:
-        walk = _SET_UP.replace("device:/dev/tpmrm0", tpm.tcti).replace("/etc/d1", str(folder))
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        ran = subprocess.run(
-            ["bash", "-eu", "-c", walk + 'echo "$D1_SIGNER_KEY"\n'],
-            env={**os.environ, **tpm.env, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=50,
-        )
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        yield Store(
-            tpm=tpm,
-            folder=folder,
-            printed=ran.stdout,
-            env={**tpm.env, "TPM2_PKCS11_STORE": str(folder / "tpm2")},
-            uri=ran.stdout.splitlines()[-1],
-        )
+        printed = _run(tpm, folder, _SET_UP + 'echo "$D1_SIGNER_KEY"\n', {})
+        env = {**tpm.env, "TPM2_PKCS11_STORE": str(folder / "tpm2")}
+        uri = printed.splitlines()[-1]
+        yield Store(tpm=tpm, folder=folder, printed=printed, env=env, uri=uri)
 
 
 def test_set_up_as_the_page_says(store: Store) -> None:
@@ -353,13 +350,40 @@ def test_wrong_pins_lock_the_tpm_as_the_page_says(store: Store, run_python: Run)
     def counted() -> int:
         return store.tpm.property("TPM2_PT_LOCKOUT_COUNTER")
 
-    clear = ["bash", "-eu", "-c", _LOCKOUT]
-    assert "TPM2_PT_MAX_AUTH_FAIL" in store.tpm.tool(*clear)
+    assert "TPM2_PT_MAX_AUTH_FAIL" in store.run(_LOCKOUT)
     try:
         for wrong in range(1, store.tpm.property("TPM2_PT_MAX_AUTH_FAIL") + 1):
             assert answers(store.with_pin("wrong-pin")) == ["PinIncorrect", "not tried"]
             assert counted() == wrong
         assert answers(store.uri)[0] == "PinLocked"
     finally:
-        store.tpm.tool(*clear)
+        store.run(_LOCKOUT)
     assert answers(store.uri) == ["open", "open"]
+
+
+_KEYS = """
+import json, sys
+from d1_signer import open_signer
+
+for uri in sys.argv[1:]:
+    with open_signer(uri) as signer:
+        facts = {fact.name: fact.value for fact in signer.custody().evidence.facts}
+        print(json.dumps([signer.public_key.pem(), facts["CKA_DECRYPT"]]))
+"""
+
+
+def test_what_the_page_says_of_tools(store: Store, run_python: Run) -> None:
+    for command in ("tpm2_getrandom --hex 8", "tpm2_ptool listtokens --pid=1"):
+        assert f"`{command}`" in _PAGE
+        assert store.run(command)
+    pin = store.folder / "pin"
+    pin.write_text("another-pin")
+    store.run(_NEW_PIN)
+    add = "tpm2_ptool addkey --algorithm=ecc256"
+    assert f"`{add}`" in _PAGE
+    store.run(f"{add} --label=bank --key-label=made --userpin=another-pin")
+    made = store.uri.replace("object=d1", "object=made")
+    ran = run_python(_KEYS, store.uri, made, **store.env)
+    assert ran.returncode == 0, ran.stderr
+    (key, decrypts), (_, another_decrypts) = map(json.loads, ran.stdout.splitlines())
+    assert (key, decrypts, another_decrypts) == (store.key.pem(), False, True)

@@ -116,17 +116,17 @@ class Tpm:
             assert time.monotonic() < until, "the TPM does not start"
             time.sleep(0.005)
 
-    def tool(self, *command: str) -> str:
+    def tool(self, *command: str, **env: str) -> str:
         """What one of the TPM2 tools prints."""
         ran = subprocess.run(
             command,
-            env={**os.environ, **self.env},
+            env={**os.environ, **self.env, **env},
             capture_output=True,
             text=True,
             check=False,
-            timeout=30,
+            timeout=50,
         )
-        assert ran.returncode == 0, ran.stderr
+        assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
     def property(self, name: str) -> int:
