@@ -60,7 +60,7 @@ class Tpm:
         self._started: list[subprocess.Popen[bytes]] = []
         try:
             self._start(directory, bus)
-            self.start_broker()
+            self._start_broker()
         except BaseException:
             self.stop()
             raise
@@ -79,14 +79,18 @@ class Tpm:
         )
         self._until(lambda: bus.exists() and control.exists() and socket.exists())
 
-    def start_broker(self) -> None:
-        """Start tpm2-abrmd, which gives the TPM to several at once."""
+    def _start_broker(self) -> None:
         self._begin("tpm2-abrmd", "--session", "--allow-root", f"--tcti=swtpm:path={self._socket}")
         self._until(self._owned)
 
-    def stop_broker(self) -> None:
-        """Kill it; the TPM goes on."""
+    @contextmanager
+    def without_broker(self) -> Iterator[None]:
+        """tpm2-abrmd is killed, and another one started at the end; the TPM goes on."""
         _end(self._started.pop())
+        try:
+            yield
+        finally:
+            self._start_broker()
 
     def _begin(self, name: str, *arguments: str) -> None:
         program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
