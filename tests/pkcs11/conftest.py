@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.signing.signer import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11 import shim as shims

@@ -104,7 +104,7 @@ def test_what_no_recovery_helps_against_is_not_retried(signer: Signer, shim: Shi
     with pytest.raises(SignerError) as raised:
         signer.sign(b"message")
     assert not raised.value.retryable
-    assert raised.value.details["pkcs11"] == "MechanismInvalid"
+    assert raised.value.details["pkcs11"] == "CKR_MECHANISM_INVALID"
     assert shim.calls(Call.SIGN_INIT) == before + 1
     signer.sign(b"message")
 

@@ -29,7 +29,8 @@ try:
     from d1_signer.backends.pkcs11.backend import Pkcs11Backend, Settings
     from d1_signer.backends.pkcs11.generate import generate
     from d1_signer.backends.pkcs11.isolation.backend import HostSettings, IsolatedBackend
-    from d1_signer.backends.pkcs11.session.login import CKU_USER, Pin
+    from d1_signer.backends.pkcs11.session.login import CKU_USER
+    from d1_signer.backends.pkcs11.session.pin import Pin
 except ModuleNotFoundError as error:
     if error.name != "pkcs11":
         raise

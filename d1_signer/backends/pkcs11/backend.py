@@ -12,19 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import pkcs11
 from pkcs11 import exceptions as sdk
 
-from d1_signer.backends.pkcs11 import keys
+from d1_signer.backends.pkcs11 import claims, keys
 from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
 from d1_signer.backends.pkcs11.keys import FoundKey
 from d1_signer.backends.pkcs11.module import forks
-from d1_signer.backends.pkcs11.module.cryptoki import handle
 from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.backends.pkcs11.module.token import Token
+from d1_signer.backends.pkcs11.session.forms import is_stripped, odd_form
 from d1_signer.backends.pkcs11.session.handoff import Handoff
-from d1_signer.backends.pkcs11.session.login import CKU_USER, Login, Pin
+from d1_signer.backends.pkcs11.session.login import CKU_USER, Login
+from d1_signer.backends.pkcs11.session.pin import Pin
 from d1_signer.backends.pkcs11.session.pool import Pool, Worker
 from d1_signer.backends.pkcs11.session.recovery import Circuit
+from d1_signer.backends.pkcs11.session.session import Session, session_on
+from d1_signer.backends.pkcs11.tokens import find_token
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import (
@@ -35,7 +38,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.es256 import PublicKey
+from d1_signer.es256 import SIGNATURE_LENGTH, PublicKey
 from d1_signer.signing.backend import SignatureEncoding
 
 T = TypeVar("T")
@@ -79,7 +82,7 @@ class Pkcs11Backend:
         self._closed = False
         self._opening = False  # while it is, what was taken is given back by the opening itself
         self._module: Module
-        self._token: pkcs11.Token | None = None
+        self._token: Token | None = None
         self._token_generation = -1
         self._login: Login | None = None
         self._pinned: PublicKey | None = settings.public_key
@@ -187,7 +190,13 @@ class Pkcs11Backend:
             raise
 
     def _sign(self, digest: bytes, deadline: float | None) -> bytes:
-        return self._served(lambda worker: worker.sign(digest), deadline)
+        signature = self._served(lambda worker: worker.sign(digest), deadline)
+        if len(signature) < SIGNATURE_LENGTH and is_stripped(signature):
+            # One in 128 begins with a zero, which this module leaves out: the next one does not.
+            signature = self._served(lambda worker: worker.sign(digest), deadline)
+        if len(signature) != SIGNATURE_LENGTH:
+            raise odd_form(signature)
+        return signature
 
     def _served(self, work: Callable[[Worker], T], deadline: float | None) -> T:
         """Give work a worker whose session is open; recover and repeat it once where that helps."""
@@ -317,9 +326,7 @@ class Pkcs11Backend:
     def _open(self) -> None:
         """Take every step once, so that a wrong setting shows at opening."""
         try:
-            found = self._opened()
-            self._pinned = found.public
-            self._prove(found)
+            self._prove(self._opened())
         except sdk.PKCS11Error as failure:
             raise translated(failure, step="key") from None
         finally:
@@ -327,19 +334,19 @@ class Pkcs11Backend:
 
     def _prove(self, found: FoundKey) -> None:
         digest = keys.digest_to_prove()
-        try:
-            found.public.verify_digest(self._sign(digest, None), digest)
-        except InvalidSignatureError:
-            raise KeyMismatchError(
-                "The private key does not fit its public key: "
-                f"{self._settings.uri.location(found.id)}.",
-                hint="Store the right public key or certificate under the private key's id.",
-                details={"step": "signature"},
-            ) from None
-        except D1SignerError as error:
-            error.details["step"] = "signature"
-            raise
-        self._proven = True
+        signature = self._sign(digest, None)
+        for public in found.publics:
+            with contextlib.suppress(InvalidSignatureError):
+                public.verify_digest(signature, digest)
+                self._pinned = public
+                self._proven = True
+                return
+        raise KeyMismatchError(
+            "The private key does not fit its public key: "
+            f"{self._settings.uri.location(found.id)}.",
+            hint="Store the right public key or certificate under the private key's id.",
+            details={"step": "signature"},
+        )
 
     def _opened(self) -> FoundKey:
         try:
@@ -352,8 +359,16 @@ class Pkcs11Backend:
     def _look(self) -> FoundKey:
         token = self._current_token()
         self._ensure_login(token)
-        with keys.session_on(token) as session:
+        with session_on(token) as session:
+            return self._key(session)
+
+    def _key(self, session: Session) -> FoundKey:
+        try:
             return keys.find_key(session, self._settings.uri, self._pinned)
+        except KeyNotFoundError:
+            if self._login is not None and self._login.disputed is not None:
+                raise self._login.disputed from None
+            raise
 
     def _open_worker(self, worker: Worker) -> None:
         """Open a session and find the key through it; inside the module."""
@@ -361,23 +376,23 @@ class Pkcs11Backend:
         worker.drop(generation)
         token = self._current_token()
         self._ensure_login(token)
-        session = keys.opened(token)
+        session = Session(token)
         try:
-            found = keys.find_key(session, self._settings.uri, self._pinned)
+            found = self._key(session)
         except BaseException:
             with contextlib.suppress(sdk.PKCS11Error):
                 session.close()
             raise
         log_in = self._login_for_each(session) if found.always_authenticate else None
-        sign = self._module.cryptoki.signer(handle(session), handle(found.private), log_in)
+        sign = self._module.cryptoki.signer(session.handle, found.private, log_in)
         worker.use(session, sign, generation)
 
-    def _login_for_each(self, session: pkcs11.Session) -> Callable[[], None] | None:
+    def _login_for_each(self, session: Session) -> Callable[[], None] | None:
         if self._login is None or (self._pin.kept is None and not self._settings.pin_pad):
             return None
         return self._login.for_each(session, self._pin, pin_pad=self._settings.pin_pad)
 
-    def _current_token(self) -> pkcs11.Token:
+    def _current_token(self) -> Token:
         """The token, looked up once in each generation: slot numbers move."""
         generation = self._module.generation
         if self._token is None or self._token_generation != generation:
@@ -386,15 +401,15 @@ class Pkcs11Backend:
             self._token_generation = generation
         return self._token
 
-    def _find_token(self) -> pkcs11.Token:
+    def _find_token(self) -> Token:
         try:
-            return keys.find_token(self._module, self._settings.uri)
+            return find_token(self._module.cryptoki, self._settings.uri)
         except KeyNotFoundError:
             if not self._proven:
                 raise
         raise sdk.TokenNotPresent  # it was there: it is away, and may come back
 
-    def _ensure_login(self, token: pkcs11.Token) -> None:
+    def _ensure_login(self, token: Token) -> None:
         login = self._login
         if login is None:
             login = Login.shared(self._module, token, self._settings.user_type)
@@ -409,9 +424,8 @@ class Pkcs11Backend:
 
     def _ask(self, _: Worker) -> Evidence:
         token = self._current_token()
-        with keys.session_on(token) as session:
-            found = keys.find_key(session, self._settings.uri, self._pinned)
-            return keys.evidence(self._module, token, found, self._settings.uri)
+        with session_on(token) as session:
+            return claims.evidence(self._module, session, self._key(session), self._settings.uri)
 
     # -- forks --------------------------------------------------------------------------------
 

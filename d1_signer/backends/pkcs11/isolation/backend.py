@@ -32,7 +32,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
 )
 from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.gate import remaining
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.backends.pkcs11.session.recovery import Circuit
 from d1_signer.custody.evidence import Assurance, Evidence, Fact
 from d1_signer.errors import (

@@ -32,7 +32,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     send,
 )
 from d1_signer.backends.pkcs11.session import login
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.errors import D1SignerError, SignerError
 from d1_signer.signing.backend import Backend
 
@@ -73,7 +73,8 @@ def _opened(control: socket.socket, request: dict[str, Any]) -> Backend | None:
         return None
     finally:
         login.witness = contextlib.nullcontext
-    send(control, DONE, backend.public_key().pem().encode())
+    opened = {"public_key": backend.public_key().pem(), "refused": refused.export()}
+    send(control, DONE, json.dumps(opened).encode())
     return backend
 
 

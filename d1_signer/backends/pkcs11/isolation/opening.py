@@ -25,7 +25,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     receive,
     send,
 )
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.errors import (
     D1SignerError,
     LoginError,
@@ -145,7 +145,9 @@ class Opener:
             send(host.control, OPEN, self._request(pin, known))
             answered, answer = self._answer(host, mark, limit)
             if answered == DONE:
-                return PublicKey.from_pem(answer)
+                opened = json.loads(answer)
+                refused.merge(opened["refused"])
+                return PublicKey.from_pem(opened["public_key"])
             error, more = decoded_error(answer)
             refused.merge(more["refused"])
         except TimeoutError:

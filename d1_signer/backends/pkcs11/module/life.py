@@ -23,6 +23,7 @@ from pkcs11 import exceptions as sdk
 from d1_signer.backends.pkcs11.failures import told
 from d1_signer.backends.pkcs11.module import cryptoki, forks, tpm
 from d1_signer.backends.pkcs11.module.gate import Gate, remaining
+from d1_signer.backends.pkcs11.returns import error_of
 from d1_signer.errors import (
     ConfigurationError,
     SignerClosedError,
@@ -270,7 +271,7 @@ class Module:
             self.locking = Locking.LOCK
             _log.warning("pkcs11.initialized_by_others module=%s", self.path)
         elif not self._ours:
-            raise cryptoki.error_of(code)
+            raise error_of(code, "C_Initialize")
         self._one_at_a_time = self.locking is Locking.LOCK
         _log.info(
             "pkcs11.initialized module=%s locking=%s generation=%d",

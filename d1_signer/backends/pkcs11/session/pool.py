@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 
-import pkcs11
 from pkcs11 import exceptions as sdk
 
+from d1_signer.backends.pkcs11.session.session import Session
 from d1_signer.errors import D1SignerError, SignerClosedError, SignerTimeout
 
 _LONGEST_WAIT = 0.1
@@ -31,12 +31,12 @@ class Worker:
         self.busy = False
         self.generation = -1
         self.instance: int | None = None
-        self._session: pkcs11.Session | None = None
+        self._session: Session | None = None
         self._sign: Callable[[bytes], bytes] = _unopened
 
     def use(
         self,
-        session: pkcs11.Session,
+        session: Session,
         sign: Callable[[bytes], bytes],
         generation: int,
     ) -> None:
