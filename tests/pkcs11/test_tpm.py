@@ -249,8 +249,14 @@ except D1SignerError as error:
 @pytest.mark.parametrize(
     ("name", "value", "code", "step", "text"),
     [
-        ("TPM2_PKCS11_TCTI", "device:/dev/none", "configuration", "module", "GeneralError"),
-        ("DBUS_SESSION_BUS_ADDRESS", "unix:path=/no", "configuration", "module", "GeneralError"),
+        ("TPM2_PKCS11_TCTI", "device:/dev/none", "configuration", "module", "CKR_GENERAL_ERROR"),
+        (
+            "DBUS_SESSION_BUS_ADDRESS",
+            "unix:/",
+            "configuration",
+            "module",
+            "CKR_GENERAL_ERROR",
+        ),
         ("TPM2_PKCS11_STORE", "EMPTY", "key_not_found", "token", "No token fits"),
     ],
     ids=["no device", "no broker", "another store"],
@@ -317,7 +323,7 @@ def test_broker_that_restarts_is_met_again(store: Store, isolation: str) -> None
             with store.tpm.without_broker():
                 child.stdin.write("\n")
                 child.stdin.flush()
-                assert child.stdout.readline() == "GeneralError\n"
+                assert child.stdout.readline() == "CKR_GENERAL_ERROR\n"
             child.stdin.write("\n")
             child.stdin.flush()
             assert child.stdout.readline() == "signed again\n"
@@ -352,9 +358,9 @@ def test_wrong_pins_lock_the_tpm_as_the_page_says(store: Store, run_python: Run)
     assert "TPM2_PT_MAX_AUTH_FAIL" in store.run(_LOCKOUT)
     try:
         for wrong in range(1, store.tpm.property("TPM2_PT_MAX_AUTH_FAIL") + 1):
-            assert answers(store.with_pin("wrong-pin")) == ["PinIncorrect", "not tried"]
+            assert answers(store.with_pin("wrong-pin")) == ["CKR_PIN_INCORRECT", "not tried"]
             assert counted() == wrong
-        assert answers(store.uri)[0] == "PinLocked"
+        assert answers(store.uri)[0] == "CKR_PIN_LOCKED"
     finally:
         store.run(_LOCKOUT)
     assert answers(store.uri) == ["open", "open"]
