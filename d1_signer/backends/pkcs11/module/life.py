@@ -19,7 +19,7 @@ from typing import Any, TypeVar, TypeVarTuple
 from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import told, translated
-from d1_signer.backends.pkcs11.module import contexts, cryptoki, lending
+from d1_signer.backends.pkcs11.module import contexts, cryptoki, lending, tpm
 from d1_signer.backends.pkcs11.module.gate import Gate, remaining
 from d1_signer.backends.pkcs11.module.initialization import Initialization, Locking
 from d1_signer.errors import (
@@ -58,6 +58,7 @@ class Module:
         self._new_locks()
         self.instance = 0
         self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
+        self._tpm = tpm.Connection()
         try:
             self.binding, self.cryptoki = cryptoki.loaded(path)
         except sdk.PKCS11Error as error:
@@ -212,10 +213,14 @@ class Module:
                 "This process was forked while a PKCS#11 call hung: the module is unusable in it.",
                 hint='Fork again when the HSM answers, or use isolation="process".',
             )
+        self._tpm.check_not_inherited()
         kept = "" if self._stale else self._initialization.reason_to_keep()
         if not self._stale and not kept:
             self._end()
-        self._initialization.begin(self.cryptoki, kept=kept)
+        try:
+            self._initialization.begin(self.cryptoki, kept=kept)
+        finally:
+            self._tpm.noted()
         if kept:
             self._end_generation()  # other code had finalised it
         self._stale = False
