@@ -153,7 +153,9 @@ class Pkcs11Backend:
     @property
     def has_sessions(self) -> bool:
         """Whether there may be any; see `at_exit`."""
-        return not self._closed and any(worker.generation >= 0 for worker in self._pool.workers)
+        return not self._closed and (
+            self._access.holds_login or any(w.generation >= 0 for w in self._pool.workers)
+        )
 
     def leave(self, limit: float) -> None:
         """Close all sessions, unless a call is under way until the limit."""

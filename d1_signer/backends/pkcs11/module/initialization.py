@@ -54,7 +54,6 @@ class Initialization:
         self.locking = Locking.OS
         self.ours = False
         self.lent = False
-        self._inherited = False  # ours in the parent, before a fork
 
     def reason_to_keep(self) -> str:
         """Why a module that is initialised may not be finalised now; empty where it may."""
@@ -83,7 +82,7 @@ class Initialization:
         if code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
             if kept:
                 raise _kept(kept)
-            if self._inherited:
+            if self.ours:  # in the parent of a fork, or it could not be ended
                 functions.finalize()
                 code, locking = self._asked(functions)
         self.ours = code == cryptoki.CKR_OK
@@ -109,9 +108,8 @@ class Initialization:
             self.ours = False
 
     def after_fork(self) -> None:
-        """In the child: the module is to be initialised anew."""
-        self._inherited = self._inherited or (self.ours and not self.lent)
-        self.ours = False
+        """In the child, where other code may hold what was lent in the parent."""
+        self.ours = self.ours and not self.lent
 
 
 def _kept(reason: str) -> SignerUnavailable:
