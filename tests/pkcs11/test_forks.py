@@ -140,6 +140,26 @@ def test_module_that_notices_the_fork_is_not_finalised(
         _sign(signer)
 
 
+_PIN_INCORRECT = 0xA0
+
+
+@pytest.mark.parametrize(
+    ("answer", "times", "sent", "signs"),
+    [(0x05, 2, 3, True), (0x06, 1, 2, True), (0x05, 3, 3, False), (_PIN_INCORRECT, 9, 1, False)],
+    ids=["general error", "function failed", "too often", "refused"],
+)
+def test_pin_that_was_taken_before_the_fork_is_sent_again(
+    token: SoftHsmToken, shim: Shim, answer: int, times: int, sent: int, *, signs: bool
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        shim.fail(Call.LOGIN, answer, times=times)
+        before = shim.calls(Call.LOGIN)
+        assert (_in_fork(lambda: _sign(signer)) == 0) is signs
+        assert shim.calls(Call.LOGIN) == before + sent
+        shim.heal()
+        _sign(signer)
+
+
 _SIBLINGS = """
 import os, sys
 from d1_signer import open_signer
@@ -198,6 +218,8 @@ def _in_fork(work: Callable[[], object]) -> int:
         try:
             work()
             status = 0
+        except D1SignerError:
+            pass
         finally:
             os._exit(status)
     return os.waitpid(child, 0)[1]
