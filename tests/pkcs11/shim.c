@@ -43,12 +43,38 @@ struct state {
     ul token_flags;       /* added to what C_GetTokenInfo answers */
     ul user_type;         /* of the last C_Login */
     ul inits_os_locking;  /* C_Initialize with CKF_OS_LOCKING_OK */
+    ul heals;             /* C_Finalize ends all faults */
+    ul limit;             /* of open sessions; 0: none */
+    ul only_slot;         /* faults of calls about a slot are about this one; 0: about any */
+    ul arguments_changed; /* C_Sign when the arguments of C_Initialize are not what they were */
 };
 enum { ABORT = 0x40000001UL, HANG = 0x40000002UL };
-enum { INITIALIZE = 0, FINALIZE = 1, TOKEN_INFO = 6, OPEN = 12, CLOSE = 13, CLOSE_ALL = 14, LOGIN = 18 };
+enum { INITIALIZE = 0, FINALIZE = 1, TOKEN_INFO = 6, OPEN = 12, CLOSE = 13, CLOSE_ALL = 14, LOGIN = 18,
+       SLOT_INFO = 5, SIGN = 43 };
 
 static struct { unsigned char version[2]; function f[FUNCTIONS]; } list, *real;
 static struct state *state;
+
+static ul *arguments, kept[6];
+
+#ifdef OWN_CONTEXT /* an OpenSSL library context of the module's own, as opencryptoki has */
+static void *context;
+static void in_context(int i) {
+    static void *(*make)(void), (*end)(void *);
+    static int (*random)(void *, unsigned char *, size_t, unsigned);
+    unsigned char octets[16];
+    if (!make) {
+        void *crypto = dlopen("libcrypto.so.3", RTLD_NOW);
+        if (!crypto) abort();
+        make = (void *(*)(void))dlsym(crypto, "OSSL_LIB_CTX_new");
+        end = (void (*)(void *))dlsym(crypto, "OSSL_LIB_CTX_free");
+        random = (int (*)(void *, unsigned char *, size_t, unsigned))dlsym(crypto, "RAND_bytes_ex");
+    }
+    if (i == INITIALIZE && !context) context = make();
+    if (i == SIGN && context) random(context, octets, sizeof octets, 0);
+    if (i == FINALIZE && context) { end(context); context = NULL; }
+}
+#endif
 
 static ul before(int i, ul a, ul b) {
     __atomic_add_fetch(&state->calls[i], 1, __ATOMIC_SEQ_CST);
@@ -56,6 +82,16 @@ static ul before(int i, ul a, ul b) {
         __atomic_add_fetch(&state->finalized_beside, 1, __ATOMIC_SEQ_CST);
     if (i == LOGIN) state->user_type = b;
     if (i == INITIALIZE && a && ((ul *)a)[4] & 2) state->inits_os_locking++;
+    if (i == INITIALIZE && a) {
+        arguments = (ul *)a;
+        for (int n = 0; n < 6; n++) kept[n] = arguments[n];
+    }
+    if (i == SIGN && arguments)
+        for (int n = 0; n < 6; n++) state->arguments_changed += kept[n] != arguments[n];
+    if (i == FINALIZE && state->heals)
+        for (int n = 0; n < FUNCTIONS; n++) state->fault[n] = 0;
+    if (i == OPEN && state->limit && state->sessions >= state->limit) return 0xb1;
+    if ((i == SLOT_INFO || i == TOKEN_INFO) && state->only_slot && a != state->only_slot) return 0;
     ul fault = __atomic_load_n(&state->fault[i], __ATOMIC_SEQ_CST);
     ul times = __atomic_load_n(&state->times[i], __ATOMIC_SEQ_CST);
     while (fault && times && !__atomic_compare_exchange_n(
@@ -71,7 +107,7 @@ static ul before(int i, ul a, ul b) {
 
 typedef unsigned char u8;
 struct attribute { ul type; u8 *value; ul length; };
-enum { SLOT_LIST = 4, SLOT_INFO = 5, SESSION_INFO = 15, ATTRIBUTES = 24, SIGN = 43 };
+enum { SLOT_LIST = 4, SESSION_INFO = 15, ATTRIBUTES = 24 };
 enum { TOO_SMALL = 0x150, EMPTY_SLOT = 0x7777 };
 
 /* What follows a directive's name, or NULL. */
@@ -192,6 +228,9 @@ static ul answer(int i, ul a, ul b, ul c, ul d, ul e, ul f, ul g, ul h) {
 static ul call(int i, ul a, ul b, ul c, ul d, ul e, ul f, ul g, ul h) {
     __atomic_add_fetch(&state->inside, i != FINALIZE, __ATOMIC_SEQ_CST);
     ul rv = before(i, a, b);
+#ifdef OWN_CONTEXT
+    if (!rv) in_context(i);
+#endif
     if (!rv) {
         if (i == LOGIN && !c && getenv("SHIM_PIN")) { /* the PIN pad */
             c = (ul)getenv("SHIM_PIN");

@@ -22,6 +22,10 @@ _CELLS = (
     "token_flags",
     "user_type",
     "os_locking",
+    "heals",
+    "limit",
+    "only_slot",
+    "arguments_changed",
 )
 _SIZE = (3 * _FUNCTIONS + len(_CELLS)) * 8
 
@@ -54,14 +58,24 @@ class Call(IntEnum):
     GENERATE_KEY_PAIR = 59
 
 
-def build(directory: Path) -> Path:
-    """Compile the shim."""
+def build(directory: Path, *options: str) -> Path:
+    """Compile the shim; ``-DOWN_CONTEXT``: with an OpenSSL library context of its own."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.fail("No C compiler: apt-get install gcc libc6-dev.", pytrace=False)
     target = directory / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"]
+    command = [
+        compiler,
+        *options,
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(target),
+        str(source),
+        "-ldl",
+    ]
     subprocess.run(command, check=True, timeout=60)
     return target
 
@@ -124,6 +138,23 @@ class Shim:
     @property
     def initialized_with_os_locking(self) -> int:
         return self._get(3 * _FUNCTIONS + 6)
+
+    def heal_when_finalized(self) -> None:
+        """C_Finalize ends all faults."""
+        self._set(3 * _FUNCTIONS + 7, 1)
+
+    def limit_sessions(self, limit: int) -> None:
+        """More are answered CKR_SESSION_COUNT."""
+        self._set(3 * _FUNCTIONS + 8, limit)
+
+    def only_slot(self, slot: int) -> None:
+        """Faults of C_GetSlotInfo and C_GetTokenInfo are about this slot alone."""
+        self._set(3 * _FUNCTIONS + 9, slot)
+
+    @property
+    def arguments_changed(self) -> int:
+        """How often a signature saw other arguments than C_Initialize got."""
+        return self._get(3 * _FUNCTIONS + 10)
 
     def _get(self, place: int) -> int:
         value: int = struct.unpack_from("L", self._map, 8 * place)[0]

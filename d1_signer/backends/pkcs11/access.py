@@ -68,6 +68,11 @@ class Access:
                 raise
         raise sdk.TokenNotPresent  # it was there: it is away, and may come back
 
+    @property
+    def holds_login(self) -> bool:
+        """Whether there is a session that holds the login."""
+        return self._login is not None
+
     def _ensure_login(self, token: Token) -> None:
         login = self._login
         if login is None:

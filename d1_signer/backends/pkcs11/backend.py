@@ -153,7 +153,9 @@ class Pkcs11Backend:
     @property
     def has_sessions(self) -> bool:
         """Whether there may be any; see `at_exit`."""
-        return not self._closed and any(worker.generation >= 0 for worker in self._pool.workers)
+        return not self._closed and (
+            self._access.holds_login or any(w.generation >= 0 for w in self._pool.workers)
+        )
 
     def leave(self, limit: float) -> None:
         """Close all sessions, unless a call is under way until the limit."""
@@ -212,14 +214,20 @@ class Pkcs11Backend:
         token now and then.
         """
         limit = time.monotonic() + _SECONDS_TO_BEGIN
-        self._new_in_child = False
+        if deadline is not None:
+            limit = min(limit, deadline)
         while True:
             try:
-                return self._served(work, deadline)
+                result = self._served_once(work, deadline)
+            except SessionsAreShort:
+                continue
             except (SignerUnavailable, KeyNotFoundError) as error:
-                late = deadline is not None and time.monotonic() >= deadline
-                if late or time.monotonic() >= limit or "pkcs11" not in error.details:
+                if time.monotonic() >= limit or "pkcs11" not in error.details:
+                    self._new_in_child = False
                     raise
+            else:
+                self._new_in_child = False
+                return result
             time.sleep(_PAUSE_OF_CHILD)
 
     def _served_once(self, work: Callable[[Worker], T], deadline: float | None) -> T:

@@ -54,7 +54,6 @@ class Initialization:
         self.locking = Locking.OS
         self.ours = False
         self.lent = False
-        self._inherited = False  # ours in the parent, before a fork
 
     def reason_to_keep(self) -> str:
         """Why a module that is initialised may not be finalised now; empty where it may."""
@@ -83,13 +82,12 @@ class Initialization:
         if code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
             if kept:
                 raise _kept(kept)
-            if self._inherited:
+            if self.ours:  # in the parent of a fork, or it could not be ended
                 functions.finalize()
                 code, locking = self._asked(functions)
         self.ours = code == cryptoki.CKR_OK
         if not self.ours and code != cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
             raise error_of(code, "C_Initialize")
-        self._inherited = False
         # By whom it was initialised otherwise, and with which promises, is unknown; python-pkcs11
         # promises a single thread.
         self.locking = locking if self.ours else Locking.LOCK
@@ -109,9 +107,8 @@ class Initialization:
             self.ours = False
 
     def after_fork(self) -> None:
-        """In the child: the module is to be initialised anew."""
-        self._inherited = self._inherited or (self.ours and not self.lent)
-        self.ours = False
+        """In the child, where other code may hold what was lent in the parent."""
+        self.ours = self.ours and not self.lent
 
 
 def _kept(reason: str) -> SignerUnavailable:

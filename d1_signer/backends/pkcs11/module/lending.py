@@ -8,7 +8,8 @@ the operating system's locks.
 
 From then on the module is other code's too (`Initialization.lent`). Its handles would stand for
 other sessions and keys after an initialisation anew: it would sign with a wrong key. So there is
-none any more, and the module is not finalised when the last signer closes.
+none until other code calls its object's ``finalize``, nor is the module finalised when the last
+signer closes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class Lender(Protocol):
     cryptoki: Cryptoki
 
     def lend(self) -> None:
-        """Have it initialised for other code, for good."""
+        """Have it initialised for other code, until it is taken back."""
+
+    def take_back(self) -> None:
+        """Other code says that it has done with it."""
 
 
 class Lent(_pkcs11.lib):
@@ -51,6 +55,10 @@ class Lent(_pkcs11.lib):
         if not self.complete:
             self.complete = True
             super().__init__(self.module.path)  # asks the module for its name; comes back to here
+
+    def finalize(self) -> None:
+        """Other code has done with the module: it is ours alone, and finalised if we have, too."""
+        self.module.take_back()
 
 
 def offer(module: Lender) -> None:

@@ -253,19 +253,27 @@ class Module:
         self.generation += 1
 
     def lend(self) -> None:
-        """Have the module initialised for other code, for good; `lending` says what follows.
+        """Have the module initialised for other code, until `take_back`; see `lending`.
 
         Raises:
             pkcs11.PKCS11Error: It makes one call at a time, which other code would not keep to.
         """
-        self._initialization.lent = True
-        if self._stale:
-            self._initialize_again(self.generation, None)
-        if self._one_at_a_time:
-            raise sdk.PKCS11Error(
-                f"d1_signer uses {self.path} with one lock around every call, which other code "
-                'would not take; open the signer with isolation="process".'
-            )
+        with self._life:  # not beside a recovery, which would not know of it
+            if self._stale:
+                self._initialize_again(self.generation, None)
+            if self._one_at_a_time:
+                raise sdk.PKCS11Error(
+                    f"d1_signer uses {self.path} with one lock around every call, which other "
+                    'code would not take; open the signer with isolation="process".'
+                )
+            self._initialization.lent = True
+
+    def take_back(self) -> None:
+        """Other code says that it has done with the module."""
+        with self._life:
+            self._initialization.lent = False
+            if not self._users:
+                self._end_of_use()
 
     # -- owners -------------------------------------------------------------------------------
 
@@ -317,7 +325,11 @@ class Module:
 
     def _given_back(self) -> None:
         self._users -= 1
-        if self._users or self._stale or self._initialization.lent or self._gate.ended:
+        if not self._users and not self._initialization.lent:
+            self._end_of_use()
+
+    def _end_of_use(self) -> None:
+        if self._stale or self._gate.ended:
             return
         limit = time.monotonic() + _SECONDS_TO_DRAIN
         if self._hangs() or not self._gate.alone(self._end, limit):
