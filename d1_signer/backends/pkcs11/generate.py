@@ -15,7 +15,7 @@ from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import P256
 from d1_signer.backends.pkcs11.module import forks, owners
-from d1_signer.backends.pkcs11.session.handoff import Handoff
+from d1_signer.backends.pkcs11.session.at_exit import kept_threads
 from d1_signer.backends.pkcs11.session.login import Login, Pin
 from d1_signer.backends.pkcs11.settings import Settings
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
@@ -53,18 +53,13 @@ _DEMANDED = {
 _FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 
 
-# Its thread is kept for the next key; see handoff.py.
-_handoff = Handoff()
-forks.in_child(_handoff.after_fork)
-
-
 def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
     """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
     forks.notice()
     secret = pin.read()
     deadline = time.monotonic() + timeout
     try:
-        return _handoff.run(lambda: _made(settings, secret, deadline), deadline)
+        return kept_threads.run(lambda: _made(settings, secret, deadline), deadline)
     except SignerTimeout as error:
         error.hint = "Look whether the key is there before you try again: it may still be made."
         raise
