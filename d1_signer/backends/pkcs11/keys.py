@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from asn1crypto.x509 import Certificate
 from pkcs11 import Attribute, KeyType, ObjectClass, SlotFlag, exceptions as sdk
 from pkcs11.attributes import AttributeMapper
 
-from d1_signer.backends.pkcs11.failures import not_initialized, told
+from d1_signer.backends.pkcs11.failures import told
 from d1_signer.backends.pkcs11.module.life import Module
-from d1_signer.backends.pkcs11.module.slots import with_tokens
+from d1_signer.backends.pkcs11.module.slots import tokens
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.custody.evidence import Evidence, Fact, FactValue
 from d1_signer.errors import (
@@ -29,8 +28,6 @@ from d1_signer.errors import (
     SignerError,
 )
 from d1_signer.es256 import PublicKey
-
-_log = logging.getLogger(__name__)
 
 P256 = bytes.fromhex("06082a8648ce3d030107")  # the OID secp256r1 in DER, as in CKA_EC_PARAMS
 _PROOF = b"d1_signer/pkcs11/proof-of-key/v1\0"  # no JWT and no TLS handshake begins so
@@ -66,7 +63,8 @@ def find_token(module: Module, uri: Pkcs11Uri) -> pkcs11.Token:
         KeyNotFoundError: None fits.
         AmbiguousKeyError: More than one fits.
     """
-    present, silent = _tokens(module)
+    present, answers = tokens(module.binding, module.cryptoki)
+    silent = _listed(f"{slot} ({told(error)})" for slot, error in answers.items())
     fitting = [token for token in present if _token_fits(token, uri)]
     if uri.library_version is not None or _library_texts(uri):
         fitting = fitting if _library_fits(module, uri) else []
@@ -74,37 +72,19 @@ def find_token(module: Module, uri: Pkcs11Uri) -> pkcs11.Token:
         return fitting[0]
     kind = AmbiguousKeyError if fitting else KeyNotFoundError
     how = "More than one token fits" if fitting else "No token fits"
-    passed_over = f"; slots that do not tell: {silent}" if silent else ""
+    passed_over = f"; slots that do not tell: {silent}" if answers else ""
     raise kind(
         f"{how} {uri.token_location()}; seen: {_listed(map(_token_text, fitting or present))}"
         f"{passed_over}.",
         hint="Name the token by its label or serial number in the key URI.",
         # A slot that does not tell may be the right one, in use by others for now.
-        retryable=bool(silent) and not fitting,
+        retryable=bool(answers) and not fitting,
         details={
             "step": "token",
             "tokens": len(fitting),
-            **({"silent_slots": silent} if silent else {}),
+            **({"silent_slots": silent} if answers else {}),
         },
     )
-
-
-def _tokens(module: Module) -> tuple[list[pkcs11.Token], str]:
-    """The tokens that tell about themselves, and what the other slots answer."""
-    slots, answers = with_tokens(module.binding, module.cryptoki)
-    present: list[pkcs11.Token] = []
-    for slot in slots:
-        try:
-            present.append(slot.get_token())
-        except sdk.PKCS11Error as error:
-            if not_initialized(error):
-                raise
-            answers[slot.slot_id] = error
-    silent = _listed(f"{slot} ({told(error)})" for slot, error in answers.items())
-    if not answers:
-        return present, ""
-    _log.debug("pkcs11.silent_slots module=%s: %s", module.path, silent)
-    return present, silent
 
 
 def _token_fits(token: pkcs11.Token, uri: Pkcs11Uri) -> bool:

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 from typing import Any
 
 import pkcs11
 from pkcs11 import exceptions as sdk
 
+from d1_signer.backends.pkcs11.failures import not_initialized, told
 from d1_signer.backends.pkcs11.module.cryptoki import (
     CKR_BUFFER_TOO_SMALL,
     CKR_OK,
     Cryptoki,
     place_of_list,
 )
+
+_log = logging.getLogger(__name__)
 
 _FUNCTIONS = 68  # of CK_FUNCTION_LIST, behind the version
 _GET_SLOT_LIST = 1 + 4
@@ -31,6 +35,28 @@ _GetSlotList = ctypes.CFUNCTYPE(
 # By the module's own list and the slots that are shown; kept, since the binding's objects refer to
 # them.
 _copies: dict[tuple[int, tuple[int, ...]], tuple[Any, Any]] = {}
+
+
+def tokens(
+    binding: Any, cryptoki: Cryptoki
+) -> tuple[list[pkcs11.Token], dict[int, sdk.PKCS11Error]]:
+    """The tokens that tell about themselves, and what the slots that do not tell answer.
+
+    Raises:
+        pkcs11.PKCS11Error: The module gives no list of slots.
+    """
+    slots, silent = with_tokens(binding, cryptoki)
+    present: list[pkcs11.Token] = []
+    for slot in slots:
+        try:
+            present.append(slot.get_token())
+        except sdk.PKCS11Error as error:
+            if not_initialized(error):
+                raise
+            silent[slot.slot_id] = error
+    for number, answer in silent.items():
+        _log.info("pkcs11.slot_passed_over slot=%d answer=%s", number, told(answer))
+    return present, silent
 
 
 def with_tokens(
