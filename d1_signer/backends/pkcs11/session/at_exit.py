@@ -35,7 +35,7 @@ class Leaver(Protocol):
 
 
 # Its threads never end (see handoff.py).
-kept_threads = Handoff()
+kept_threads = Handoff("d1-signer-kept")
 _open: weakref.WeakSet[Leaver] = weakref.WeakSet()
 
 
