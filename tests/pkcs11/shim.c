@@ -107,7 +107,7 @@ static ul before(int i, ul a, ul b) {
 
 typedef unsigned char u8;
 struct attribute { ul type; u8 *value; ul length; };
-enum { SLOT_LIST = 4, SLOT_INFO = 5, SESSION_INFO = 15, ATTRIBUTES = 24, SIGN = 43 };
+enum { SLOT_LIST = 4, SESSION_INFO = 15, ATTRIBUTES = 24 };
 enum { TOO_SMALL = 0x150, EMPTY_SLOT = 0x7777 };
 
 /* What follows a directive's name, or NULL. */

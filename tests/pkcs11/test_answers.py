@@ -105,6 +105,31 @@ def test_a_signature_that_fails_is_told_by_the_table(
         assert error.details.items() >= told.items()
 
 
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (Call.INITIALIZE, 0x05),
+        (Call.GET_SLOT_LIST, 0x30),
+        (Call.OPEN_SESSION, 0xB8),
+        (Call.LOGIN, 0x103),
+        (Call.FIND_OBJECTS, 0x54),
+        (Call.SIGN_INIT, 0x68),
+        (Call.SIGN, 0x200),
+        (Call.SIGN, VENDORS),
+    ],
+    ids=str,
+)
+def test_a_hosting_process_tells_the_same(
+    token: SoftHsmToken, shim: Shim, call: Call, code: int
+) -> None:
+    shim.fail(call, code)
+    here = _attempt(token, shim)
+    there = _attempt(token, shim, isolation="process")
+    assert here is not None
+    assert there is not None
+    assert there.to_dict() == here.to_dict()
+
+
 @pytest.mark.parametrize("call", HARMLESS, ids=_called)
 def test_a_call_whose_failure_costs_nothing(token: SoftHsmToken, shim: Shim, call: Call) -> None:
     for code in (Ckr.GENERAL_ERROR, Ckr.FUNCTION_NOT_SUPPORTED, Ckr.SESSION_CLOSED, VENDORS):

@@ -41,6 +41,21 @@ for _ in range(3):
     threading.Thread(target=work, daemon=True).start()
 """
 )
+_CHILDREN = """
+import multiprocessing, os, sys
+from d1_signer import open_signer
+
+signer = open_signer(sys.argv[1], module_path=sys.argv[2])
+signer.sign(b"message")
+context = multiprocessing.get_context("fork")
+children = [context.Process(target=signer.sign, args=(b"message",)) for _ in range(2)]
+[child.start() for child in children]
+[child.join(20) for child in children]
+if os.fork() == 0:
+    signer.sign(b"message")
+    sys.exit()
+os.wait()
+"""
 _SET = """
 import mmap, os, struct
 with open(os.environ["SHIM_STATE"], "r+b") as file:
@@ -85,6 +100,14 @@ def test_sessions_of_a_hosting_process_are_closed(
         assert time.monotonic() < until
         time.sleep(0.005)
     assert shim.sessions == 0
+
+
+def test_sessions_of_forked_children_are_closed(
+    token: SoftHsmToken, shim: Shim, run_python: Run
+) -> None:
+    ran = run_python(_CHILDREN, token.uri, shim.path)
+    assert ran.returncode == 0, ran.stderr
+    assert shim.calls(Call.CLOSE_SESSION) == shim.calls(Call.OPEN_SESSION)
 
 
 def test_nothing_is_closed_beside_a_call_that_hangs(

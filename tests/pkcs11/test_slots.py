@@ -10,7 +10,7 @@ from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11.module import owners
 from d1_signer.backends.pkcs11.module.token import read_slots
-from d1_signer.errors import KeyNotFoundError
+from d1_signer.errors import KeyNotFoundError, SignerUnavailable
 from d1_signer.signing.signer import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
@@ -38,7 +38,7 @@ def test_slot_that_does_not_tell_is_passed_over_and_named(
     answer: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="d1_signer")
+    caplog.set_level(logging.INFO, logger="d1_signer")
     slot = _other_slot(shim)
     shim.only_slot(slot)
     shim.fail(call, answer)
@@ -46,7 +46,7 @@ def test_slot_that_does_not_tell_is_passed_over_and_named(
         signer.public_key.verify(signer.sign(b"message"), b"message")
         shim.fail(Call.SIGN, 0x30, times=1)
         signer.public_key.verify(signer.sign(b"after a recovery"), b"after a recovery")
-    assert f"{slot} (" in caplog.text
+    assert f"pkcs11.slot_passed_over slot={slot} answer=" in caplog.text
     with pytest.raises(KeyNotFoundError) as raised:
         open_signer("pkcs11:token=none;object=d1", module_path=shim.path)
     assert f"{slot} (" in raised.value.message
@@ -56,9 +56,10 @@ def test_slot_that_does_not_tell_is_passed_over_and_named(
 
 def test_only_slot_that_does_not_tell(token: SoftHsmToken, shim: Shim) -> None:
     shim.fail(Call.GET_SLOT_INFO, 0x30)
-    with pytest.raises(KeyNotFoundError) as raised:
+    with pytest.raises(SignerUnavailable) as raised:
         open_signer(token.uri, module_path=shim.path)
-    assert "DeviceError" in raised.value.message
+    assert raised.value.details["step"] == "token"
+    assert raised.value.details["pkcs11"] == "CKR_DEVICE_ERROR"
     shim.heal()
     with open_signer(token.uri, module_path=shim.path) as signer:
         signer.sign(b"message")

@@ -17,7 +17,7 @@ from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.access import Access
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import FoundKey
-from d1_signer.backends.pkcs11.module import forks, owners
+from d1_signer.backends.pkcs11.module import forks, owners, siblings
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.session import at_exit
 from d1_signer.backends.pkcs11.session.at_exit import kept_threads
@@ -208,21 +208,25 @@ class Pkcs11Backend:
                 continue
 
     def _begun_in_child(self, work: Callable[[Worker], T], deadline: float | None) -> T:
-        """The first work in the child of a fork, tried for a while.
+        """The first work in the child of a fork, in turn with its siblings, tried for a while.
 
-        Siblings that begin at once can keep each other out: SoftHSM, while others log in, has no
-        token now and then.
+        SoftHSM, while other processes log in, has no token now and then.
         """
-        limit = time.monotonic() + _SECONDS_TO_BEGIN
-        self._new_in_child = False
-        while True:
-            try:
-                return self._served(work, deadline)
-            except (SignerUnavailable, KeyNotFoundError) as error:
-                late = deadline is not None and time.monotonic() >= deadline
-                if late or time.monotonic() >= limit or "pkcs11" not in error.details:
-                    raise
-            time.sleep(_PAUSE_OF_CHILD)
+        with siblings.turn(_within_a_second(deadline)):
+            limit = _within_a_second(deadline)
+            while True:
+                try:
+                    result = self._served_once(work, deadline)
+                except SessionsAreShort:
+                    continue
+                except (SignerUnavailable, KeyNotFoundError) as error:
+                    if time.monotonic() >= limit or "pkcs11" not in error.details:
+                        self._new_in_child = False
+                        raise
+                else:
+                    self._new_in_child = False
+                    return result
+                time.sleep(_PAUSE_OF_CHILD)
 
     def _served_once(self, work: Callable[[Worker], T], deadline: float | None) -> T:
         self._circuit.check()
@@ -358,6 +362,11 @@ class Pkcs11Backend:
 
     def __repr__(self) -> str:
         return f"<Pkcs11Backend {self._settings.uri.location()}>"
+
+
+def _within_a_second(deadline: float | None) -> float:
+    limit = time.monotonic() + _SECONDS_TO_BEGIN
+    return limit if deadline is None else min(limit, deadline)
 
 
 _all: weakref.WeakSet[Pkcs11Backend] = weakref.WeakSet()

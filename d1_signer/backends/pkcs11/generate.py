@@ -16,7 +16,7 @@ from d1_signer.backends.pkcs11.module.token import Token
 from d1_signer.backends.pkcs11.public_keys import read_point
 from d1_signer.backends.pkcs11.returns import Ckr, code_of
 from d1_signer.backends.pkcs11.session import attributes
-from d1_signer.backends.pkcs11.session.handoff import Handoff
+from d1_signer.backends.pkcs11.session.at_exit import kept_threads
 from d1_signer.backends.pkcs11.session.login import Login
 from d1_signer.backends.pkcs11.session.pin import Pin
 from d1_signer.backends.pkcs11.session.session import Session, Template, session_on
@@ -71,18 +71,13 @@ _DEMANDED = {
 _FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 
 
-# Its thread is kept for the next key; see handoff.py.
-_handoff = Handoff()
-forks.in_child(_handoff.after_fork)
-
-
 def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
     """Make a P-256 key where the settings' URI says; see the package's ``generate_key``."""
     forks.notice()
     secret = pin.read()
     deadline = time.monotonic() + timeout
     try:
-        return _handoff.run(lambda: _made(settings, secret, deadline), deadline)
+        return kept_threads.run(lambda: _made(settings, secret, deadline), deadline)
     except SignerTimeout as error:
         error.hint = "Look whether the key is there before you try again: it may still be made."
         raise

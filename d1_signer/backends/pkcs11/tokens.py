@@ -28,7 +28,7 @@ def find_token(cryptoki: Cryptoki, uri: Pkcs11Uri) -> Token:
     """
     seen = read_slots(cryptoki)
     for slot_id, failure in seen.failures.items():
-        _log.debug("pkcs11.silent_slot slot=%d: %s", slot_id, told(failure))
+        _log.info("pkcs11.slot_passed_over slot=%d answer=%s", slot_id, told(failure))
     if seen.failures and not seen.tokens:
         raise next(iter(seen.failures.values()))
     fitting = [token for token in seen.tokens if _fits(token, uri)]

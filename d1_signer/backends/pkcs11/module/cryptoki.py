@@ -20,12 +20,7 @@ from pkcs11 import _pkcs11
 from d1_signer.backends.pkcs11.returns import Ckr, check, error_of
 
 CKF_OS_LOCKING_OK = 0x2
-CKR_OK = 0x0
-CKR_ARGUMENTS_BAD = 0x7
-CKR_NEED_TO_CREATE_THREADS = 0x9
-CKR_CANT_LOCK = 0xA
-CKR_CRYPTOKI_NOT_INITIALIZED = 0x190
-CKR_CRYPTOKI_ALREADY_INITIALIZED = 0x191
+_OK = 0  # a plain number: it is compared twice in each signature
 
 _LOGGED_IN_STATES = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 
@@ -175,12 +170,12 @@ class Cryptoki:
         def signature(digest: bytes) -> bytes:
             length.value = _LONGEST_SIGNATURE
             code = begin(session, to_mechanism, key)
-            if code != CKR_OK:
+            if code != _OK:
                 raise error_of(code, "C_SignInit")
             if log_in is not None:
                 log_in()
             code = sign(session, digest, _DIGEST_LENGTH, buffer, to_length)
-            if code == CKR_OK:
+            if code == _OK:
                 return buffer.raw[: length.value]
             if code == Ckr.BUFFER_TOO_SMALL:
                 return roomy(digest)

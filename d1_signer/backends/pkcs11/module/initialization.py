@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from enum import StrEnum
 
-from d1_signer.backends.pkcs11.module import cryptoki
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki
 from d1_signer.backends.pkcs11.returns import Ckr, error_of
 from d1_signer.errors import SignerUnavailable
@@ -20,9 +19,9 @@ _log = logging.getLogger(__name__)
 
 _CANNOT_LOCK = frozenset(
     {
-        cryptoki.CKR_ARGUMENTS_BAD,
-        cryptoki.CKR_CANT_LOCK,
-        cryptoki.CKR_NEED_TO_CREATE_THREADS,
+        Ckr.ARGUMENTS_BAD,
+        Ckr.CANT_LOCK,
+        Ckr.NEED_TO_CREATE_THREADS,
         Ckr.FUNCTION_NOT_SUPPORTED,
         Ckr.MUTEX_BAD,
     }
@@ -79,16 +78,15 @@ class Initialization:
             pkcs11.PKCS11Error: The module does not let itself be initialised.
         """
         code, locking = self._asked(functions)
-        if code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
+        if code == Ckr.CRYPTOKI_ALREADY_INITIALIZED:
             if kept:
                 raise _kept(kept)
             if self.ours:  # in the parent of a fork, or it could not be ended
                 functions.finalize()
                 code, locking = self._asked(functions)
-        self.ours = code == cryptoki.CKR_OK
-        if not self.ours and code != cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
+        self.ours = code == Ckr.OK
+        if not self.ours and code != Ckr.CRYPTOKI_ALREADY_INITIALIZED:
             raise error_of(code, "C_Initialize")
-        self._inherited = False
         # By whom it was initialised otherwise, and with which promises, is unknown; python-pkcs11
         # promises a single thread.
         self.locking = locking if self.ours else Locking.LOCK

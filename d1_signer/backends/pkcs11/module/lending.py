@@ -14,6 +14,7 @@ signer closes.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import Any, Protocol
 
@@ -72,6 +73,8 @@ def offer(module: Lender) -> None:
     place = place_of_list(made)
     if place is None or place.value != module.cryptoki.address:
         return  # an instance of its own (p11-kit's client), which other code initialises itself
+    # Never freed: the binding calls a method of it then, which fails as the interpreter ends.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
     made.module = module
     for path in free:
         registry[path] = made

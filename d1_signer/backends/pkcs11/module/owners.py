@@ -7,7 +7,7 @@ import os
 import threading
 import time
 
-from d1_signer.backends.pkcs11.module import forks
+from d1_signer.backends.pkcs11.module import forks, siblings
 from d1_signer.backends.pkcs11.module.life import Module
 
 _SECONDS_TO_FORK = 5.0  # before a fork; a longer call leaves the child without this module
@@ -45,6 +45,8 @@ def acquire(
 
 
 def _before_fork() -> None:
+    if _modules:
+        siblings.prepare()
     limit = time.monotonic() + _SECONDS_TO_FORK
     for module in list(_modules.values()):
         module.hold_for_fork(limit)

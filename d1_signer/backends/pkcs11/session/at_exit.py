@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
+import sys
 import time
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.session.handoff import Handoff
@@ -33,15 +35,24 @@ class Leaver(Protocol):
 
 
 # Its threads never end (see handoff.py).
-kept_threads = Handoff()
+kept_threads = Handoff("d1-signer-kept")
 _open: weakref.WeakSet[Leaver] = weakref.WeakSet()
 
 
 def expected(leaver: Leaver) -> None:
     """From now on there may be sessions to close."""
+    if not _open:
+        _tell_multiprocessing()
     _open.add(leaver)
     with contextlib.suppress(SignerUnavailable):
         kept_threads.prepare()  # Python 3.12 starts no thread at exit
+
+
+def _tell_multiprocessing() -> None:
+    """Its children end without what `atexit` knows."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None and multiprocessing.parent_process() is not None:
+        util.Finalize(None, leave, exitpriority=0)
 
 
 def leave() -> None:

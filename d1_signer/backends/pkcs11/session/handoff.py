@@ -31,7 +31,9 @@ class _Job:
 class Handoff:
     """Threads that make the calls of one backend; as many as there are callers at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "d1-signer-call") -> None:
+        """Name the threads as tools that list them are to show them."""
+        self._name = name
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -94,7 +96,7 @@ class Handoff:
         queue: SimpleQueue[_Job | None] = SimpleQueue()
         try:
             threading.Thread(
-                target=self._serve, args=(queue,), name="d1-signer-call", daemon=True
+                target=self._serve, args=(queue,), name=self._name, daemon=True
             ).start()
         except RuntimeError:
             raise SignerUnavailable(

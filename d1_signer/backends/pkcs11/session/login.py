@@ -88,7 +88,7 @@ _RESENDS_IN_CHILD = 2
 
 
 def _after_fork() -> None:
-    _resends.update(dict.fromkeys(refused.taken, _RESENDS_IN_CHILD))
+    _resends.update(dict.fromkeys(refused.begun_in_child(), _RESENDS_IN_CHILD))
 
 
 forks.in_child(_after_fork)

@@ -38,10 +38,13 @@ class Refused:
         """Remember that a token took it."""
         self._taken.add(digest)
 
-    @property
-    def taken(self) -> frozenset[bytes]:
-        """What `took` was told and no refusal has been doubted of since."""
-        return frozenset(self._taken)
+    def begun_in_child(self) -> set[bytes]:
+        """In the child of a fork: what the parent's logins took, which proves nothing any more.
+
+        Many children that each send a PIN once more could lock the token.
+        """
+        taken, self._taken = self._taken, set()
+        return taken
 
     def doubt(self, digest: bytes) -> bool:
         """Whether a refusal may be doubted: once after each time that the token took the PIN."""
