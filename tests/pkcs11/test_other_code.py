@@ -106,7 +106,7 @@ def test_handles_of_other_code_never_stand_for_other_keys(
         assert "other code" in raised.value.message
         assert "isolation" in raised.value.hint
         assert raised.value.details["needs"] == "process"
-        assert raised.value.details["pkcs11"] == "DeviceError"
+        assert raised.value.details["pkcs11"] == "CKR_DEVICE_ERROR"
         shim.heal()
         assert shim.calls(Call.FINALIZE) == finalized
         other.works()

@@ -64,7 +64,7 @@ def test_none_at_all_is_told_and_tried_again(signer: Signer, shim: Shim) -> None
     for _ in range(2):
         with pytest.raises(SignerUnavailable) as raised:
             signer.sign(b"message")
-        assert raised.value.details["pkcs11"] == "SessionCount"
+        assert raised.value.details["pkcs11"] == "CKR_SESSION_COUNT"
         assert raised.value.retryable
         signer._backend._circuit.closed_by_success()  # type: ignore[attr-defined]
     shim.limit_sessions(0)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from pkcs11 import exceptions as sdk
 
-from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
+from d1_signer.backends.pkcs11.failures import Recovery, answer_of, recovery_for, told, translated
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.session.pool import Pool, Worker
 from d1_signer.backends.pkcs11.session.recovery import Circuit, Remedy
@@ -118,7 +118,7 @@ class Ladder:
         try:
             module.reinitialize(seen, deadline)
         except SignerUnavailable as error:
-            error.details.setdefault("pkcs11", told(failure))
+            error.details.setdefault("pkcs11", answer_of(failure))
             self._circuit.opened_by(error)
             raise
 
