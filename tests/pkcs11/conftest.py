@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.signing.signer import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11 import shim as shims
@@ -43,6 +43,7 @@ def prepared_token(tmp_path_factory: pytest.TempPathFactory) -> SoftHsmToken:
 def no_pin_failed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copies are one token to the memory of failed PINs, which lasts as long as the process."""
     monkeypatch.setattr(refused, "_digests", set())
+    monkeypatch.setattr(refused, "_taken", set())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 import struct
 import subprocess
@@ -21,6 +22,10 @@ _CELLS = (
     "token_flags",
     "user_type",
     "os_locking",
+    "heals",
+    "limit",
+    "only_slot",
+    "arguments_changed",
 )
 _SIZE = (3 * _FUNCTIONS + len(_CELLS)) * 8
 
@@ -34,7 +39,9 @@ class Call(IntEnum):
 
     INITIALIZE = 0
     FINALIZE = 1
+    GET_INFO = 2
     GET_SLOT_LIST = 4
+    GET_SLOT_INFO = 5
     GET_TOKEN_INFO = 6
     OPEN_SESSION = 12
     CLOSE_SESSION = 13
@@ -45,19 +52,30 @@ class Call(IntEnum):
     GET_ATTRIBUTE_VALUE = 24
     FIND_OBJECTS_INIT = 26
     FIND_OBJECTS = 27
+    FIND_OBJECTS_FINAL = 28
     SIGN_INIT = 42
     SIGN = 43
     GENERATE_KEY_PAIR = 59
 
 
-def build(directory: Path) -> Path:
-    """Compile the shim."""
+def build(directory: Path, *options: str) -> Path:
+    """Compile the shim; ``-DOWN_CONTEXT``: with an OpenSSL library context of its own."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.fail("No C compiler: apt-get install gcc libc6-dev.", pytrace=False)
     target = directory / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"]
+    command = [
+        compiler,
+        *options,
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(target),
+        str(source),
+        "-ldl",
+    ]
     subprocess.run(command, check=True, timeout=60)
     return target
 
@@ -67,7 +85,7 @@ class Shim:
 
     def __init__(self, path: Path, module_path: str, state: Path) -> None:
         self.path = str(path)
-        self.env = {"SHIM_MODULE": module_path, "SHIM_STATE": str(state)}
+        self.env = {"SHIM_MODULE": module_path, "SHIM_STATE": str(state), "SHIM_SCRIPT": ""}
         state.write_bytes(bytes(_SIZE))
         with state.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _SIZE)
@@ -79,6 +97,10 @@ class Shim:
         """Answer a call with a return value, or ABORT or HANG, for some times."""
         self._set(_FUNCTIONS + call, times)
         self._set(call, code)
+
+    def script(self, directives: str) -> None:
+        """Change single answers, in this process and the children it starts; see shim.c."""
+        os.environ["SHIM_SCRIPT"] = directives
 
     def heal(self) -> None:
         for place in range(_FUNCTIONS):
@@ -116,6 +138,23 @@ class Shim:
     @property
     def initialized_with_os_locking(self) -> int:
         return self._get(3 * _FUNCTIONS + 6)
+
+    def heal_when_finalized(self) -> None:
+        """C_Finalize ends all faults."""
+        self._set(3 * _FUNCTIONS + 7, 1)
+
+    def limit_sessions(self, limit: int) -> None:
+        """More are answered CKR_SESSION_COUNT."""
+        self._set(3 * _FUNCTIONS + 8, limit)
+
+    def only_slot(self, slot: int) -> None:
+        """Faults of C_GetSlotInfo and C_GetTokenInfo are about this slot alone."""
+        self._set(3 * _FUNCTIONS + 9, slot)
+
+    @property
+    def arguments_changed(self) -> int:
+        """How often a signature saw other arguments than C_Initialize got."""
+        return self._get(3 * _FUNCTIONS + 10)
 
     def _get(self, place: int) -> int:
         value: int = struct.unpack_from("L", self._map, 8 * place)[0]

@@ -7,9 +7,11 @@ import ctypes
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ import pytest
 from d1_signer.errors import D1SignerError, SignerUnavailable
 from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
+from tests.pkcs11.conftest import Run
+from tests.pkcs11.shim import Call, Shim
 
 # From 3.13 on, Python ends a child that is told without its parent having been.
 _TELLING = pytest.mark.parametrize(
@@ -109,3 +113,106 @@ def test_child_that_was_forked_beside_a_call_is_refused(token: SoftHsmToken, *, 
 
 def _sign(signer: Signer) -> None:
     signer.public_key.verify(signer.sign(b"message"), b"message")
+
+
+def test_child_initialises_before_it_finalises(token: SoftHsmToken, shim: Shim) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        _sign(signer)
+        before = {call: shim.calls(call) for call in (Call.INITIALIZE, Call.FINALIZE, Call.LOGIN)}
+        # SoftHSM takes itself for initialised in the child; else it would not be finalised.
+        assert _in_fork(lambda: _sign(signer)) == 0
+        assert shim.calls(Call.INITIALIZE) - before[Call.INITIALIZE] == 2
+        assert shim.calls(Call.FINALIZE) - before[Call.FINALIZE] == 1
+        _sign(signer)
+        assert shim.calls(Call.LOGIN) - before[Call.LOGIN] == 1, "the child's"
+
+
+def test_module_that_notices_the_fork_is_not_finalised(
+    token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noticing = tmp_path / "noticing.conf"
+    noticing.write_text(token.configuration.read_text() + "library.reset_on_fork = true\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(noticing))
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        _sign(signer)
+        assert _in_fork(lambda: _sign(signer)) == 0
+        assert shim.calls(Call.FINALIZE) == 0
+        _sign(signer)
+
+
+_PIN_INCORRECT = 0xA0
+
+
+@pytest.mark.parametrize(
+    ("answer", "times", "sent", "signs"),
+    [(0x05, 2, 3, True), (0x06, 1, 2, True), (0x05, 3, 3, False), (_PIN_INCORRECT, 9, 1, False)],
+    ids=["general error", "function failed", "too often", "refused"],
+)
+def test_pin_that_was_taken_before_the_fork_is_sent_again(
+    token: SoftHsmToken, shim: Shim, answer: int, times: int, sent: int, *, signs: bool
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        shim.fail(Call.LOGIN, answer, times=times)
+        before = shim.calls(Call.LOGIN)
+        assert (_in_fork(lambda: _sign(signer)) == 0) is signs
+        assert shim.calls(Call.LOGIN) == before + sent
+        shim.heal()
+        _sign(signer)
+
+
+_SIBLINGS = """
+import os, sys
+from d1_signer import open_signer
+
+uri, rounds = sys.argv[1], int(sys.argv[2])
+signer = open_signer(uri)
+
+failed = 0
+for _ in range(rounds):
+    reading, writing = os.pipe()
+    children = []
+    for _ in range(8):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                os.close(writing)
+                os.read(reading, 1)  # until all are there
+                signer.public_key.verify(signer.sign(b"message"), b"message")
+                status = 0
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        children.append(child)
+    os.close(writing)
+    os.close(reading)
+    failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+print(failed)
+"""
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("rounds", [4, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.timeout(300)
+def test_siblings_that_begin_at_once(token: SoftHsmToken, run_python: Run, rounds: int) -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        ran = run_python(_SIBLINGS, token.uri, str(rounds), timeout=280)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert ran.stdout == "0\n", ran.stderr
+
+
+def _in_fork(work: Callable[[], object]) -> int:
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except D1SignerError:
+            pass
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]

@@ -51,6 +51,24 @@ def test_library_that_crashes_costs_an_error(signer: Signer, shim: Shim) -> None
     signer.public_key.verify(signer.sign(b"message"), b"message")
 
 
+def test_process_that_no_recovery_helps_is_replaced(
+    signer: Signer, shim: Shim, spawned: list[child.Host]
+) -> None:
+    first = _hosts(signer)[0]
+    # One attempt, one on each of the two levels; the next process signs.
+    shim.fail(Call.SIGN, 0xB3, times=3)
+    signer.public_key.verify(signer.sign(b"message"), b"message")
+    assert _hosts(signer) != [first]
+    assert shim.sessions == 2, "it has closed its sessions"
+    shim.fail(Call.SIGN, 0xB3)
+    started = len(spawned)
+    for _ in range(5):
+        assert _fails(signer)
+    assert len(spawned) - started <= 2, "nor is it replaced all the time"
+    shim.heal()
+    _until(lambda: not _fails(signer))
+
+
 def test_library_that_hangs_is_killed_at_the_deadline(signer: Signer, shim: Shim) -> None:
     host = _hosts(signer)[0]
     shim.fail(Call.SIGN, HANG, times=1)

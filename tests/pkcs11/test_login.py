@@ -246,7 +246,7 @@ def test_pin_is_sent_once_for_each_initialisation_to_a_lost_device(
 
 def _log_in(signer: Signer) -> None:
     backend: Any = signer._backend
-    backend._ensure_login(backend._current_token())
+    backend._access._ensure_login(backend._access.token())
 
 
 def _sign_twice(signer: Signer) -> None:

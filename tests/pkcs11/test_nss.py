@@ -4,20 +4,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import run_process
 from tests.pkcs11.conftest import Run
-
-_MODULES = (
-    "/usr/lib/x86_64-linux-gnu/libsoftokn3.so",
-    "/usr/lib/aarch64-linux-gnu/libsoftokn3.so",
-    "/usr/lib64/libsoftokn3.so",
-)
+from tests.pkcs11.nss import make_nss_database
 
 # In a process of its own: NSS cannot be told of another folder once it is loaded.
 _USE = """
@@ -55,38 +48,11 @@ print(json.dumps({
 """
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    tool = shutil.which("certutil")
-    if tool is None:
-        pytest.fail("certutil was not found: apt-get install libnss3-tools", pytrace=False)
-    folder = tmp_path / "nss"
-    folder.mkdir()
-    pin = tmp_path / "pin"
-    pin.touch(0o600)
-    pin.write_text("a-pin-for-nss")
-    command = [tool, "-N", "-d", f"sql:{folder}", "-f", str(pin)]
-    subprocess.run(command, check=True, timeout=60, capture_output=True)
-    return folder
-
-
-@pytest.fixture
-def uri(database: Path) -> str:
-    module = next((path for path in _MODULES if Path(path).exists()), None)
-    if module is None:
-        pytest.fail("libsoftokn3.so was not found: apt-get install libnss3", pytrace=False)
-    uri = "pkcs11:token=NSS%20Certificate%20DB;object=d1"
-    return uri + f"?module-path={module}&pin-source=file:{database.parent}/pin"
-
-
-@pytest.fixture
-def reserved(database: Path) -> str:
-    return f"configdir='sql:{database}' certPrefix='' keyPrefix='' secmod='secmod.db' flags="
-
-
 @pytest.mark.parametrize("point", ["0", "1"], ids=["point in DER", "bare point"])
-def test_nss(uri: str, reserved: str, run_python: Run, point: str) -> None:
-    ran = run_python(_USE, uri, reserved, NSS_USE_DECODED_CKA_EC_POINT=point)
+def test_nss(tmp_path: Path, run_python: Run, point: str) -> None:
+    database = make_nss_database(tmp_path)
+    uri = database.key_uri(database.module_path)
+    ran = run_python(_USE, uri, database.init_reserved, NSS_USE_DECODED_CKA_EC_POINT=point)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert (told["refused"], told["signatures"], told["child"]) == ("login", 400, 0)
@@ -96,10 +62,12 @@ def test_nss(uri: str, reserved: str, run_python: Run, point: str) -> None:
 
 
 @pytest.mark.parametrize("isolation", ["none", "process"])
-def test_the_command(uri: str, reserved: str, isolation: str) -> None:
+def test_the_command(tmp_path: Path, isolation: str) -> None:
+    database = make_nss_database(tmp_path)
+    uri = database.key_uri(database.module_path)
     settings = {
         "D1_SIGNER_KEY": uri,
-        "D1_SIGNER_OPTIONS": f'init_reserved="{reserved}" isolation={isolation}',
+        "D1_SIGNER_OPTIONS": f'init_reserved="{database.init_reserved}" isolation={isolation}',
     }
     made = run_process("generate-key", "--json", **settings)
     assert made.status == 0, made.out

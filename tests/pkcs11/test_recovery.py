@@ -89,13 +89,82 @@ def test_failure_in_the_middle_of_recovery_takes_the_next_level(
     assert shim.sessions == sessions
 
 
-def test_signature_is_retried_once(signer: Signer, shim: Shim) -> None:
+def test_signature_is_retried_once_on_each_level(signer: Signer, shim: Shim) -> None:
     shim.fail(Call.SIGN, 0xB3)
     before = shim.calls(Call.SIGN_INIT)
     with pytest.raises(SignerUnavailable) as raised:
         signer.sign(b"message")
     assert raised.value.retryable
-    assert shim.calls(Call.SIGN_INIT) == before + 2
+    assert raised.value.details["needs"] == "process"
+    assert shim.calls(Call.SIGN_INIT) == before + 3
+    assert shim.calls(Call.FINALIZE) == 1
+
+
+_UNTIL_FINALIZED = {
+    "session handle invalid": 0xB3,
+    "session closed": 0xB0,
+    "object handle invalid": 0x82,
+    "key handle invalid": 0x60,
+    "not logged in": 0x101,
+    "operation not initialized": 0x91,
+    "device error": _DEVICE_ERROR,
+    "a vendor's own": 0x80000123,
+}
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+@pytest.mark.parametrize("call", [Call.SIGN_INIT, Call.SIGN], ids=str)
+@pytest.mark.parametrize("code", _UNTIL_FINALIZED.values(), ids=_UNTIL_FINALIZED.keys())
+def test_answer_that_only_an_initialisation_cures(
+    token: SoftHsmToken, shim: Shim, code: int, call: Call, isolation: str
+) -> None:
+    with open_signer(token.uri, module_path=shim.path, isolation=isolation) as signer:
+        shim.heal_when_finalized()
+        for turn in range(1, 4):
+            shim.fail(call, code)
+            signer.public_key.verify(signer.sign(b"message"), b"message")
+            assert shim.calls(Call.FINALIZE) == turn
+        assert shim.sessions == 2
+
+
+def test_threads_meet_an_answer_that_only_an_initialisation_cures(
+    token: SoftHsmToken, shim: Shim
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        shim.heal_when_finalized()
+        for _ in range(10):
+            shim.fail(Call.SIGN, 0xB3)
+            threads = [threading.Thread(target=signer.sign, args=(b"message",)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+            signer.public_key.verify(signer.sign(b"message"), b"message")
+        assert shim.finalized_beside_a_call == 0
+        assert shim.calls(Call.FINALIZE) <= 20
+
+
+@pytest.mark.parametrize("code", [0xB3, 0x80000123], ids=["session", "a vendor's own"])
+def test_remedy_that_does_not_help_is_not_taken_all_the_time(
+    token: SoftHsmToken, signer: Signer, shim: Shim, code: int
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as other:
+        shim.fail(Call.SIGN, code)
+        before = {call: shim.calls(call) for call in (Call.SIGN, Call.LOGIN, Call.FINALIZE)}
+        until = time.monotonic() + 0.5
+        turns = 0
+        while time.monotonic() < until:
+            with pytest.raises(SignerUnavailable):
+                signer.sign(b"message")
+            signer._backend._circuit.closed_by_success()  # type: ignore[attr-defined]
+            turns += 1
+        assert turns > 10
+        assert shim.calls(Call.FINALIZE) - before[Call.FINALIZE] <= 2
+        assert shim.calls(Call.LOGIN) - before[Call.LOGIN] <= 2
+        assert shim.calls(Call.SIGN) - before[Call.SIGN] <= 2 * turns + 2
+        shim.heal()
+        other.public_key.verify(other.sign(b"message"), b"message")
+        _until_signed(signer, 1.0)
 
 
 def test_what_no_recovery_helps_against_is_not_retried(signer: Signer, shim: Shim) -> None:
@@ -104,7 +173,7 @@ def test_what_no_recovery_helps_against_is_not_retried(signer: Signer, shim: Shi
     with pytest.raises(SignerError) as raised:
         signer.sign(b"message")
     assert not raised.value.retryable
-    assert raised.value.details["pkcs11"] == "MechanismInvalid"
+    assert raised.value.details["pkcs11"] == "CKR_MECHANISM_INVALID"
     assert shim.calls(Call.SIGN_INIT) == before + 1
     signer.sign(b"message")
 
@@ -116,7 +185,7 @@ def test_logout_by_other_code_in_the_process(token: SoftHsmToken, shim: Shim) ->
         other.C_GetFunctionList(ctypes.byref(functions))
         table = (ctypes.c_void_p * 69).from_address(functions.value or 0)  # the version comes first
         log_out = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)(table[1 + Call.LOGOUT] or 0)
-        holder = signer._backend._login._holder  # type: ignore[attr-defined]
+        holder = signer._backend._access._login._holder  # type: ignore[attr-defined]
         assert log_out(holder.handle) == 0
         logins = shim.calls(Call.LOGIN)
         signer.public_key.verify(signer.sign(b"message"), b"message")

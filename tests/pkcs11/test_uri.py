@@ -62,7 +62,7 @@ def test_empty_uri_matches_everything() -> None:
         "pkcs11:token=a/b",
         "pkcs11:token=a%2",
         "pkcs11:token=a%GG",
-        "pkcs11:token=%FF",
+        "pkcs11:object=a?module-path=%FF",
         "pkcs11:object=a?module-path=/x;pin-source=env:P",
         "pkcs11:object=a?module-path=/x&module-path=/y",
         "pkcs11:object=a?modul-path=/x",

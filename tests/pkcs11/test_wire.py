@@ -29,7 +29,7 @@ from d1_signer.signing.signer import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import ROOT, Run
 from tests.pkcs11.shim import Shim
-from tests.pkcs11.wire import Wire, module, wire
+from tests.pkcs11.wire import Wire, module, proxy, wire
 
 pytestmark = pytest.mark.stress
 
@@ -415,25 +415,16 @@ print(statuses.count(0), [s for s in statuses if s != 0], failures)
 def test_fork_while_threads_sign(
     token: SoftHsmToken, hsm: Wire, run_python: Run, tmp_path: Path, through: str
 ) -> None:
-    env = {}
+    env: dict[str, str] = {}
+    prefix: tuple[str, ...] = ()
     if through == "client":
         path, env = hsm.client, hsm.env
     elif through == "proxy":
-        path, env = module("../p11-kit-proxy.so"), _proxy_configuration(token, tmp_path)
+        path, env, prefix = proxy(tmp_path, {"token": f"module: {token.module_path}\n"})
     else:
         path = token.module_path
-    # p11-kit reads no user's configuration as root: in a user namespace it sees another user.
-    prefix = ("unshare", "--user") if through == "proxy" and os.getuid() == 0 else ()
     ran = run_python(_FORK, token.uri, path, "15", timeout=150, prefix=prefix, **env)
     assert ran.stdout == "15 [] []\n", ran.stdout + ran.stderr
-
-
-def _proxy_configuration(token: SoftHsmToken, home: Path) -> dict[str, str]:
-    modules = home / ".config" / "pkcs11" / "modules"
-    modules.mkdir(parents=True)
-    (home / ".config" / "pkcs11" / "pkcs11.conf").write_text("user-config: only\n")
-    (modules / "token.module").write_text(f"module: {token.module_path}\n")
-    return {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
 
 
 def test_spy_counts_two_calls_a_signature(

@@ -32,6 +32,27 @@ def module(name: str) -> str:
     pytest.fail(f"{name} was not found: apt-get install p11-kit p11-kit-modules opensc-pkcs11")
 
 
+def proxy(home: Path, modules: dict[str, str]) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """p11-kit's proxy over several modules, by the configuration of a user.
+
+    Args:
+        home: The user's home, where nothing is configured yet.
+        modules: The lines of each module's file, by its name.
+
+    Returns:
+        The proxy's path, the variables that it needs, and what its process is started with: as
+        root, p11-kit reads no user's configuration; in a user namespace it sees another user.
+    """
+    folder = home / ".config" / "pkcs11" / "modules"
+    folder.mkdir(parents=True)
+    (home / ".config" / "pkcs11" / "pkcs11.conf").write_text("user-config: only\n")
+    for name, lines in modules.items():
+        (folder / f"{name}.module").write_text(lines)
+    env = {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
+    prefix = ("unshare", "--user") if os.getuid() == 0 else ()
+    return module("../p11-kit-proxy.so"), env, prefix
+
+
 class Wire:
     """A server that can be killed, frozen and started again, with all that it forks."""
 

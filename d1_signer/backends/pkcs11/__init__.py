@@ -26,11 +26,13 @@ from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import Backend, GeneratedKey
 
 try:
-    from d1_signer.backends.pkcs11.backend import Pkcs11Backend, Settings
+    from d1_signer.backends.pkcs11.backend import Pkcs11Backend
     from d1_signer.backends.pkcs11.generate import generate
     from d1_signer.backends.pkcs11.isolation.backend import HostSettings, IsolatedBackend
     from d1_signer.backends.pkcs11.isolation.opening import Opener
-    from d1_signer.backends.pkcs11.session.login import CKU_USER, Pin
+    from d1_signer.backends.pkcs11.session.login import CKU_USER
+    from d1_signer.backends.pkcs11.session.pin import Pin
+    from d1_signer.backends.pkcs11.settings import Settings
 except ModuleNotFoundError as error:
     if error.name != "pkcs11":
         raise
@@ -86,7 +88,8 @@ def open_backend(
         pin_source: Where the user PIN comes from; wins over the URI's ``pin-source``.
         module_path: The module's file; wins over the URI's ``module-path``.
         public_key: The public key (or its PEM), for a token that holds neither it nor a
-            certificate; checked against the token's where it does.
+            certificate, or tells them in a form that cannot be read; checked against the token's
+            where it can.
         max_sessions: Sessions that sign, beside the one that holds the login.
         session_timeout: Seconds to wait at most for a free session.
         timeout: Seconds for a call that is given no time limit of its own, and for opening, beside

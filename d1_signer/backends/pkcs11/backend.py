@@ -9,23 +9,25 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
-import pkcs11
 from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11 import keys
-from d1_signer.backends.pkcs11.failures import Recovery, recovery_for, told, translated
+from d1_signer.backends.pkcs11.access import Access
+from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import FoundKey
-from d1_signer.backends.pkcs11.module import forks
-from d1_signer.backends.pkcs11.module.cryptoki import handle
+from d1_signer.backends.pkcs11.module import forks, owners, siblings
 from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.backends.pkcs11.session import at_exit
+from d1_signer.backends.pkcs11.session.at_exit import kept_threads
+from d1_signer.backends.pkcs11.session.forms import is_stripped, odd_form
 from d1_signer.backends.pkcs11.session.handoff import Handoff
-from d1_signer.backends.pkcs11.session.login import CKU_USER, Login, Pin
+from d1_signer.backends.pkcs11.session.ladder import Ladder, SessionsAreShort
+from d1_signer.backends.pkcs11.session.pin import Pin
 from d1_signer.backends.pkcs11.session.pool import Pool, Worker
 from d1_signer.backends.pkcs11.session.recovery import Circuit
-from d1_signer.backends.pkcs11.uri import Pkcs11Uri
+from d1_signer.backends.pkcs11.settings import Settings
 from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import (
     D1SignerError,
@@ -35,29 +37,15 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.es256 import PublicKey
+from d1_signer.es256 import SIGNATURE_LENGTH, PublicKey
 from d1_signer.signing.backend import SignatureEncoding
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds for cleaning up, which nobody waits for
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What a backend is opened with; see `d1_signer.backends.pkcs11.open_backend`."""
-
-    uri: Pkcs11Uri
-    module_path: str
-    max_sessions: int = 4
-    session_timeout: float = 10.0
-    timeout: float | None = None
-    user_type: int = CKU_USER
-    locking: str = "auto"
-    pin_pad: bool = False
-    public_key: PublicKey | None = None
-    init_reserved: str | None = None
+_SECONDS_TO_BEGIN = 1.0  # in a forked child, beside its siblings
+_PAUSE_OF_CHILD = 0.01
 
 
 class Pkcs11Backend:
@@ -79,26 +67,25 @@ class Pkcs11Backend:
         self._closed = False
         self._opening = False  # while it is, what was taken is given back by the opening itself
         self._module: Module
-        self._token: pkcs11.Token | None = None
-        self._token_generation = -1
-        self._login: Login | None = None
-        self._pinned: PublicKey | None = settings.public_key
-        self._proven = False
+        self._access: Access
         self._handoff = Handoff()
         self._pool = Pool(settings.max_sessions, settings.session_timeout)
-        # A generation in which a repeated call failed: the next one begins with a new one.
-        self._lost: tuple[int, sdk.PKCS11Error] | None = None
         self._circuit = Circuit(settings.uri.token_location())
+        self._ladder = Ladder(self._pool, self._circuit, self._attempt, self._drop)
+        self._new_in_child = False
         _all.add(self)
         deadline = self._deadline(None)
         try:
-            self._open_step("module", lambda: self._begin(deadline), deadline)
+            # In a thread that never ends, in case the module turns out to want that.
+            self._open_step(
+                "module", lambda: kept_threads.run(lambda: self._begin(deadline), deadline)
+            )
             asked = time.monotonic()
             # In the caller's own thread, and its time is not the module's: it may ask a person.
             pin.read()
             if deadline is not None:
                 deadline += time.monotonic() - asked
-            self._open_step("token", self._open, deadline)
+            self._open_step("token", lambda: self._bounded(deadline, self._open))
         except BaseException:
             self.close()
             raise
@@ -107,14 +94,15 @@ class Pkcs11Backend:
 
     def public_key(self) -> PublicKey:
         """The public key, pinned at opening."""
-        assert self._pinned is not None  # noqa: S101 (set by _open)
-        return self._pinned
+        public = self._access.public
+        assert public is not None  # noqa: S101 (found by _open)
+        return public
 
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
         """Sign a digest of 32 bytes; the answer is r||s, 64 bytes."""
         forks.notice()
         deadline = self._deadline(deadline)
-        if deadline is None:
+        if deadline is None and not self._module.thread_bound:
             return self._sign(digest, None)
         return self._bounded(deadline, lambda: self._sign(digest, deadline))
 
@@ -122,7 +110,7 @@ class Pkcs11Backend:
         """Ask the token what it claims about the key."""
         forks.notice()
         deadline = self._deadline(None)
-        return self._bounded(deadline, lambda: self._served(self._ask, deadline))
+        return self._bounded(deadline, lambda: self._served(self._access.evidence, deadline))
 
     def pool_use(self) -> tuple[int, int]:
         """Sessions in use, and how many there may be; see `d1_signer.signing.backend.Pooled`."""
@@ -144,7 +132,7 @@ class Pkcs11Backend:
         if opening:
             return
         try:
-            _closing.run(lambda: self._let_go(free), time.monotonic() + _PATIENCE)
+            kept_threads.run(lambda: self._let_go(free), time.monotonic() + _PATIENCE)
         except SignerTimeout:
             _log.warning("pkcs11.close_hangs token=%s", self._settings.uri.token_location())
         except SignerUnavailable:  # no thread can be started
@@ -152,18 +140,26 @@ class Pkcs11Backend:
 
     def _let_go(self, free: list[Worker]) -> None:
         try:
-            with contextlib.suppress(D1SignerError):
-                self._module.run(self._close_sessions, None, free, revive=False)
+            self._close_sessions(free)
         finally:
             self._module.release()
 
     def _close_sessions(self, workers: list[Worker]) -> None:
-        for worker in workers:
-            worker.drop(self._module.generation)
-        with self._life:
-            login, self._login = self._login, None
-        if login is not None and self._token_generation == self._module.generation:
-            login.release()
+        with contextlib.suppress(D1SignerError):
+            self._module.run(self._access.close, None, workers, revive=False)
+
+    # -- the end of the process -----------------------------------------------------------------
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether there may be any; see `at_exit`."""
+        return not self._closed and (
+            self._access.holds_login or any(w.generation >= 0 for w in self._pool.workers)
+        )
+
+    def leave(self, limit: float) -> None:
+        """Close all sessions, unless a call is under way until the limit."""
+        self._module.leave(lambda: self._access.close(self._pool.workers), limit)
 
     # -- signing ------------------------------------------------------------------------------
 
@@ -175,34 +171,76 @@ class Pkcs11Backend:
     def _bounded(self, deadline: float | None, work: Callable[[], T]) -> T:
         """Do it here, or with a deadline in a thread that is left behind when the call hangs.
 
+        A module that is `Module.thread_bound` is called in other threads in any case.
+
         A session whose call was left behind stays out of the pool until the call returns, so that
         at most ``max_sessions`` calls can hang.
         """
-        if deadline is None:
+        if self._module.thread_bound:
+            threads = kept_threads
+        elif deadline is None:
             return work()
+        else:
+            threads = self._handoff
         try:
-            return self._handoff.run(work, deadline)
+            return threads.run(work, deadline)
         except SignerTimeout as error:
             error.details.setdefault("busy_sessions", self._pool.busy)
             raise
 
     def _sign(self, digest: bytes, deadline: float | None) -> bytes:
-        return self._served(lambda worker: worker.sign(digest), deadline)
+        signature = self._served(lambda worker: worker.sign(digest), deadline)
+        if len(signature) < SIGNATURE_LENGTH and is_stripped(signature):
+            # One in 128 begins with a zero, which this module leaves out: the next one does not.
+            signature = self._served(lambda worker: worker.sign(digest), deadline)
+        if len(signature) != SIGNATURE_LENGTH:
+            raise odd_form(signature)
+        return signature
 
     def _served(self, work: Callable[[Worker], T], deadline: float | None) -> T:
-        """Give work a worker whose session is open; recover and repeat it once where that helps."""
+        """Give work a worker whose session is open; recover and repeat it where that helps."""
+        if self._new_in_child:
+            return self._begun_in_child(work, deadline)
+        while True:
+            try:
+                return self._served_once(work, deadline)
+            except SessionsAreShort:
+                continue
+
+    def _begun_in_child(self, work: Callable[[Worker], T], deadline: float | None) -> T:
+        """The first work in the child of a fork, in turn with its siblings, tried for a while.
+
+        SoftHSM, while other processes log in, has no token now and then.
+        """
+        with siblings.turn(_within_a_second(deadline)):
+            limit = _within_a_second(deadline)
+            while True:
+                try:
+                    result = self._served_once(work, deadline)
+                except SessionsAreShort:
+                    continue
+                except (SignerUnavailable, KeyNotFoundError) as error:
+                    if time.monotonic() >= limit or "pkcs11" not in error.details:
+                        self._new_in_child = False
+                        raise
+                else:
+                    self._new_in_child = False
+                    return result
+                time.sleep(_PAUSE_OF_CHILD)
+
+    def _served_once(self, work: Callable[[Worker], T], deadline: float | None) -> T:
         self._circuit.check()
         taken: list[Worker] = []
         try:
             worker = self._pool.take(taken, deadline, self._module.instance)
-            lost = self._lost
-            if lost is not None and lost[0] == self._module.generation:
-                result = self._recovered(worker, work, deadline, lost[1])
-            else:
+            failure = self._ladder.lost
+            if failure is None or self._ladder.lost_in != self._module.generation:
                 try:
                     result = self._attempt(worker, work, deadline)
-                except sdk.PKCS11Error as failure:
-                    result = self._recovered(worker, work, deadline, failure)
+                except sdk.PKCS11Error as error:
+                    result = self._ladder.climb(self._module, worker, work, deadline, error)
+            else:
+                result = self._ladder.climb(self._module, worker, work, deadline, failure)
             self._circuit.closed_by_success()
             return result
         finally:
@@ -221,90 +259,40 @@ class Pkcs11Backend:
         worker.instance = module.instance
         try:
             if worker.generation != module.generation:
-                self._open_worker(worker)
+                self._access.open(worker)
+                at_exit.expected(self)
             return work(worker)
         finally:
             worker.instance = None
-
-    def _recovered(
-        self,
-        worker: Worker,
-        work: Callable[[Worker], T],
-        deadline: float | None,
-        failure: sdk.PKCS11Error,
-    ) -> T:
-        """Make anew what a failure asks for, as little as suffices, and repeat the work once.
-
-        The first level renews the session, and on the way the login and the key; the second one
-        the module's initialisation. What fails while it is being made anew takes the next level; a
-        failure of the repeated work itself does not.
-        """
-        level = recovery_for(failure)
-        if level is Recovery.NONE:
-            self._drop(worker)  # an operation may still be active in it
-            raise translated(failure, step="signature") from None
-        seen = self._module.generation if worker.generation < 0 else worker.generation
-        step = "signature"
-        for current in range(level, Recovery.MODULE + 1):
-            _log.debug("pkcs11.recovering level=%d after=%s", current, told(failure))
-            step = "token"
-            try:
-                if current == Recovery.MODULE:
-                    self._reinitialize(seen, deadline)
-                else:
-                    self._drop(worker)
-                self._attempt(worker, lambda _: None, deadline)
-                step = "signature"
-                return self._attempt(worker, work, deadline)
-            except sdk.PKCS11Error as again:
-                failure = again
-                if step == "signature" or recovery_for(again) is Recovery.NONE:
-                    break
-        self._drop(worker)
-        raise self._away(failure, step)
-
-    def _reinitialize(self, seen: int, deadline: float | None) -> None:
-        try:
-            self._module.reinitialize(seen, deadline)
-        except SignerUnavailable as error:
-            self._circuit.opened_by(error)
-            raise
-
-    def _away(self, failure: sdk.PKCS11Error, step: str) -> D1SignerError:
-        if recovery_for(failure) is Recovery.MODULE:
-            self._lost = (self._module.generation, failure.with_traceback(None))
-        error = translated(failure, step=step)
-        if isinstance(error, SignerUnavailable):
-            self._circuit.opened_by(error)
-        return error
 
     def _drop(self, worker: Worker) -> None:
         def drop() -> None:
             worker.drop(self._module.generation)
             if self._closed:
-                self._close_sessions([])  # a login that a late recovery made
+                self._access.close([])  # a login that a late recovery made
 
         with contextlib.suppress(D1SignerError):
             self._module.run(drop, time.monotonic() + _PATIENCE, revive=False)
 
     # -- opening ------------------------------------------------------------------------------
 
-    def _open_step(self, name: str, work: Callable[[], None], deadline: float | None) -> None:
+    def _open_step(self, name: str, work: Callable[[], None]) -> None:
         self._opening = True
         try:
-            self._bounded(deadline, work)
+            work()
         except SignerTimeout as error:
             error.details.setdefault("step", name)
             raise
 
     def _begin(self, deadline: float | None) -> None:
         settings = self._settings
-        self._module = Module.acquire(
+        self._module = owners.acquire(
             settings.module_path,
             locking=settings.locking,
             reserved=settings.init_reserved,
             deadline=deadline,
         )
+        self._access = Access(self._module, settings, self._pin)
         self._step_ended()
 
     def _step_ended(self) -> None:
@@ -317,9 +305,7 @@ class Pkcs11Backend:
     def _open(self) -> None:
         """Take every step once, so that a wrong setting shows at opening."""
         try:
-            found = self._opened()
-            self._pinned = found.public
-            self._prove(found)
+            self._prove(self._opened())
         except sdk.PKCS11Error as failure:
             raise translated(failure, step="key") from None
         finally:
@@ -327,91 +313,39 @@ class Pkcs11Backend:
 
     def _prove(self, found: FoundKey) -> None:
         digest = keys.digest_to_prove()
-        try:
-            found.public.verify_digest(self._sign(digest, None), digest)
-        except InvalidSignatureError:
-            raise KeyMismatchError(
-                "The private key does not fit its public key: "
-                f"{self._settings.uri.location(found.id)}.",
-                hint="Store the right public key or certificate under the private key's id.",
-                details={"step": "signature"},
-            ) from None
-        except D1SignerError as error:
-            error.details["step"] = "signature"
-            raise
-        self._proven = True
+        signature = self._sign(digest, None)
+        for public in found.publics:
+            with contextlib.suppress(InvalidSignatureError):
+                public.verify_digest(signature, digest)
+                self._access.public = public
+                self._access.proven = True
+                return
+        raise KeyMismatchError(
+            "The private key does not fit its public key: "
+            f"{self._settings.uri.location(found.id)}.",
+            hint="Store the right public key or certificate under the private key's id.",
+            details={"step": "signature"},
+        )
 
     def _opened(self) -> FoundKey:
-        try:
-            self._module.run(self._current_token, None)
-        except (KeyNotFoundError, sdk.GeneralError):
-            # A SoftHSM module that starts while another process logs in may miss its tokens.
-            self._module.reinitialize(self._module.generation, None)
-        return self._module.run(self._look, None)
-
-    def _look(self) -> FoundKey:
-        token = self._current_token()
-        self._ensure_login(token)
-        with keys.session_on(token) as session:
-            return keys.find_key(session, self._settings.uri, self._pinned)
-
-    def _open_worker(self, worker: Worker) -> None:
-        """Open a session and find the key through it; inside the module."""
-        generation = self._module.generation
-        worker.drop(generation)
-        token = self._current_token()
-        self._ensure_login(token)
-        session = keys.opened(token)
-        try:
-            found = keys.find_key(session, self._settings.uri, self._pinned)
-        except BaseException:
-            with contextlib.suppress(sdk.PKCS11Error):
-                session.close()
-            raise
-        log_in = self._login_for_each(session) if found.always_authenticate else None
-        sign = self._module.cryptoki.signer(handle(session), handle(found.private), log_in)
-        worker.use(session, sign, generation)
-
-    def _login_for_each(self, session: pkcs11.Session) -> Callable[[], None] | None:
-        if self._login is None or (self._pin.kept is None and not self._settings.pin_pad):
-            return None
-        return self._login.for_each(session, self._pin, pin_pad=self._settings.pin_pad)
-
-    def _current_token(self) -> pkcs11.Token:
-        """The token, looked up once in each generation: slot numbers move."""
-        generation = self._module.generation
-        if self._token is None or self._token_generation != generation:
-            self._token = self._find_token()
-            self._login = None
-            self._token_generation = generation
-        return self._token
-
-    def _find_token(self) -> pkcs11.Token:
-        try:
-            return keys.find_token(self._module, self._settings.uri)
-        except KeyNotFoundError:
-            if not self._proven:
-                raise
-        raise sdk.TokenNotPresent  # it was there: it is away, and may come back
-
-    def _ensure_login(self, token: pkcs11.Token) -> None:
-        login = self._login
-        if login is None:
-            login = Login.shared(self._module, token, self._settings.user_type)
+        limit = time.monotonic() + (_SECONDS_TO_BEGIN if forks.is_child() else 0.0)
+        while True:
             try:
-                login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=False)
-            except BaseException:
-                login.release()
-                raise
-            self._login = login
-        else:
-            login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=True)
-
-    def _ask(self, _: Worker) -> Evidence:
-        token = self._current_token()
-        with keys.session_on(token) as session:
-            found = keys.find_key(session, self._settings.uri, self._pinned)
-            return keys.evidence(self._module, token, found, self._settings.uri)
+                self._module.run(self._access.token, None)
+                break
+            except (KeyNotFoundError, sdk.GeneralError):
+                # A SoftHSM module that starts while another process logs in may miss its tokens.
+                if not self._module.kept:
+                    self._module.reinitialize(self._module.generation, None)
+            if time.monotonic() >= limit:
+                break
+            time.sleep(_PAUSE_OF_CHILD)
+        try:
+            return self._module.run(self._access.find, None)
+        except sdk.UserAlreadyLoggedIn:  # and no key is to be seen
+            if not self._module.kept:
+                self._module.reinitialize(self._module.generation, None)
+        return self._module.run(self._access.find, None)
 
     # -- forks --------------------------------------------------------------------------------
 
@@ -419,8 +353,9 @@ class Pkcs11Backend:
         """Forget everything inherited; the first signature opens it anew."""
         self._handoff.after_fork()
         self._life = threading.Lock()
-        self._token = None
-        self._login = None
+        if hasattr(self, "_access"):
+            self._access.forget()
+        self._new_in_child = True
         self._circuit.renew()
         if not self._closed:
             self._pool.renew()
@@ -429,15 +364,15 @@ class Pkcs11Backend:
         return f"<Pkcs11Backend {self._settings.uri.location()}>"
 
 
+def _within_a_second(deadline: float | None) -> float:
+    limit = time.monotonic() + _SECONDS_TO_BEGIN
+    return limit if deadline is None else min(limit, deadline)
+
+
 _all: weakref.WeakSet[Pkcs11Backend] = weakref.WeakSet()
 
 
-# Its thread is kept for all that are closed; see handoff.py.
-_closing = Handoff()
-
-
 def _renew_all() -> None:
-    _closing.after_fork()
     for backend in list(_all):
         backend.renew_in_child()
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the token and the key, the public key, and what the token claims about the key."""
+"""Finding the one private key that a URI describes, and its public half."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import pkcs11
-from asn1crypto.x509 import Certificate
-from pkcs11 import Attribute, KeyType, ObjectClass, SlotFlag, exceptions as sdk
-from pkcs11.attributes import AttributeMapper
+from pkcs11 import Attribute, KeyType, ObjectClass, exceptions as sdk
 
-from d1_signer.backends.pkcs11.module.life import Module
-from d1_signer.backends.pkcs11.uri import Pkcs11Uri
-from d1_signer.custody.evidence import Evidence, Fact, FactValue
+from d1_signer.backends.pkcs11.failures import Recovery, answer_of, recovery_for
+from d1_signer.backends.pkcs11.module.cryptoki import shown
+from d1_signer.backends.pkcs11.public_keys import candidates
+from d1_signer.backends.pkcs11.returns import code_of, is_vendors
+from d1_signer.backends.pkcs11.session import attributes
+from d1_signer.backends.pkcs11.session.session import Session
+from d1_signer.backends.pkcs11.tokens import listed
+from d1_signer.backends.pkcs11.uri import Pkcs11Uri, id_in_uri
 from d1_signer.errors import (
     AmbiguousKeyError,
     InvalidKeyError,
@@ -28,165 +28,54 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 
 P256 = bytes.fromhex("06082a8648ce3d030107")  # the OID secp256r1 in DER, as in CKA_EC_PARAMS
+_P256_BY_NAME = {b"\x13" + bytes((len(name),)) + name for name in (b"secp256r1", b"prime256v1")}
+_NAMED_CURVE = (0x06, 0x13)  # an OID, or a name as PKCS#11 v3.0 allows; else it is spelt out
 _PROOF = b"d1_signer/pkcs11/proof-of-key/v1\0"  # no JWT and no TLS handshake begins so
-_SHOWN = 10  # candidates listed in an error
-
-_UNREADABLE = (
-    sdk.AttributeTypeInvalid,
-    sdk.AttributeSensitive,
-    sdk.AttributeValueInvalid,
-    sdk.FunctionFailed,
-    NotImplementedError,  # the binding knows no type for it
-    ValueError,  # the module's value is not of that type
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundKey:
-    """A private key on a token, and its public half."""
+    """A private key on a token, and what may be its public half.
 
-    private: pkcs11.SignMixin = field(repr=False)  # its repr would call the module
-    public: PublicKey
+    Attributes:
+        private: Its handle.
+        publics: Public keys, one at least; with one that was given or pinned, that one alone.
+        id: ``CKA_ID``; may be empty.
+        always_authenticate: It wants a login with each signature.
+    """
+
+    private: int
+    publics: frozenset[PublicKey]
     id: bytes
     always_authenticate: bool
 
 
-# -- the token --------------------------------------------------------------------------------
-
-
-def find_token(module: Module, uri: Pkcs11Uri) -> pkcs11.Token:
-    """Find the one token that the URI describes; the caller is inside the module.
-
-    Raises:
-        KeyNotFoundError: None fits.
-        AmbiguousKeyError: More than one fits.
-    """
-    present: list[pkcs11.Token] = []
-    for slot in module.binding.get_slots(token_present=True):
-        with contextlib.suppress(sdk.TokenNotPresent, sdk.TokenNotRecognised):
-            present.append(slot.get_token())
-    fitting = [token for token in present if _token_fits(token, uri)]
-    if uri.library_version is not None or _library_texts(uri):
-        fitting = fitting if _library_fits(module, uri) else []
-    if len(fitting) == 1:
-        return fitting[0]
-    kind = AmbiguousKeyError if fitting else KeyNotFoundError
-    how = "More than one token fits" if fitting else "No token fits"
-    raise kind(
-        f"{how} {uri.token_location()}; seen: {_listed(map(_token_text, fitting or present))}.",
-        hint="Name the token by its label or serial number in the key URI.",
-        details={"step": "token", "tokens": len(fitting)},
-    )
-
-
-def _token_fits(token: pkcs11.Token, uri: Pkcs11Uri) -> bool:
-    wanted = {
-        "token": token.label,
-        "manufacturer": token.manufacturer_id,
-        "serial": token.serial.decode("utf-8", "replace"),
-        "model": token.model,
-        "slot-description": token.slot.slot_description,
-        "slot-manufacturer": token.slot.manufacturer_id,
-    }
-    if uri.slot_id not in {None, token.slot.slot_id}:
-        return False
-    return all(uri.texts.get(name) in {None, value.rstrip()} for name, value in wanted.items())
-
-
-def _library_texts(uri: Pkcs11Uri) -> bool:
-    return bool({"library-manufacturer", "library-description"} & uri.texts.keys())
-
-
-def _library_fits(module: Module, uri: Pkcs11Uri) -> bool:
-    info = module.cryptoki.info()
-    major, minor = uri.library_version or info.version
-    return (
-        uri.texts.get("library-manufacturer") in {None, info.manufacturer}
-        and uri.texts.get("library-description") in {None, info.description}
-        and major == info.version[0]
-        and minor in {None, info.version[1]}
-    )
-
-
-def _token_text(token: pkcs11.Token) -> str:
-    serial = token.serial.decode("utf-8", "replace")
-    return f"{token.label!r} (serial {serial}, slot {token.slot.slot_id})"
-
-
-class _AsItIs(AttributeMapper):
-    """Takes values that are packed already, without a line of Python.
-
-    A signal's handler may raise in any function that is written in Python, and python-pkcs11
-    (0.10.1) frees pointers that it has not set where packing raises.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pack_attribute = {}.get  # type: ignore[method-assign, assignment]  # its second argument
-
-
-_as_it_is, _packing = _AsItIs(), AttributeMapper()
-
-
-def opened(token: pkcs11.Token) -> pkcs11.Session:
-    """A session for `objects` and for signing; it makes none."""
-    return token.open(attribute_mapper=_as_it_is)
-
-
-@contextlib.contextmanager
-def session_on(token: pkcs11.Token) -> Iterator[pkcs11.Session]:
-    """As `opened`, closed; that a dead one cannot be closed does not hide why it died."""
-    session = opened(token)
-    try:
-        yield session
-    finally:
-        with contextlib.suppress(sdk.PKCS11Error):
-            session.close()
-
-
-# -- the key ----------------------------------------------------------------------------------
-
-
-def find_key(session: pkcs11.Session, uri: Pkcs11Uri, given: PublicKey | None) -> FoundKey:
+def find_key(session: Session, uri: Pkcs11Uri, given: PublicKey | None) -> FoundKey:
     """Find the one private key that the URI describes, and its public key.
 
     Args:
         session: A session; the caller is inside its module, and the user logged in.
         uri: What to look for.
-        given: The public key, for a token that holds neither it nor a certificate.
+        given: The public key, for a token that does not tell it.
 
     Raises:
         KeyNotFoundError: No key fits, or its public key is nowhere.
         AmbiguousKeyError: More than one fits.
-        InvalidKeyError: It is no P-256 key that may sign.
+        InvalidKeyError: It is no P-256 key that may sign, or its public key cannot be read.
         KeyMismatchError: The public key on the token is another than the given one.
     """
-    found = objects(session, ObjectClass.PRIVATE_KEY, label=uri.object, key_id=uri.id)
-    if len(found) != 1:
-        raise _not_one(session, uri, found)
-    private = found[0]
-    key_id = attribute(private, Attribute.ID) or b""
-    _check_signing_key(private, uri.location(key_id))
-    public = _public_key(session, private, key_id, uri)
-    if public is None:
-        public = given
-    if public is None:
-        raise KeyNotFoundError(
-            f"The token has no public key and no certificate for {uri.location(key_id)}.",
-            hint="Store one of them with the key's id, or give the option public_key.",
-            details={"step": "key"},
-        )
-    if given is not None and public != given:
-        raise KeyMismatchError(
-            "The public key on the token is not the one that was given.",
-            hint=f"Its thumbprint is {public.thumbprint()}.",
-            details={"step": "key"},
-        )
+    private = _private_key(session, uri)
+    key_id = attributes.octets(session, private, Attribute.ID) or b""
+    label = attributes.text(session, private, Attribute.LABEL) or uri.object
+    seen = candidates(session, private, key_id, label)
+    if given is not None and seen.keys and given not in seen.keys:
+        raise _another(seen.keys)
+    publics = {given} if given is not None else seen.keys
+    if not publics:
+        raise _no_public_key(uri.location(key_id), seen.unreadable)
+    always = attributes.flag(session, private, Attribute.ALWAYS_AUTHENTICATE) is True
     return FoundKey(
-        private=private,
-        public=public,
-        id=key_id,
-        always_authenticate=attribute(private, Attribute.ALWAYS_AUTHENTICATE) is True,
+        private=private, publics=frozenset(publics), id=key_id, always_authenticate=always
     )
 
 
@@ -195,191 +84,122 @@ def digest_to_prove() -> bytes:
     return hashlib.sha256(_PROOF + os.urandom(32)).digest()
 
 
-def objects(
-    session: pkcs11.Session,
-    kind: ObjectClass,
-    *,
-    label: str | None = None,
-    key_id: bytes | None = None,
-) -> list[Any]:
-    """All objects of a class with this label and id, by a session of `opened`.
-
-    A list, always: while a search is open, it holds the session's lock against other threads. One
-    that could not begin calls the module once more when it is freed, so that is done here, inside
-    the module, and not whenever the error's traceback goes.
-    """
-    wanted = {Attribute.CLASS: kind, Attribute.LABEL: label, Attribute.ID: key_id}
-    template = {
-        name: _packing.pack_attribute(name, value)
-        for name, value in wanted.items()
-        if value is not None
-    }
-    try:
-        return list(session.get_objects(template))
-    except sdk.PKCS11Error as failure:
-        raise failure.with_traceback(None) from None
-
-
-def attribute(item: Any, name: Attribute) -> Any:
-    """An attribute's value; None where the token does not tell."""
-    try:
-        return item[name]
-    except _UNREADABLE:
-        return None
-    except sdk.PKCS11Error as error:
-        # "Cannot be told" under a return value that the binding has no name for.
-        if type(error) is sdk.PKCS11Error and "initialized" not in str(error):
-            return None
-        raise
-
-
-def _not_one(session: pkcs11.Session, uri: Pkcs11Uri, found: list[Any]) -> SignerError:
-    others = found or objects(session, ObjectClass.PRIVATE_KEY)
-    listed = _listed(map(_key_text, others))
-    details: dict[str, str | int | float] = {"step": "key", "keys": len(found)}
-    if found:
-        return AmbiguousKeyError(
-            f"{len(found)} private keys fit {uri.location()}; seen: {listed}.",
-            hint="Name the key by both its label (object) and its id.",
-            details=details,
-        )
-    return KeyNotFoundError(
-        f"No private key fits {uri.location()}; seen: {listed}.",
-        hint="Check object and id in the key URI; d1-signer generate-key makes a key.",
-        details=details,
-    )
-
-
-def _key_text(item: Any) -> str:
-    label = attribute(item, Attribute.LABEL)
-    key_id = attribute(item, Attribute.ID) or b""
-    return f"{label!r} (id {key_id.hex() or 'none'})"
-
-
-def _listed(texts: Iterable[str]) -> str:
-    shown = list(texts)
-    more = f", and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return (", ".join(shown[:_SHOWN]) or "none") + more
-
-
-def _check_signing_key(private: Any, location: str) -> None:
-    curve = attribute(private, Attribute.EC_PARAMS)
-    if attribute(private, Attribute.KEY_TYPE) != KeyType.EC or curve not in {None, P256}:
-        raise InvalidKeyError(
-            f"The key is no EC key on P-256: {location}.",
-            hint="D1 takes ES256 only: use a key on P-256.",
-            details={"step": "key"},
-        )
-    if not isinstance(private, pkcs11.SignMixin):
-        raise InvalidKeyError(
-            f"The key may not sign (CKA_SIGN): {location}.",
-            hint="Use a key that was made for signing.",
-            details={"step": "key"},
-        )
-
-
-def _public_key(
-    session: pkcs11.Session, private: Any, key_id: bytes, uri: Pkcs11Uri
-) -> PublicKey | None:
-    """The public key that the token tells: a public object, else a certificate with the same id."""
-    label = attribute(private, Attribute.LABEL) or uri.object
-    by: dict[str, Any] = {"key_id": key_id} if key_id else {"label": label}
-    points = (
-        attribute(item, Attribute.EC_POINT)
-        for item in objects(session, ObjectClass.PUBLIC_KEY, **by)
-    )
-    found = _distinct(points, PublicKey.from_point)
+def _private_key(session: Session, uri: Pkcs11Uri) -> int:
+    """The one key that fits and can be used; others of the same name are passed over."""
+    found = session.find(ObjectClass.PRIVATE_KEY, label=uri.object, key_id=uri.id)
     if not found:
-        certificates = (
-            attribute(item, Attribute.VALUE)
-            for item in objects(session, ObjectClass.CERTIFICATE, **by)
-        )
-        found = _distinct(certificates, _of_certificate)
-    if len(found) > 1:
-        raise AmbiguousKeyError(
-            f"The token has {len(found)} different public keys for {uri.location(key_id)}.",
-            hint="Remove the wrong ones, or give the right one its own id.",
+        raise _none(session, uri)
+    reasons = {item: _unfit(session, item) for item in found}
+    fit = [item for item, reason in reasons.items() if reason is None]
+    if len(fit) == 1:
+        return fit[0]
+    if not fit:
+        told = {reason for reason in reasons.values() if reason}
+        raise InvalidKeyError(
+            f"The key {' and '.join(sorted(told))}: {uri.location()}.",
+            hint="D1 takes ES256 only: use a key on P-256 that was made for signing.",
             details={"step": "key", "keys": len(found)},
         )
-    return next(iter(found), None)
-
-
-def _distinct(values: Iterable[Any], read: Callable[[bytes], PublicKey]) -> set[PublicKey]:
-    try:
-        return {read(value) for value in values if value}
-    except InvalidKeyError as error:
-        error.details["step"] = "key"
-        raise
-
-
-def _of_certificate(der: bytes) -> PublicKey:
-    try:
-        info = Certificate.load(der)["tbs_certificate"]["subject_public_key_info"].dump()
-    except (ValueError, TypeError, KeyError):
-        raise InvalidKeyError("The certificate on the token cannot be read.") from None
-    return PublicKey.from_der(info)
-
-
-# -- custody ----------------------------------------------------------------------------------
-
-_ATTRIBUTES = (
-    Attribute.LOCAL,
-    Attribute.SENSITIVE,
-    Attribute.ALWAYS_SENSITIVE,
-    Attribute.EXTRACTABLE,
-    Attribute.NEVER_EXTRACTABLE,
-    Attribute.KEY_GEN_MECHANISM,
-    Attribute.SIGN,
-    Attribute.DECRYPT,
-    Attribute.DERIVE,
-    Attribute.UNWRAP,
-    Attribute.ALWAYS_AUTHENTICATE,
-)
-
-
-def evidence(module: Module, token: pkcs11.Token, found: FoundKey, uri: Pkcs11Uri) -> Evidence:
-    """What the token claims about the key; the caller is inside the module."""
-    values = {name: attribute(found.private, name) for name in _ATTRIBUTES}
-    facts = [
-        Fact(name=f"CKA_{name.name}", value=_plain(value), source="PKCS#11 attribute")
-        for name, value in values.items()
-    ]
-    info = module.cryptoki.info()
-    of_token: dict[str, FactValue] = {
-        "token label": token.label,
-        "token serial": token.serial.decode("utf-8", "replace"),
-        "token manufacturer": token.manufacturer_id,
-        "token model": token.model,
-        "token flags": _flags(token.slot.get_token().flags),
-        "CKF_HW_SLOT": bool(token.slot.flags & SlotFlag.HW_SLOT),
-        "library description": info.description,
-        "library version": f"{info.version[0]}.{info.version[1]}",
-    }
-    facts += [Fact(name=name, value=value, source="PKCS#11") for name, value in of_token.items()]
-    facts.append(Fact(name="locking", value=str(module.locking), source="d1_signer"))
-    return Evidence(
-        location=uri.location(found.id),
-        exportable=_exportable(
-            sensitive=values[Attribute.SENSITIVE], extractable=values[Attribute.EXTRACTABLE]
-        ),
-        generated_in_place=values[Attribute.LOCAL],
-        hardware=bool(token.slot.flags & SlotFlag.HW_SLOT),
-        facts=tuple(facts),
+    both = uri.object is not None and uri.id is not None
+    raise AmbiguousKeyError(
+        f"{len(fit)} private keys fit {uri.location()}; seen: {_listed(session, fit)}.",
+        hint="Give one of them another id with the vendor's tool."
+        if both
+        else "Name the key by both its label (object) and its id.",
+        details={"step": "key", "keys": len(fit)},
     )
 
 
-def _exportable(*, sensitive: bool | None, extractable: bool | None) -> bool | None:
-    """PKCS#11 section 4.9: a sensitive key never leaves in clear, an extractable one wrapped."""
-    if sensitive is False or extractable is True:
-        return True
-    return None if sensitive is None or extractable is None else False
+def _none(session: Session, uri: Pkcs11Uri) -> SignerError:
+    others = session.find(ObjectClass.PRIVATE_KEY)
+    hint = "Check object and id in the key URI; d1-signer generate-key makes a key."
+    if not others:
+        hint = "The token shows no private key to this user at all: check the user and the PIN."
+    elif (octets := _read_as_hex(uri.id)) is not None and session.find(
+        ObjectClass.PRIVATE_KEY, key_id=octets
+    ):
+        hint = (
+            f"An id in a URI is bytes, not hexadecimal: {id_in_uri(uri.id or b'')} was asked for; "
+            f"write {id_in_uri(octets)}."
+        )
+    return KeyNotFoundError(
+        f"No private key fits {uri.location()}; seen: {_listed(session, others)}.",
+        hint=hint,
+        details={"step": "key", "keys": 0},
+    )
 
 
-def _plain(value: Any) -> FactValue:
-    if value is None or isinstance(value, bool | str):
-        return value
-    return str(getattr(value, "name", value))
+def _read_as_hex(key_id: bytes | None) -> bytes | None:
+    """What an id is if it was written as other tools print it: ``01:a0`` or ``01A0``."""
+    try:
+        return bytes.fromhex((key_id or b"").decode("ascii").replace(":", "")) or None
+    except ValueError:
+        return None
 
 
-def _flags(flags: Any) -> str:
-    return " ".join(f"CKF_{flag.name}" for flag in type(flags) if flags & flag)
+def _listed(session: Session, items: Iterable[int]) -> str:
+    return listed(_text(session, item) for item in items)
+
+
+def _text(session: Session, item: int) -> str:
+    label = attributes.text(session, item, Attribute.LABEL) or ""
+    key_id = attributes.octets(session, item, Attribute.ID)
+    named = id_in_uri(key_id) if key_id else "no id"
+    return f"{shown(label)!r} ({named}, {_kind(session, item)})"
+
+
+def _kind(session: Session, item: int) -> str:
+    number = attributes.number(session, item, Attribute.KEY_TYPE)
+    if number is None:
+        return "of unknown type"
+    try:
+        return KeyType(number).name
+    except ValueError:
+        return f"type {number:#x}"
+
+
+def _unfit(session: Session, item: int) -> str | None:
+    """Why a private key cannot be used; None where nothing speaks against it."""
+    try:
+        told = session.attribute(item, Attribute.KEY_TYPE)
+    except sdk.PKCS11Error as failure:
+        code = code_of(failure)
+        if recovery_for(failure) is not Recovery.NONE and not is_vendors(code or 0):
+            raise
+        return f"is of a type that the module does not tell ({answer_of(failure)})"
+    kind = attributes.ulong(told)
+    if kind is None:
+        return f"is of a type that cannot be read (CKA_KEY_TYPE of {len(told)} bytes)"
+    if kind != KeyType.EC:
+        return f"is no EC key but {_kind(session, item)}"
+    # A curve that is spelt out, or not told, is left to the public key, which is on P-256 or not.
+    curve = attributes.octets(session, item, Attribute.EC_PARAMS)
+    if curve and curve[0] in _NAMED_CURVE and curve not in {P256, *_P256_BY_NAME}:
+        return "is on another curve than P-256"
+    sign = attributes.octets(session, item, Attribute.SIGN)
+    if sign is not None and len(sign) != 1:
+        return f"may sign or not (CKA_SIGN of {len(sign)} bytes cannot be read)"
+    return "may not sign (CKA_SIGN)" if sign == b"\0" else None
+
+
+def _no_public_key(location: str, unreadable: list[str]) -> SignerError:
+    if unreadable:
+        return InvalidKeyError(
+            f"The public key of {location} cannot be read: {listed(unreadable)}.",
+            hint="Give the public key (public_key=PEM); the first signature checks it.",
+            details={"step": "key"},
+        )
+    return KeyNotFoundError(
+        f"The token has no public key and no certificate for {location}.",
+        hint="Store one of them with the key's id, or give the public key (public_key=PEM).",
+        details={"step": "key"},
+    )
+
+
+def _another(seen: set[PublicKey]) -> KeyMismatchError:
+    thumbprints = ", ".join(sorted(key.thumbprint() for key in seen))
+    return KeyMismatchError(
+        "The public key on the token is not the one that was given.",
+        hint=f"Its thumbprint is {thumbprints}.",
+        details={"step": "key"},
+    )

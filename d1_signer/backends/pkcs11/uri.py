@@ -49,7 +49,8 @@ class Pkcs11Uri:
     Attributes:
         texts: Path attributes that are text, by their RFC name: ``token``, ``manufacturer``,
             ``serial``, ``model``, ``object``, ``slot-manufacturer``, ``slot-description``,
-            ``library-manufacturer``, ``library-description``.
+            ``library-manufacturer``, ``library-description``. Bytes that are no UTF-8, as in a
+            label that was cut, are surrogates (PEP 383), so that bytes are compared.
         id: ``CKA_ID``, bytes.
         slot_id: Slot number.
         library_version: Major and minor; the minor is None where only the major was given.
@@ -86,7 +87,9 @@ class Pkcs11Uri:
             raise KeyUriError(
                 "The key URI has both pin-source and pin-value.", hint="Keep pin-source only."
             )
-        texts = {name: _text(name, path[name]) for name in path if name in _TEXTS}
+        texts = {
+            name: path[name].decode("utf-8", "surrogateescape") for name in path if name in _TEXTS
+        }
         if texts.pop("type", "private") != "private":
             raise KeyUriError(
                 "The key URI's type is not private.", hint="Leave type out, or write type=private."
@@ -117,7 +120,7 @@ class Pkcs11Uri:
         if self.slot_id is not None:
             items.append(f"slot-id={self.slot_id}")
         if (found := self.id if self.id is not None else key_id) is not None:
-            items.append("id=" + "".join(f"%{octet:02X}" for octet in found))
+            items.append(id_in_uri(found))
         return "pkcs11:" + ";".join(items)
 
     def token_location(self) -> str:
@@ -138,6 +141,11 @@ class Pkcs11Uri:
         }
         items = [f"{name}={quote(value, safe='/:')}" for name, value in query.items() if value]
         return self.location(key_id) + ("?" + "&".join(items) if items else "")
+
+
+def id_in_uri(key_id: bytes) -> str:
+    """An id as it is written in a URI."""
+    return "id=" + "".join(f"%{octet:02X}" for octet in key_id)
 
 
 def _attributes(
@@ -196,7 +204,7 @@ def _version(value: bytes | None) -> tuple[int, int | None] | None:
 
 
 def _quoted(value: str) -> str:
-    return quote(value, safe="")
+    return quote(value.encode("utf-8", "surrogateescape"), safe="")
 
 
 def _warn_of_pin() -> None:

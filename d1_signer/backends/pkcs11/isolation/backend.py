@@ -32,8 +32,8 @@ from d1_signer.backends.pkcs11.isolation.wire import (
 )
 from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.gate import remaining
-from d1_signer.backends.pkcs11.session.login import refused
-from d1_signer.backends.pkcs11.session.recovery import Circuit
+from d1_signer.backends.pkcs11.session.pin import refused
+from d1_signer.backends.pkcs11.session.recovery import Circuit, Remedy
 from d1_signer.custody.evidence import Assurance, Evidence, Fact
 from d1_signer.errors import (
     ConfigurationError,
@@ -90,6 +90,7 @@ class IsolatedBackend:
         self._failures = 0
         self._error: D1SignerError | None = None
         self._circuit = Circuit(self._settings.location)
+        self._replacing = Remedy()
         self._closed = False
 
     # -- the Backend protocol -----------------------------------------------------------------
@@ -137,16 +138,22 @@ class IsolatedBackend:
         return deadline
 
     def _asked(self, kind: bytes, body: bytes, deadline: float | None) -> bytes:
-        """Ask once; once more where the child was killed for another caller's deadline."""
+        """Ask once; once more where the child was killed for another caller, or is replaced."""
         forks.notice()
         try:
             return self._asked_once(kind, body, deadline)
-        except _Killed:
-            pass
+        except _Again as again:
+            reason = again.reason
+        helped = False
         try:
-            return self._asked_once(kind, body, deadline)
-        except _Killed:
-            raise _died() from None
+            answer = self._asked_once(kind, body, deadline)
+            helped = True
+        except _Again:
+            raise reason or _died() from None
+        finally:
+            if reason is not None:
+                self._replacing.taken(helped=helped)
+        return answer
 
     def _asked_once(self, kind: bytes, body: bytes, deadline: float | None) -> bytes:
         taken: list[_Taken] = []
@@ -166,7 +173,7 @@ class IsolatedBackend:
             raise _too_late() from None
         except Gone:
             if self._lost(taken):
-                raise _Killed from None
+                raise _Again from None
             raise _died() from None
         except D1SignerError:
             raise
@@ -177,9 +184,17 @@ class IsolatedBackend:
             raise
         if answered == DONE:
             return answer
+        raise self._failure(answer, host, deadline)
+
+    def _failure(self, answer: bytes, host: Host, deadline: float | None) -> Exception:
         error, more = decoded_error(answer)
         refused.merge(more["refused"])
-        raise error
+        if host.dead:
+            return _Again()
+        if error.details.get("needs") == "process" and self._replacing.due:
+            self._replace(host, deadline)
+            return _Again(error)
+        return error
 
     def _take(self, taken: list[_Taken], deadline: float | None) -> _Taken:
         """A free connection of the child with the fewest calls under way; `taken` gets it too."""
@@ -322,6 +337,16 @@ class IsolatedBackend:
         if known:
             host.kill()
 
+    def _replace(self, host: Host, deadline: float | None) -> None:
+        """Let a child close its sessions and end; the next call starts its successor."""
+        with self._lock:
+            known = host in self._hosts
+            if known:
+                self._hosts.remove(host)
+                host.dead = True
+        if known:
+            host.end(remaining(deadline))
+
     # -- forks --------------------------------------------------------------------------------
 
     def renew_in_child(self) -> None:
@@ -334,8 +359,12 @@ class IsolatedBackend:
         return f"<IsolatedBackend {self._settings.location}>"
 
 
-class _Killed(Exception):
-    """The child was killed for another caller's deadline."""
+class _Again(Exception):
+    """The child was killed for another caller's deadline, or cannot be helped for this reason."""
+
+    def __init__(self, reason: D1SignerError | None = None) -> None:
+        super().__init__()
+        self.reason = reason
 
 
 _all: weakref.WeakSet[IsolatedBackend] = weakref.WeakSet()

@@ -88,11 +88,11 @@ class Host:
         for connection in self._sockets:
             connection.close()
 
-    def end(self) -> None:
-        """Let it end, by force if it does not."""
+    def end(self, patience: float | None = None) -> None:
+        """Let it close its sessions and end, by force if it does not in time."""
         self.let_go()
         try:
-            self.process.wait(_SECONDS_TO_END)
+            self.process.wait(_SECONDS_TO_END if patience is None else patience)
         except subprocess.TimeoutExpired:
             self.kill()
 

@@ -2,7 +2,7 @@
 """The process that hosts a module for ``isolation="process"``; started by `isolated`.
 
 Its arguments are the numbers of inherited sockets: one for control, the others for signatures, each
-served by a thread. It ends when the control socket does, even if the module hangs.
+served by a thread. It ends when the control socket does, within a second if the module hangs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     receive,
     send,
 )
-from d1_signer.backends.pkcs11.session import login
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session import at_exit, login
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.errors import D1SignerError, SignerError
 from d1_signer.signing.backend import Backend, GeneratedKey
 
@@ -63,6 +63,7 @@ def main(numbers: list[int]) -> None:
     except BaseException as error:  # noqa: BLE001 (it ends here, and nobody else would tell)
         _show(error)
     finally:
+        at_exit.leave()
         os._exit(0)  # threads may be in a call that does not return
 
 

@@ -28,7 +28,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     send,
 )
 from d1_signer.backends.pkcs11.module import forks
-from d1_signer.backends.pkcs11.session.login import refused
+from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.errors import (
     D1SignerError,
     LoginError,

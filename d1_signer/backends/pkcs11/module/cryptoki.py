@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few C calls of PKCS#11 that python-pkcs11 does not make as needed here, through ctypes.
+"""The C calls of PKCS#11, through ctypes, on the module that python-pkcs11 has loaded.
 
-`C_Initialize` with arguments (the binding promises the module a single thread), `C_Finalize`
-without holding the GIL, `C_Login` on a session that is closed when the login fails (the binding
-leaks it), `C_GetSessionInfo`, and `C_SignInit` and `C_Sign` without the binding's third call for
-the length and its 15 µs. PKCS#11 v2.40 base specification, sections 5.4 to 5.6 and 5.11.
+The binding promises the module a single thread, holds the GIL in `C_Finalize`, leaks the session
+whose login fails, makes a third call for each signature, fails where one of many attributes or
+slots cannot be read, loses bytes that are not UTF-8, and does not tell which call failed. So they
+are made here, in `token` and in `session.session`. PKCS#11 v2.40 base specification, section 5.
 """
 
 from __future__ import annotations
@@ -15,67 +15,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pkcs11 import _pkcs11, exceptions as sdk
+from pkcs11 import _pkcs11
+
+from d1_signer.backends.pkcs11.returns import Ckr, check, error_of
 
 CKF_OS_LOCKING_OK = 0x2
-CKR_OK = 0x0
-CKR_ARGUMENTS_BAD = 0x7
-CKR_NEED_TO_CREATE_THREADS = 0x9
-CKR_CANT_LOCK = 0xA
-CKR_CRYPTOKI_NOT_INITIALIZED = 0x190
-CKR_CRYPTOKI_ALREADY_INITIALIZED = 0x191
+_OK = 0  # a plain number: it is compared twice in each signature
 
 _LOGGED_IN_STATES = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 
 _CKM_ECDSA = 0x1041
 _DIGEST_LENGTH = 32
 _LONGEST_SIGNATURE = 128  # 64 are expected; a module that gives more is refused by its caller
-
-# What the calls made here may answer; python-pkcs11's own table is not reachable from Python.
-_ERRORS: dict[int, type[sdk.PKCS11Error]] = {
-    0x02: sdk.HostMemory,
-    0x03: sdk.SlotIDInvalid,
-    0x05: sdk.GeneralError,
-    0x06: sdk.FunctionFailed,
-    0x07: sdk.ArgumentsBad,
-    0x20: sdk.DataInvalid,
-    0x21: sdk.DataLenRange,
-    0x30: sdk.DeviceError,
-    0x31: sdk.DeviceMemory,
-    0x32: sdk.DeviceRemoved,
-    0x50: sdk.FunctionCancelled,
-    0x54: sdk.FunctionNotSupported,
-    0x60: sdk.KeyHandleInvalid,
-    0x63: sdk.KeyTypeInconsistent,
-    0x70: sdk.MechanismInvalid,
-    0x71: sdk.MechanismParamInvalid,
-    0x82: sdk.ObjectHandleInvalid,
-    0x90: sdk.OperationActive,
-    0x91: sdk.OperationNotInitialized,
-    0xA0: sdk.PinIncorrect,
-    0xA1: sdk.PinInvalid,
-    0xA2: sdk.PinLenRange,
-    0xA3: sdk.PinExpired,
-    0xA4: sdk.PinLocked,
-    0xB0: sdk.SessionClosed,
-    0xB3: sdk.SessionHandleInvalid,
-    0xE0: sdk.TokenNotPresent,
-    0xE1: sdk.TokenNotRecognised,
-    0x100: sdk.UserAlreadyLoggedIn,
-    0x101: sdk.UserNotLoggedIn,
-    0x102: sdk.UserPinNotInitialized,
-    0x104: sdk.AnotherUserAlreadyLoggedIn,
-    0x105: sdk.UserTooManyTypes,
-}
+_ROOM = 8192  # for one that wants more room than it uses
 
 
-def _structure(name: str, **fields: Any) -> Any:
+def structure(name: str, **fields: Any) -> Any:
+    """A C structure with these fields, in their order."""
     packed = {"_pack_": 1} if sys.platform == "win32" else {}  # PKCS#11 section 2.1
     return type(name, (ctypes.Structure,), {**packed, "_fields_": list(fields.items())})
 
 
-_Version = _structure("CK_VERSION", major=ctypes.c_ubyte, minor=ctypes.c_ubyte)
-_InitializeArguments = _structure(
+Version = structure("CK_VERSION", major=ctypes.c_ubyte, minor=ctypes.c_ubyte)
+_InitializeArguments = structure(
     "CK_C_INITIALIZE_ARGS",
     create_mutex=ctypes.c_void_p,
     destroy_mutex=ctypes.c_void_p,
@@ -84,15 +46,15 @@ _InitializeArguments = _structure(
     flags=ctypes.c_ulong,
     reserved=ctypes.c_char_p,
 )
-_Info = _structure(
+_Info = structure(
     "CK_INFO",
-    cryptoki_version=_Version,
+    cryptoki_version=Version,
     manufacturer=ctypes.c_char * 32,
     flags=ctypes.c_ulong,
     description=ctypes.c_char * 32,
-    library_version=_Version,
+    library_version=Version,
 )
-_SessionInfo = _structure(
+_SessionInfo = structure(
     "CK_SESSION_INFO",
     slot=ctypes.c_ulong,
     state=ctypes.c_ulong,
@@ -100,8 +62,8 @@ _SessionInfo = _structure(
     device_error=ctypes.c_ulong,
 )
 # The first entries of CK_FUNCTION_LIST, in the order of the specification.
-_FunctionList = _structure("CK_FUNCTION_LIST", version=_Version, functions=ctypes.c_void_p * 44)
-_Mechanism = _structure(
+_FunctionList = structure("CK_FUNCTION_LIST", version=Version, functions=ctypes.c_void_p * 60)
+_Mechanism = structure(
     "CK_MECHANISM", mechanism=ctypes.c_ulong, parameter=ctypes.c_void_p, length=ctypes.c_ulong
 )
 
@@ -125,6 +87,7 @@ class Cryptoki:
 
     Attributes:
         address: Where it is; another list at another address is another instance of the module.
+        code: Where its ``C_Initialize`` is.
     """
 
     def __init__(self, path: str, binding: Any) -> None:
@@ -140,27 +103,44 @@ class Cryptoki:
         if address is None:
             self._library = ctypes.CDLL(path)  # kept: the list lives as long as it does
             pointer = ctypes.c_void_p()
-            _check(self._library.C_GetFunctionList(ctypes.byref(pointer)))
+            check(self._library.C_GetFunctionList(ctypes.byref(pointer)), "C_GetFunctionList")
             address = pointer.value or 0
         self.address = address
-        functions = _FunctionList.from_address(address).functions
-        handle, pin = ctypes.c_ulong, ctypes.c_char_p
-        self._initialize = _function(functions[_INITIALIZE], ctypes.c_void_p)
-        self._finalize = _function(functions[_FINALIZE], ctypes.c_void_p)
-        self._get_info = _function(functions[_GET_INFO], ctypes.c_void_p)
-        self._get_session_info = _function(functions[_GET_SESSION_INFO], handle, ctypes.c_void_p)
-        self._login = _function(functions[_LOGIN], handle, ctypes.c_ulong, pin, ctypes.c_ulong)
-        at = ctypes.c_void_p
-        self._sign_init = _function(functions[_SIGN_INIT], handle, at, handle)
-        self._sign = _function(functions[_SIGN], handle, pin, ctypes.c_ulong, at, at)
+        self._arguments: dict[tuple[bool, str | None], Any] = {}
+        self._functions = _FunctionList.from_address(address).functions
+        number, text, at = ctypes.c_ulong, ctypes.c_char_p, ctypes.c_void_p
+        self.code: int = self._functions[_INITIALIZE]
+        self._initialize = self.function(_INITIALIZE, at)
+        self._finalize = self.function(_FINALIZE, at)
+        self._get_info = self.function(_GET_INFO, at)
+        self._get_session_info = self.function(_GET_SESSION_INFO, number, at)
+        self._login = self.function(_LOGIN, number, number, text, number)
+        self._sign_init = self.function(_SIGN_INIT, number, at, number)
+        self._sign = self.function(_SIGN, number, text, number, at, at)
+
+    def function(self, place: int, *arguments: type) -> Callable[..., int]:
+        """A function of the list; one that the module left out answers that it is not supported.
+
+        Args:
+            place: Its place in ``CK_FUNCTION_LIST``.
+            *arguments: The types of its arguments.
+        """
+        address = self._functions[place]
+        if not address:
+            return lambda *_: Ckr.FUNCTION_NOT_SUPPORTED
+        return ctypes.CFUNCTYPE(ctypes.c_ulong, *arguments)(address)
 
     def initialize(self, *, os_locking: bool, reserved: str | None) -> int:
         """Call ``C_Initialize``; returns its ``CK_RV``."""
         if not os_locking and reserved is None:
             return int(self._initialize(None))
-        arguments = _InitializeArguments(
-            flags=CKF_OS_LOCKING_OK if os_locking else 0,
-            reserved=None if reserved is None else reserved.encode(),
+        # Kept for ever, since some modules keep the pointer and look at it again (OpenSC#2170).
+        arguments = self._arguments.setdefault(
+            (os_locking, reserved),
+            _InitializeArguments(
+                flags=CKF_OS_LOCKING_OK if os_locking else 0,
+                reserved=None if reserved is None else reserved.encode(),
+            ),
         )
         return int(self._initialize(ctypes.byref(arguments)))
 
@@ -190,12 +170,22 @@ class Cryptoki:
         def signature(digest: bytes) -> bytes:
             length.value = _LONGEST_SIGNATURE
             code = begin(session, to_mechanism, key)
-            if log_in is not None and code == CKR_OK:
+            if code != _OK:
+                raise error_of(code, "C_SignInit")
+            if log_in is not None:
                 log_in()
-            if code == CKR_OK:
-                code = sign(session, digest, _DIGEST_LENGTH, buffer, to_length)
-            if code != CKR_OK:
-                raise error_of(code)
+            code = sign(session, digest, _DIGEST_LENGTH, buffer, to_length)
+            if code == _OK:
+                return buffer.raw[: length.value]
+            if code == Ckr.BUFFER_TOO_SMALL:
+                return roomy(digest)
+            raise error_of(code, "C_Sign")
+
+        def roomy(digest: bytes) -> bytes:
+            # The operation is still active (section 5.2). Not every module tells what it wants.
+            buffer = ctypes.create_string_buffer(_ROOM)
+            length = ctypes.c_ulong(_ROOM)
+            check(sign(session, digest, _DIGEST_LENGTH, buffer, ctypes.byref(length)), "C_Sign")
             return buffer.raw[: length.value]
 
         return signature
@@ -203,10 +193,10 @@ class Cryptoki:
     def info(self) -> LibraryInfo:
         """Call ``C_GetInfo``."""
         info = _Info()
-        _check(self._get_info(ctypes.byref(info)))
+        check(self._get_info(ctypes.byref(info)), "C_GetInfo")
         return LibraryInfo(
-            manufacturer=_padded(info.manufacturer),
-            description=_padded(info.description),
+            manufacturer=unpadded(info.manufacturer),
+            description=unpadded(info.description),
             version=(info.library_version.major, info.library_version.minor),
             cryptoki_version=(info.cryptoki_version.major, info.cryptoki_version.minor),
         )
@@ -224,12 +214,12 @@ class Cryptoki:
             code = self._login(session, user_type, encoded, len(encoded))
             del encoded
         del pin  # the error below keeps this frame, and with it every name in it
-        _check(code)
+        check(code, "C_Login")
 
     def logged_in(self, session: int) -> bool:
         """Whether the session's token has its user logged in, by ``C_GetSessionInfo``."""
         info = _SessionInfo()
-        _check(self._get_session_info(session, ctypes.byref(info)))
+        check(self._get_session_info(session, ctypes.byref(info)), "C_GetSessionInfo")
         return int(info.state) in _LOGGED_IN_STATES
 
 
@@ -245,42 +235,36 @@ def loaded(path: str) -> tuple[Any, Cryptoki]:
     return binding, Cryptoki(path, binding)
 
 
-def _list_of(binding: Any) -> int | None:
-    """Address of the function list in python-pkcs11's object; None where it looks otherwise.
+def place_of_list(binding: Any) -> Any:
+    """Where python-pkcs11's object holds its function list; None where it looks otherwise.
 
     Such an object is a C structure of three pointers, of which only the first, the list of v2.40,
     is set when the object is made without its ``__init__``. The binding shows none of them.
     """
     pointers = ctypes.c_void_p * 3
-    base = type(binding).__mro__[1]
+    base = _pkcs11.lib.__mro__[1]
     if base.__basicsize__ != object.__basicsize__ + ctypes.sizeof(pointers):
         return None
-    first, *others = pointers.from_address(id(binding) + object.__basicsize__)
-    return first if first is not None and others == [None, None] else None
+    place = id(binding) + object.__basicsize__
+    first, *others = pointers.from_address(place)
+    known = first is not None and others == [None, None]
+    return ctypes.c_void_p.from_address(place) if known else None
 
 
-def handle(item: Any) -> int:
-    """The handle of one of the binding's sessions or objects."""
-    number: int = item.handle
-    return number
+def _list_of(binding: Any) -> int | None:
+    """Address of the function list in python-pkcs11's object."""
+    place = place_of_list(binding)
+    return None if place is None else place.value
 
 
-def error_of(code: int) -> sdk.PKCS11Error:
-    """The binding's exception for a return value."""
-    if code == CKR_CRYPTOKI_NOT_INITIALIZED:
-        return sdk.PKCS11Error("Cryptoki is not initialized")
-    kind = _ERRORS.get(code)
-    return kind() if kind else sdk.PKCS11Error(f"Unmapped error code {code:#x}")
+def unpadded(field: bytes) -> str:
+    """The text of a field that is filled up, with blanks by the standard, with NUL by others.
+
+    Bytes that are no UTF-8 become surrogates (PEP 383), as in `Pkcs11Uri`.
+    """
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape").rstrip(" ")
 
 
-def _check(code: int) -> None:
-    if code != CKR_OK:
-        raise error_of(code)
-
-
-def _function(address: int, *arguments: type) -> ctypes._FuncPointer:
-    return ctypes.CFUNCTYPE(ctypes.c_ulong, *arguments)(address)
-
-
-def _padded(text: bytes) -> str:
-    return text.decode("utf-8", "replace").rstrip(" \0")
+def shown(text: str) -> str:
+    """A text of `unpadded` for people and documents, with other bytes as numbers."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

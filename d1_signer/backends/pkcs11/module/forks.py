@@ -12,13 +12,18 @@ import threading
 from collections.abc import Callable
 
 _forget: list[Callable[[], None]] = []
-_pid = os.getpid()
+_first = _pid = os.getpid()
 _noticing: dict[int, threading.Lock] = {}  # each process has its own: the parent's may be held
 
 
 def in_child(forget: Callable[[], None]) -> None:
     """Have something done in every child, once."""
     _forget.append(forget)
+
+
+def is_child() -> bool:
+    """Whether this process was forked after this was loaded."""
+    return os.getpid() != _first
 
 
 def notice() -> None:

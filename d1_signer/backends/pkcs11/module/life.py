@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one owner of a PKCS#11 module's life in this process.
+"""The life of a PKCS#11 module in this process: its calls, its generations, its end.
 
-All signers on a module share its initialisation. Every call into it is made in `Module.run`;
-whoever initialises it anew, and a fork, first wait until nobody is in a call. What is taken here is
-given back as `gate` says, whatever a signal's handler raises; a lock by a release that may fail.
-Handles of sessions and objects restart at each initialisation, so whatever holds one also holds the
-`Module.generation` that it belongs to, and drops it once that has changed.
+All signers on a module share its initialisation (`owners` knows who they are). Every call into it
+is made in `Module.run`; whoever initialises it anew, and a fork, first wait until nobody is in a
+call. What is taken here is given back as `gate` says, whatever a signal's handler raises; a lock by
+a release that may fail. Handles of sessions and objects restart at each initialisation, so whatever
+holds one also holds the `Module.generation` that it belongs to, and drops it once that has changed.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Any, TypeVar, TypeVarTuple
 
 from pkcs11 import exceptions as sdk
 
-from d1_signer.backends.pkcs11.failures import told
-from d1_signer.backends.pkcs11.module import cryptoki, forks
+from d1_signer.backends.pkcs11.failures import told, translated
+from d1_signer.backends.pkcs11.module import contexts, cryptoki, lending, tpm
 from d1_signer.backends.pkcs11.module.gate import Gate, remaining
+from d1_signer.backends.pkcs11.module.initialization import Initialization, Locking
 from d1_signer.errors import (
     ConfigurationError,
     SignerClosedError,
-    SignerTimeout,
     SignerUnavailable,
 )
 
@@ -36,43 +34,31 @@ Ts = TypeVarTuple("Ts")
 _log = logging.getLogger(__name__)
 
 _SECONDS_TO_DRAIN = 2.0  # before initialising anew
-_SECONDS_TO_FORK = 5.0  # before a fork; a longer call leaves the child without this module
-
-
-class Locking(StrEnum):
-    """What keeps the module's calls from running into each other."""
-
-    OS = "os"  # the module itself, with the operating system's locks (CKF_OS_LOCKING_OK)
-    LOCK = "lock"  # one lock of ours around every call
 
 
 class Module:
-    """A loaded and initialised PKCS#11 module; get one with `acquire`, give it back by `release`.
+    """A loaded PKCS#11 module; get one with `owners.acquire`, give it back by `release`.
 
     Attributes:
         path: The module's file.
         generation: Counts the initialisations, over forks too.
-        locking: How calls are kept apart.
         instance: Counts the instances of a module that gives out more than one; see `_abandon`.
         logins: The `login.Login` of each slot and user type, in this generation.
+        thread_bound: Whether only threads that never end may use it; see `contexts`.
     """
 
     def __init__(self, path: str, reserved: str | None) -> None:
         self.path = path
         self.generation = 0
-        self.locking = Locking.OS
         self._one_at_a_time = False  # whether `locking` is LOCK, for the way that must be quick
         self.logins: dict[tuple[int, int], Any] = {}
-        self.reserved = reserved
         self._users = 0
-        self._ours = False  # initialised by us, not by other code in this process
         self._stale = True
-        self._wanted = "auto"
-        self._drained = False  # when a fork had shut the gate, nobody was in a call any more
         self._poisoned = False  # forked from a process whose call hung: its locks are held for ever
         self._new_locks()
         self.instance = 0
         self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
+        self._tpm = tpm.Connection()
         try:
             self.binding, self.cryptoki = cryptoki.loaded(path)
         except sdk.PKCS11Error as error:
@@ -81,12 +67,13 @@ class Module:
                 hint="Check the path, the file's architecture, and the libraries that it needs.",
                 details={"step": "module"},
             ) from None
+        self.thread_bound = contexts.has_own(self.cryptoki.code)
+        self._initialization = Initialization(reserved)
 
     def _new_locks(self) -> None:
         self._life = threading.RLock()
         self._gate = Gate()
         self._hanging: frozenset[object] = frozenset()
-        self._turn = threading.RLock()
 
     # -- calls --------------------------------------------------------------------------------
 
@@ -121,7 +108,7 @@ class Module:
             finally:
                 if self._one_at_a_time:
                     try:  # noqa: SIM105 (whose first line could be cut off)
-                        self._turn.release()
+                        self._gate.turn.release()
                     except RuntimeError:
                         pass  # it was not this call's turn yet
 
@@ -136,19 +123,11 @@ class Module:
             # While this thread waited at the gate, the last user gave the module back.
             self._gate.inside.discard(call)
         if self._one_at_a_time:
-            self._wait_for_the_turn(deadline)
+            self._gate.take_turn(deadline)
 
     def _require_users(self) -> None:
         if not self._users:
             raise SignerClosedError("The PKCS#11 module was given back.")
-
-    def _wait_for_the_turn(self, deadline: float | None) -> None:
-        left = remaining(deadline)
-        if not self._turn.acquire(timeout=-1 if left is None else left):
-            raise SignerTimeout(
-                "The PKCS#11 module was in another call until the deadline.",
-                hint="Allow more time; this module works for one thread at a time.",
-            )
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -162,6 +141,7 @@ class Module:
         Raises:
             SignerUnavailable: Somebody is in a call that does not return: finalising the module
                 then would freeze the process.
+            SignerUnavailable: It may not be finalised in this process; see `kept`.
             pkcs11.PKCS11Error: The module does not let itself be initialised.
         """
         if self.generation == seen:
@@ -222,51 +202,33 @@ class Module:
         self._abandoned.append((self.binding, self.cryptoki))
         self.binding, self.cryptoki = binding, functions
         self._gate.inside.clear()
-        self._ours = False
+        self._initialization.ours = False
         self.instance += 1
         return True
 
     def _restart(self) -> None:
-        """With the gate shut."""
+        """With the gate shut: begin a generation, after ending the one before."""
         if self._poisoned:
             raise SignerUnavailable(
                 "This process was forked while a PKCS#11 call hung: the module is unusable in it.",
                 hint='Fork again when the HSM answers, or use isolation="process".',
             )
-        self._end()
-        self._initialize()
+        self._tpm.check_not_inherited()
+        kept = "" if self._stale else self._initialization.reason_to_keep()
+        if not self._stale and not kept:
+            self._end()
+        try:
+            self._initialization.begin(self.cryptoki, kept=kept)
+        finally:
+            self._tpm.noted()
+        if kept:
+            self._end_generation()  # other code had finalised it
         self._stale = False
-
-    def _end(self) -> None:
-        """With the gate shut: end what we began; no handle of this generation lives on."""
-        self.logins.clear()
-        self.generation += 1
-        self._stale = True
-        if self._ours:
-            # A child of a fork may not be taken as initialised (p11-kit): then there is nothing to
-            # finalise, which is fine.
-            self.cryptoki.finalize()
-            self._ours = False
-
-    def _initialize(self) -> None:
-        os_locking = self._wanted != Locking.LOCK
-        code = self.cryptoki.initialize(os_locking=os_locking, reserved=self.reserved)
-        self.locking = Locking.OS if os_locking else Locking.LOCK
-        if os_locking and code in {
-            cryptoki.CKR_ARGUMENTS_BAD,
-            cryptoki.CKR_CANT_LOCK,
-            cryptoki.CKR_NEED_TO_CREATE_THREADS,
-        }:
-            code = self.cryptoki.initialize(os_locking=False, reserved=self.reserved)
-            self.locking = Locking.LOCK
-        self._ours = code == cryptoki.CKR_OK
-        if code == cryptoki.CKR_CRYPTOKI_ALREADY_INITIALIZED:
-            # By whom, and with which promises, is unknown; python-pkcs11 promises a single thread.
-            self.locking = Locking.LOCK
-            _log.warning("pkcs11.initialized_by_others module=%s", self.path)
-        elif not self._ours:
-            raise cryptoki.error_of(code)
         self._one_at_a_time = self.locking is Locking.LOCK
+        if self._initialization.ours:
+            lending.offer(self)
+        else:
+            _log.warning("pkcs11.initialized_by_others module=%s", self.path)
         _log.info(
             "pkcs11.initialized module=%s locking=%s generation=%d",
             self.path,
@@ -274,47 +236,71 @@ class Module:
             self.generation,
         )
 
-    # -- owners -------------------------------------------------------------------------------
+    @property
+    def locking(self) -> Locking:
+        """How calls are kept apart."""
+        return self._initialization.locking
 
-    @classmethod
-    def acquire(
-        cls, path: str, *, locking: str, reserved: str | None, deadline: float | None = None
-    ) -> Module:
-        """Load and initialise a module, or share it with the signers that use it already.
+    @property
+    def kept(self) -> bool:
+        """Whether it is initialised and may not be finalised in this process now."""
+        return not self._stale and bool(self._initialization.reason_to_keep())
 
-        Args:
-            path: Its file.
-            locking: ``"auto"``, ``"os"`` or ``"lock"``.
-            reserved: What the module takes as ``pReserved`` of ``C_Initialize``, if anything.
-            deadline: Moment on ``time.monotonic()`` until which to wait for others that initialise
-                or finalise it; None: no limit. A call of the module itself has none.
+    def _end(self) -> None:
+        """With the gate shut: end what we began; no handle of this generation lives on."""
+        self._end_generation()
+        self._stale = True
+        lending.withdraw(self)
+        self._initialization.end(self.cryptoki)
+
+    def _end_generation(self) -> None:
+        self.logins.clear()
+        self.generation += 1
+
+    def lend(self) -> None:
+        """Have the module initialised for other code, until `take_back`; see `lending`.
 
         Raises:
-            SignerUnavailable: Others did so until the deadline.
-            ConfigurationError: It cannot be loaded or initialised, or has other settings.
+            pkcs11.PKCS11Error: It makes one call at a time, which other code would not keep to.
         """
-        real = os.path.realpath(path)
-        with _registry_lock:
-            module = _registry.get(real)
-            if module is None:
-                module = _registry[real] = cls(path, reserved)
+        with self._life:  # not beside a recovery, which would not know of it
+            if self._stale:
+                self._initialize_again(self.generation, None)
+            if self._one_at_a_time:
+                raise sdk.PKCS11Error(
+                    f"d1_signer uses {self.path} with one lock around every call, which other "
+                    'code would not take; open the signer with isolation="process".'
+                )
+            self._initialization.lent = True
+
+    def take_back(self) -> None:
+        """Other code says that it has done with the module."""
+        with self._life:
+            self._initialization.lent = False
+            if not self._users:
+                self._end_of_use()
+
+    # -- owners -------------------------------------------------------------------------------
+
+    def join(self, locking: str, reserved: str | None, deadline: float | None) -> None:
+        """Become one of its users; see `owners.acquire`."""
         left = remaining(deadline)
         try:
-            if not module._life.acquire(timeout=-1 if left is None else left):
+            if not self._life.acquire(timeout=-1 if left is None else left):
                 raise _busy()
-            module._begin(locking, reserved)
+            self._begin(locking, reserved)
         finally:
             try:  # noqa: SIM105 (as in run)
-                module._life.release()
+                self._life.release()
             except RuntimeError:
                 pass  # another's
-        return module
 
     def _begin(self, locking: str, reserved: str | None) -> None:
-        if self._users and (reserved != self.reserved or locking not in {"auto", self.locking}):
+        in_use = self._users or not self._stale
+        settings = self._initialization
+        if in_use and (reserved != settings.reserved or locking not in {"auto", self.locking}):
             raise _settings(f"The module is in use with other settings: {self.path}.")
-        self.reserved = reserved
-        self._wanted = locking
+        settings.reserved, settings.wanted = reserved, locking
         self._users += 1
         try:
             if self._stale:
@@ -328,7 +314,7 @@ class Module:
             raise ConfigurationError(
                 f"The PKCS#11 module cannot be initialised ({told(error)}): {self.path}.",
                 hint="Check the module's own configuration and its log.",
-                details={"step": "module"},
+                details=translated(error, step="module").details,
             ) from None
         except BaseException:
             self._given_back()
@@ -344,66 +330,43 @@ class Module:
 
     def _given_back(self) -> None:
         self._users -= 1
-        if self._users or self._stale:
+        if not self._users and not self._initialization.lent:
+            self._end_of_use()
+
+    def _end_of_use(self) -> None:
+        if self._stale or self._gate.ended:
             return
         limit = time.monotonic() + _SECONDS_TO_DRAIN
-        me = object()
-        try:
-            if not self._hangs() and self._gate.shut(me, limit) and self._gate.drained(limit):
-                self._end()
-            else:
-                _log.warning("pkcs11.not_finalized module=%s: a call is outstanding", self.path)
-        finally:
-            if me in self._gate.shut_by:
-                self._gate.shut_by.remove(me)
+        if self._hangs() or not self._gate.alone(self._end, limit):
+            _log.warning("pkcs11.not_finalized module=%s: a call is outstanding", self.path)
+
+    def leave(self, work: Callable[[], None], limit: float) -> None:
+        """The process ends: let nobody in any more, and do work unless a call is under way.
+
+        Nobody, since a thread that goes on would open its session again and log in: a process that
+        ends in the middle of a login can cost SoftHSM its token.
+        """
+        self._gate.ended = True
+        if self._gate.shut(self, limit) and self._gate.drained(limit) and not self._stale:
+            work()
 
     # -- forks --------------------------------------------------------------------------------
 
-    def _hold_for_fork(self, limit: float) -> None:
-        me = threading.get_ident()
-        self._drained = self._gate.shut(me, limit) and self._gate.drained(limit)
+    def hold_for_fork(self, limit: float) -> None:
+        """Let nobody in, and wait until nobody is inside."""
+        self._gate.hold_for_fork(limit)
 
-    def _resume_in_parent(self) -> None:
-        me = threading.get_ident()
-        if me in self._gate.shut_by:
-            self._gate.shut_by.remove(me)
-        self._drained = False
+    def resume_in_parent(self) -> None:
+        """The fork was made."""
+        self._gate.resume_in_parent()
 
-    def _begin_in_child(self) -> None:
-        # Where Python was not told before the fork, the gate shows as well what went on then.
-        used = bool(self._gate.inside or self._gate.shut_by)
-        self._poisoned = self._poisoned or (used and not self._drained)
-        self._drained = False
+    def begin_in_child(self) -> None:
+        """Forget the parent's calls and handles; the next call initialises the module."""
+        self._poisoned = self._poisoned or self._gate.torn
         self._new_locks()
         self._stale = True
-        self.generation += 1
-        self.logins.clear()
-
-
-_registry: dict[str, Module] = {}
-_registry_lock = threading.Lock()
-
-
-def _before_fork() -> None:
-    limit = time.monotonic() + _SECONDS_TO_FORK
-    for module in list(_registry.values()):
-        module._hold_for_fork(limit)  # noqa: SLF001
-
-
-def _after_fork_in_parent() -> None:
-    for module in list(_registry.values()):
-        module._resume_in_parent()  # noqa: SLF001
-
-
-def _after_fork_in_child() -> None:
-    global _registry_lock  # noqa: PLW0603 (the parent's may be held by a thread that is not here)
-    _registry_lock = threading.Lock()
-    for module in _registry.values():
-        module._begin_in_child()  # noqa: SLF001
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
-forks.in_child(_after_fork_in_child)
+        self._initialization.after_fork()
+        self._end_generation()
 
 
 def _busy() -> SignerUnavailable:

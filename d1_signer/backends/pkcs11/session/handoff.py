@@ -10,11 +10,11 @@ call.) They are daemons, so that one that hangs does not keep the process from e
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from d1_signer.backends.pkcs11.module.gate import remaining
 from d1_signer.errors import SignerTimeout, SignerUnavailable
 
 T = TypeVar("T")
@@ -31,7 +31,9 @@ class _Job:
 class Handoff:
     """Threads that make the calls of one backend; as many as there are callers at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "d1-signer-call") -> None:
+        """Name the threads as tools that list them are to show them."""
+        self._name = name
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -40,28 +42,41 @@ class Handoff:
         self._idle: list[SimpleQueue[_Job | None]] = []
         self._closed = False
 
-    def run(self, work: Callable[[], T], deadline: float) -> T:
+    def run(self, work: Callable[[], T], deadline: float | None) -> T:
         """Do work in another thread and wait for it until a deadline.
 
         Args:
             work: What to do; its exceptions are raised here.
-            deadline: Moment on ``time.monotonic()``.
+            deadline: Moment on ``time.monotonic()``; None: as long as it takes.
 
         Raises:
             SignerTimeout: The deadline passed first; the result is dropped.
             SignerUnavailable: No thread can be started.
         """
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
+        left = remaining(deadline)
+        if left == 0:
             raise _too_late()
         job = _Job(work)
         self._take().put(job)
-        if not job.ended.wait(remaining):
+        if not job.ended.wait(left):
             raise _too_late()
         if job.error is not None:
             raise job.error
         result: T = job.result
         return result
+
+    def prepare(self) -> None:
+        """Have a thread ready.
+
+        Raises:
+            SignerUnavailable: None can be started.
+        """
+        with self._lock:
+            ready = bool(self._idle)
+        if not ready:
+            queue = self._started()
+            with self._lock:
+                self._idle.append(queue)
 
     def close(self) -> None:
         """Let the threads end, those that hang when they come back."""
@@ -75,10 +90,13 @@ class Handoff:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
+        return self._started()
+
+    def _started(self) -> SimpleQueue[_Job | None]:
         queue: SimpleQueue[_Job | None] = SimpleQueue()
         try:
             threading.Thread(
-                target=self._serve, args=(queue,), name="d1-signer-call", daemon=True
+                target=self._serve, args=(queue,), name=self._name, daemon=True
             ).start()
         except RuntimeError:
             raise SignerUnavailable(

@@ -9,149 +9,113 @@ closed last; `C_Logout` is never called, since other code in the process may rel
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import logging
-import secrets
 import threading
 from collections.abc import Callable
 
-import pkcs11
 from pkcs11 import TokenFlag, exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import (
     Recovery,
-    not_initialized,
+    answer_of,
     recovery_for,
     told,
     translated,
 )
-from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, handle
+from d1_signer.backends.pkcs11.module import forks
+from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, shown
 from d1_signer.backends.pkcs11.module.life import Module
-from d1_signer.errors import LoginError, SecretSourceError
-from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.backends.pkcs11.module.token import Token
+from d1_signer.backends.pkcs11.returns import Ckr, code_of
+from d1_signer.backends.pkcs11.session.pin import Pin, refused
+from d1_signer.backends.pkcs11.session.session import Session
+from d1_signer.errors import LoginError
+from d1_signer.secret import Secret
 
 _log = logging.getLogger(__name__)
 
 CKU_USER = 1
 _CKU_CONTEXT_SPECIFIC = 2
 
-_REFUSALS = (sdk.PinIncorrect, sdk.PinInvalid, sdk.PinLenRange, sdk.PinLocked, sdk.PinExpired)
+_REFUSALS = {
+    Ckr.PIN_INCORRECT,
+    Ckr.PIN_INVALID,
+    Ckr.PIN_LEN_RANGE,
+    Ckr.PIN_LOCKED,
+    Ckr.PIN_EXPIRED,
+    Ckr.PIN_TOO_WEAK,
+    Ckr.NEW_PIN_MODE,
+    Ckr.NEXT_OTP,
+}
 # Answers that say why the PIN was not looked at. After any other one it may have been counted as a
 # wrong try, whatever the answer's name says.
-_SESSION_LOST = (sdk.SessionHandleInvalid, sdk.SessionClosed)
-_DEVICE_LOST = (
-    sdk.DeviceError,
-    sdk.DeviceRemoved,
-    sdk.SlotIDInvalid,
-    sdk.TokenNotPresent,
-    sdk.TokenNotRecognised,
-)
-_NOT_NOW = (
-    sdk.AnotherUserAlreadyLoggedIn,
-    sdk.FunctionCancelled,
-    sdk.UserAlreadyLoggedIn,
-    sdk.UserPinNotInitialized,
-    sdk.UserTooManyTypes,
-)
+_SESSION_LOST = {Ckr.SESSION_HANDLE_INVALID, Ckr.SESSION_CLOSED}
+_DEVICE_LOST = {
+    Ckr.CRYPTOKI_NOT_INITIALIZED,
+    Ckr.DEVICE_ERROR,
+    Ckr.DEVICE_REMOVED,
+    Ckr.SLOT_ID_INVALID,
+    Ckr.TOKEN_NOT_PRESENT,
+    Ckr.TOKEN_NOT_RECOGNIZED,
+}
+_NOT_NOW = {
+    Ckr.CANCEL,
+    Ckr.FUNCTION_CANCELED,
+    Ckr.FUNCTION_NOT_SUPPORTED,
+    Ckr.SESSION_READ_ONLY_EXISTS,
+    Ckr.USER_ALREADY_LOGGED_IN,
+    Ckr.USER_ANOTHER_ALREADY_LOGGED_IN,
+    Ckr.USER_PIN_NOT_INITIALIZED,
+    Ckr.USER_TOO_MANY_TYPES,
+    Ckr.USER_TYPE_INVALID,
+}
+# What a token answers that has no login, and does not ask for one (no CKF_LOGIN_REQUIRED).
+_NO_LOGIN = {Ckr.FUNCTION_NOT_SUPPORTED, Ckr.USER_PIN_NOT_INITIALIZED, Ckr.USER_TYPE_INVALID}
+# By the first of these, the token has counted a wrong PIN since the last right one (section 3.2).
+_COUNTED = TokenFlag.USER_PIN_COUNT_LOW | TokenFlag.USER_PIN_FINAL_TRY | TokenFlag.USER_PIN_LOCKED
 
 
-class Refused:
-    """The PINs that are not tried again, as salted digests; kept for the life of the process."""
-
-    def __init__(self) -> None:
-        self._salt = secrets.token_bytes(32)
-        self._digests: set[bytes] = set()
-
-    def digest(self, token: str, pin: Secret) -> bytes:
-        """Salted digest of a PIN for a token."""
-        text = f"{token}\0{pin.reveal()}".encode()
-        return hmac.digest(self._salt, text, hashlib.sha256)
-
-    def add(self, digest: bytes) -> None:
-        """Remember a refusal."""
-        self._digests.add(digest)
-
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._digests
-
-    def export(self) -> dict[str, object]:
-        """For a process of ours that goes on trying."""
-        return {"salt": self._salt.hex(), "digests": sorted(d.hex() for d in self._digests)}
-
-    def take(self, exported: dict[str, object]) -> None:
-        """Take over what another process of ours exported."""
-        self._salt = bytes.fromhex(str(exported["salt"]))
-        self.merge(exported)
-
-    def merge(self, exported: dict[str, object]) -> None:
-        """Add refusals that were made under the same salt."""
-        digests = exported["digests"]
-        assert isinstance(digests, list)  # noqa: S101 (our own export)
-        self._digests.update(bytes.fromhex(digest) for digest in digests)
-
-
-refused = Refused()
 # The generation of its module in which a device was lost at the login with a PIN, and how. It is
 # tried again after the module was initialised anew, and not before.
 _lost: dict[tuple[str, bytes], tuple[int, sdk.PKCS11Error]] = {}
+
+# In the child of a fork, how often a PIN that was taken is sent again after an answer that says
+# nothing: siblings that begin at once get such answers of SoftHSM, and the PIN was right.
+_resends: dict[bytes, int] = {}
+_SAYS_NOTHING = {Ckr.FUNCTION_FAILED, Ckr.GENERAL_ERROR}
+_RESENDS_IN_CHILD = 2
+
+
+def _after_fork() -> None:
+    _resends.update(dict.fromkeys(refused.begun_in_child(), _RESENDS_IN_CHILD))
+
+
+forks.in_child(_after_fork)
 
 # Around the sending of a PIN; left by an exception where the token did not take it. For a process
 # of ours that may end in between, so that another one knows.
 witness: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
-class Pin:
-    """A PIN and where it comes from.
-
-    It is kept after the first reading, for keys that want it with every signature and for logins
-    after a recovery; those read the source again first, in case the PIN was changed meanwhile.
-    """
-
-    def __init__(self, source: SecretSource | None, value: Secret | None) -> None:
-        """Take a source, or the PIN itself, or neither."""
-        self._source = source
-        self._value = value
-
-    def read(self) -> Secret | None:
-        """The PIN; None where there is none. Runs the caller's code: hold no lock meanwhile.
-
-        Raises:
-            SecretSourceError: The source cannot be read, and could not be before.
-        """
-        if self._source is None or (self._source == "prompt" and self._value is not None):
-            return self._value
-        try:
-            self._value = read_secret(self._source, what="PIN")
-        except SecretSourceError as error:
-            if self._value is None:
-                error.details["step"] = "login"
-                raise
-            _log.warning("pkcs11.pin_source_unreadable; the PIN read earlier is used")
-        return self._value
-
-    @property
-    def kept(self) -> Secret | None:
-        """What was read last."""
-        return self._value
-
-
 class Login:
     """The login of one user type on one token, in one generation of its module."""
 
-    def __init__(self, module: Module, token: pkcs11.Token, user_type: int) -> None:
+    def __init__(self, module: Module, token: Token, user_type: int) -> None:
         self._module = module
         self._token = token
         self._user_type = user_type
         self._lock = threading.Lock()
-        self._holder: pkcs11.Session | None = None
+        self._holder: Session | None = None
         self._digest: bytes | None = None
         self._users = 0
+        # The token said that the user is logged in, where its session says that nobody is.
+        self.disputed: sdk.PKCS11Error | None = None
 
     @classmethod
-    def shared(cls, module: Module, token: pkcs11.Token, user_type: int) -> Login:
+    def shared(cls, module: Module, token: Token, user_type: int) -> Login:
         """The login that all signers on the token share; `release` gives it back."""
-        key = (token.slot.slot_id, user_type)
+        key = (token.slot_id, user_type)
         fresh = cls(module, token, user_type)
         login: Login = module.logins.setdefault(key, fresh)
         login.share()
@@ -169,7 +133,7 @@ class Login:
             if self._users > 0:
                 return
             holder, self._holder = self._holder, None
-            key = (self._token.slot.slot_id, self._user_type)
+            key = (self._token.slot_id, self._user_type)
             if self._module.logins.get(key) is self:
                 del self._module.logins[key]
         if holder is not None:
@@ -203,13 +167,21 @@ class Login:
     def _still_in(self) -> bool:
         """Whether the holder lives and its token is logged in; drops a dead one."""
         if self._holder is None:
-            self._holder = self._token.open()
+            self._holder = Session(self._token)
         try:
-            return self._module.cryptoki.logged_in(handle(self._holder))
+            return self._module.cryptoki.logged_in(self._holder.handle)
         except (sdk.SessionHandleInvalid, sdk.SessionClosed):
             self._holder = None
-            self._holder = self._token.open()
-            return self._module.cryptoki.logged_in(handle(self._holder))
+            self._holder = Session(self._token)
+            return self._module.cryptoki.logged_in(self._holder.handle)
+        except sdk.FunctionNotSupported:
+            return self._digest is not None  # then our own login is all that is known
+
+    def _says_nobody(self, session: int) -> bool:
+        try:
+            return not self._module.cryptoki.logged_in(session)
+        except sdk.FunctionNotSupported:
+            return False
 
     def _accept(self, pin: Secret | None) -> None:
         """The token is logged in already, by us or by other code in this process."""
@@ -218,9 +190,10 @@ class Login:
             self._digest = refused.digest(self._name, pin)
 
     def _log_in(self, pin: Secret | None, *, pin_pad: bool) -> None:
-        flags = self._token.slot.get_token().flags
+        flags = self._token.flags_now()
+        required = bool(flags & TokenFlag.LOGIN_REQUIRED)
         if pin is None and not pin_pad:
-            if flags & TokenFlag.LOGIN_REQUIRED:
+            if required:
                 raise translated(sdk.UserNotLoggedIn(), step="login")
             return
         if pin_pad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
@@ -229,19 +202,23 @@ class Login:
                 "Leave protected_authentication_path out and name a pin_source.",
             )
         assert self._holder is not None  # noqa: S101 (_still_in saw to it)
+        number = self._holder.handle
         try:
-            self._send(self._module.cryptoki, handle(self._holder), self._user_type, pin)
-        except sdk.UserAlreadyLoggedIn:  # between our question and our try
+            self._send(self._module.cryptoki, number, self._user_type, pin, required=required)
+        except sdk.UserAlreadyLoggedIn as failure:
+            # Between our question and our try; or the token's word against its session's.
+            if self._digest is None and self._says_nobody(number):
+                self.disputed = failure.with_traceback(None)
             self._accept(pin)
         else:
             self._digest = None if pin is None else refused.digest(self._name, pin)
 
-    def for_each(self, session: pkcs11.Session, pin: Pin, *, pin_pad: bool) -> Callable[[], None]:
+    def for_each(self, session: Session, pin: Pin, *, pin_pad: bool) -> Callable[[], None]:
         """What logs in for one signature (``CKA_ALWAYS_AUTHENTICATE``), as carefully as `ensure`.
 
         It is called between ``C_SignInit`` and ``C_Sign``, and raises what `ensure` does.
         """
-        cryptoki, number = self._module.cryptoki, handle(session)
+        cryptoki, number = self._module.cryptoki, session.handle
 
         def log_in() -> None:
             # The lock: of several threads with a PIN that is wrong by now, one is refused.
@@ -250,22 +227,53 @@ class Login:
 
         return log_in
 
-    def _send(self, cryptoki: Cryptoki, session: int, user_type: int, pin: Secret | None) -> None:
+    def _send(
+        self,
+        cryptoki: Cryptoki,
+        session: int,
+        user_type: int,
+        pin: Secret | None,
+        *,
+        required: bool = True,
+    ) -> None:
         """Send the PIN, unless it failed before or might lock the token; remember if it fails."""
         digest = None if pin is None else refused.digest(self._name, pin)
-        flags = self._token.slot.get_token().flags
-        _check_may_try(flags, known_bad=digest is not None and digest in refused)
+        _check_may_try(self._token.flags_now(), known_bad=digest is not None and digest in refused)
         generation = self._module.generation
         if digest is not None:
             lost_in, loss = _lost.get((self._module.path, digest), (None, None))
             if loss is not None and lost_in == generation:
                 raise loss
         witnessed = contextlib.nullcontext if digest is None else witness
+        while True:
+            try:
+                with witnessed():
+                    cryptoki.login(session, user_type, None if pin is None else pin.reveal())
+            except sdk.PKCS11Error as failure:
+                if not required and code_of(failure) in _NO_LOGIN:
+                    return
+                context = user_type == _CKU_CONTEXT_SPECIFIC
+                if digest is not None and not context and self._doubtful(failure, digest):
+                    continue
+                raise self._judged(failure.with_traceback(None), digest, generation) from None
+            if digest is not None:
+                refused.took(digest)
+            return
+
+    def _doubtful(self, failure: sdk.PKCS11Error, digest: bytes) -> bool:
+        """Whether a PIN that the token took before may be sent once more after a refusal.
+
+        Devices that were plugged in again refuse the right PIN once (ADR 21). The token must say
+        that it has not counted the refusal, and a second one is final.
+        """
+        if code_of(failure) != Ckr.PIN_INCORRECT or not refused.doubt(digest):
+            return False
         try:
-            with witnessed():
-                cryptoki.login(session, user_type, None if pin is None else pin.reveal())
-        except sdk.PKCS11Error as failure:
-            raise self._judged(failure.with_traceback(None), digest, generation) from None
+            counted = bool(self._token.flags_now() & _COUNTED)
+        except sdk.PKCS11Error:
+            return False
+        _log.warning("pkcs11.pin_refused_after_it_worked counted=%s", counted)
+        return not counted
 
     def _judged(self, failure: sdk.PKCS11Error, digest: bytes | None, generation: int) -> Exception:
         """What to raise for a login that failed; with a PIN, only a clear loss is recovered from.
@@ -273,19 +281,21 @@ class Login:
         Recovery logs in again, up to twice for each signature: with a wrong PIN, at a token that
         refuses it by a return value of its own, that would lock the token.
         """
-        if isinstance(failure, sdk.UserAlreadyLoggedIn):
+        code = code_of(failure)
+        if code == Ckr.USER_ALREADY_LOGGED_IN:
             return failure
-        lost = isinstance(failure, _DEVICE_LOST) or not_initialized(failure)
-        if digest is not None and lost:
+        if digest is not None and code in _DEVICE_LOST:
             _lost[self._module.path, digest] = generation, failure
-        elif digest is not None and not isinstance(failure, (*_SESSION_LOST, *_NOT_NOW)):
+        elif digest is not None and code in _SAYS_NOTHING and _resends.get(digest):
+            _resends[digest] -= 1
+        elif digest is not None and code not in _SESSION_LOST | _NOT_NOW:
             refused.add(digest)
-            if not isinstance(failure, _REFUSALS):
+            if code not in _REFUSALS:
                 return LoginError(
                     f"The login failed ({told(failure)}); the PIN is not sent again.",
                     hint="It may have counted as a wrong try. Check the token and the PIN with the "
                     "vendor's tool, then correct the PIN or restart the process.",
-                    details={"step": "login", "pkcs11": told(failure)},
+                    details={"step": "login", "call": "C_Login", "pkcs11": answer_of(failure)},
                 )
         if recovery_for(failure) is not Recovery.NONE:
             return failure
@@ -298,13 +308,12 @@ class Login:
 
     @property
     def _name(self) -> str:
-        token = self._token
-        serial = token.serial.decode("utf-8", "replace")
-        parts = (token.manufacturer_id, token.model, serial, token.label, str(self._user_type))
-        return "\0".join(parts)
+        token, user_type = self._token, str(self._user_type)
+        parts = (token.manufacturer, token.model, token.serial, token.label, user_type)
+        return shown("\0".join(parts))
 
 
-def _check_may_try(flags: TokenFlag, *, known_bad: bool) -> None:
+def _check_may_try(flags: int, *, known_bad: bool) -> None:
     if known_bad:
         raise _login_error(
             "A login with this PIN failed before; it is not tried again.",

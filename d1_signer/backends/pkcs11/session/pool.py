@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 
-import pkcs11
 from pkcs11 import exceptions as sdk
 
+from d1_signer.backends.pkcs11.session.session import Session
 from d1_signer.errors import D1SignerError, SignerClosedError, SignerTimeout
 
 _LONGEST_WAIT = 0.1
+_SECONDS_OF_REST = 30.0  # others of the token may have given sessions back by then
 
 
 class Worker:
@@ -23,20 +24,22 @@ class Worker:
         busy: Whether somebody uses it.
         generation: The module's generation that the session belongs to; -1: there is none.
         instance: The module's instance in which a call is under way; None: there is none.
+        rests_until: Moment on ``time.monotonic()``; before, the token has no session for it.
     """
 
-    __slots__ = ("_session", "_sign", "busy", "generation", "instance")
+    __slots__ = ("_session", "_sign", "busy", "generation", "instance", "rests_until")
 
     def __init__(self) -> None:
         self.busy = False
         self.generation = -1
         self.instance: int | None = None
-        self._session: pkcs11.Session | None = None
+        self.rests_until = 0.0
+        self._session: Session | None = None
         self._sign: Callable[[bytes], bytes] = _unopened
 
     def use(
         self,
-        session: pkcs11.Session,
+        session: Session,
         sign: Callable[[bytes], bytes],
         generation: int,
     ) -> None:
@@ -48,6 +51,17 @@ class Worker:
             generation: The module's.
         """
         self._session, self._sign, self.generation = session, sign, generation
+
+    @property
+    def session(self) -> Session:
+        """Its session.
+
+        Raises:
+            SessionClosed: There is none.
+        """
+        if self._session is None:
+            raise sdk.SessionClosed
+        return self._session
 
     def sign(self, digest: bytes) -> bytes:
         """Sign with `CKM_ECDSA`: 64 bytes, r||s."""
@@ -109,7 +123,7 @@ class Pool:
         with self._lock:
             while not self._closed:
                 for worker in self._all:
-                    if not worker.busy:
+                    if not worker.busy and (not worker.rests_until or self._rested(worker)):
                         worker.busy = True  # nothing comes between this and the next step
                         taken.append(worker)
                         return worker
@@ -117,6 +131,36 @@ class Pool:
                     limit = limit or self._limit(deadline)
                     self._wait(limit)
         raise closed()
+
+    def _rested(self, worker: Worker) -> bool:
+        """Whether to try again to open a session: after a while, or if there is none to wait for.
+
+        The lock is held.
+        """
+        if time.monotonic() < worker.rests_until and any(other.busy for other in self._all):
+            return False
+        worker.rests_until = 0.0
+        return True
+
+    def rest(self, worker: Worker) -> bool:
+        """The token has no session for this worker: it rests, if there are others to wait for.
+
+        So the pool learns how many sessions the token gives, and tries for more now and then.
+
+        Returns:
+            Whether there are: workers that have a session, or may be getting one.
+        """
+        with self._lock:
+            worker.rests_until = time.monotonic() + _SECONDS_OF_REST
+            return any(
+                other is not worker and (other.busy or other.generation >= 0) for other in self._all
+            )
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All of them, whoever uses them."""
+        with self._lock:
+            return list(self._all)
 
     def _limit(self, deadline: float | None) -> float:
         limit = time.monotonic() + self._patience

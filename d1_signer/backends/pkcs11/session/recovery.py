@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A circuit: a token that is away is not hammered, and the log is not flooded."""
+"""A token that is away is not hammered, a remedy that does not help not taken all the time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _log = logging.getLogger(__name__)
 # The longest pause bounds how late a token's return is noticed; an attempt costs milliseconds.
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.2
+# Others have to recover from such a remedy, too.
+_LONGEST_TIME_IN_VAIN = 5.0
 
 
 class Circuit:
@@ -62,3 +64,22 @@ class Circuit:
             failures, self._failures, self._error = self._failures, 0, None
         if failures:
             _log.warning("pkcs11.back token=%s failed_recoveries=%d", self._name, failures)
+
+
+class Remedy:
+    """A costly remedy: due, unless it was taken in vain just now."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._until = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether to take it."""
+        return time.monotonic() >= self._until
+
+    def taken(self, *, helped: bool) -> None:
+        """It was taken; each time in vain doubles the pause until the next."""
+        self._failures = 0 if helped else self._failures + 1
+        pause = min(_LONGEST_TIME_IN_VAIN, _LONGEST_PAUSE * 2 ** min(self._failures, 10))
+        self._until = 0.0 if helped else time.monotonic() + pause
