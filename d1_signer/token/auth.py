@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol, final
+from typing import Any, Protocol, Self, final
 
 import requests
 from requests.auth import AuthBase
@@ -12,6 +12,7 @@ from requests.cookies import extract_cookies_to_jar
 from requests.exceptions import UnrewindableBodyError
 from requests.utils import rewind_body
 
+from d1_signer.secret import Secret
 from d1_signer.token.access_token import AccessToken
 from d1_signer.token.d1 import Environment
 
@@ -95,8 +96,31 @@ class D1Auth(AuthBase):
         return answer
 
 
+class _Bearer(str):
+    """A header's value that shows its token to nothing but the connection that sends it.
+
+    Requests travel into exceptions, logs and the local variables of frames; http.client encodes a
+    value when it is sent.
+    """
+
+    __slots__ = ("_token",)
+    _token: Secret
+
+    def __new__(cls, token: str) -> Self:
+        value = super().__new__(cls, "****")
+        value._token = Secret(token)
+        return value
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        """What is sent; see `str.encode`."""
+        return f"Bearer {self._token.reveal()}".encode(encoding, errors)
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
 def _authorize(request: requests.PreparedRequest, token: AccessToken) -> None:
-    request.headers["Authorization"] = f"Bearer {token.value}"
+    request.headers["Authorization"] = _Bearer(token.value)
 
 
 def _rewound(request: requests.PreparedRequest) -> bool:

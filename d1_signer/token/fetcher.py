@@ -225,7 +225,8 @@ class TokenFetcher(TokenKeeper):
         without a ``timeout`` of its own has the `Limits` of this fetcher.
         """
         timeouts = (self._limits.connect, self._limits.read)
-        session = new_session(TlsAdapter(self._tls, timeouts=timeouts), proxy=self._proxy)
+        adapter = TlsAdapter(self._tls, timeouts=timeouts)
+        session = new_session(adapter, proxy=self._proxy, for_callers=True)
         session.auth = D1Auth(self)
         return session
 

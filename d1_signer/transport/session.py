@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import requests
-from requests.adapters import HTTPAdapter
+from requests.adapters import BaseAdapter, HTTPAdapter
 
-from d1_signer.errors import ConfigurationError
+from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import Connections
 from d1_signer.transport.hosts import is_loopback
@@ -57,13 +57,7 @@ class TlsAdapter(HTTPAdapter):
         self._notice_new_files()
         if kwargs.get("timeout") is None:
             kwargs["timeout"] = self._timeouts
-        try:
-            return super().send(request, *args, **kwargs)
-        except requests.RequestException as error:
-            # Errors of requests hold the request, and travel into logs and crash reports.
-            if isinstance(error.request, requests.PreparedRequest):
-                error.request = _without_token(error.request)
-            raise
+        return super().send(request, *args, **kwargs)
 
     def build_connection_pool_key_attributes(
         self, request: requests.PreparedRequest, verify: Any, cert: Any = None
@@ -150,14 +144,6 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _without_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    if "Authorization" not in request.headers:
-        return request
-    shown = request.copy()
-    shown.headers["Authorization"] = "****"
-    return shown
-
-
 class _Session(requests.Session):
     """Follows no redirect: a token, an assertion or a card stays with the host it was meant for."""
 
@@ -166,18 +152,59 @@ class _Session(requests.Session):
         del resp
 
 
-def new_session(adapter: TlsAdapter, *, proxy: str | None) -> requests.Session:
+class _CallersSession(_Session):
+    """One for callers: its errors hold nothing of what was sent, and it verifies whatever they do.
+
+    Attributes:
+        complete: Whether it has its adapters; those that requests mounts first are replaced.
+    """
+
+    complete = False
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        """Send one request; see `requests.Session`."""
+        failure: requests.RequestException | D1SignerError
+        try:
+            return super().send(request, **kwargs)
+        except requests.RequestException as error:
+            # The frames below, and urllib3's errors in the chain, hold what was being sent.
+            failure = type(error)(str(error), request=request, response=error.response)
+        except D1SignerError as error:
+            failure = error.fresh()
+        failure.__context__ = None
+        raise failure
+
+    def mount(self, prefix: str | bytes, adapter: BaseAdapter) -> None:
+        """Take an adapter of ours; see `requests.Session`.
+
+        Raises:
+            ConfigurationError: Another one, which would verify or not as it likes.
+        """
+        if self.complete and not isinstance(adapter, TlsAdapter):
+            raise ConfigurationError(
+                "Another adapter cannot be mounted on this session: it would verify on its own.",
+                hint="Make a session of your own, with D1Auth(fetcher) as its auth.",
+            )
+        super().mount(prefix, adapter)
+
+
+def new_session(
+    adapter: TlsAdapter, *, proxy: str | None, for_callers: bool = False
+) -> requests.Session:
     """A requests session that takes nothing from the process environment and follows no redirect.
 
     Args:
         adapter: Used for https and, where the environment is a loopback address, for http.
         proxy: URL of a proxy, or None.
+        for_callers: Whether it is given out; else its errors keep what they came from.
     """
-    session = _Session()
+    session = _CallersSession() if for_callers else _Session()
     # No proxy variables, no netrc, no REQUESTS_CA_BUNDLE: what is used is what was configured.
     session.trust_env = False
     session.mount("https://", adapter)
     session.mount("http://", adapter)
+    if isinstance(session, _CallersSession):
+        session.complete = True
     if proxy is not None:
         session.proxies = {"https": proxy}
     return session

@@ -12,6 +12,10 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
 from d1_signer.errors import ConfigurationError
@@ -19,6 +23,7 @@ from d1_signer.transport import handshake
 
 _NEW_ENOUGH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED)
 _NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+_LEAST_RSA, _LEAST_EC = 2048, 224  # bits of a key
 
 
 class VerifiedSocket(ssl.SSLSocket):
@@ -192,11 +197,28 @@ def require_verified(sock: object, host: str) -> None:
         raise _unverified("the cipher suite does not rest on a certificate")
     if not certificate:
         raise _unverified("no certificate was shown")
+    if _is_weak(sock.getpeercert(binary_form=True) or b""):
+        raise _unverified("its key or its signature is weaker than 112 bits of security")
     try:
         # RFC 9110 section 4.3.4: the name is in subjectAltName; OpenSSL may take a common name.
         match_hostname(certificate, host.strip("[]"))
     except CertificateError:
         raise _unverified(f"its subjectAltName does not have {host}") from None
+
+
+def _is_weak(der: bytes) -> bool:
+    # NIST SP 800-57 part 1, section 5.6.1; a context may have lowered OpenSSL's own level.
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        key, algorithm = certificate.public_key(), certificate.signature_hash_algorithm
+    except (ValueError, UnsupportedAlgorithm):
+        return True
+    if isinstance(key, rsa.RSAPublicKey | dsa.DSAPublicKey):
+        short = key.key_size < _LEAST_RSA
+    else:
+        short = isinstance(key, ec.EllipticCurvePublicKey) and key.key_size < _LEAST_EC
+    # None: one whose signature has its hash built in (Ed25519).
+    return short or isinstance(algorithm, hashes.MD5 | hashes.SHA1)
 
 
 def _unverified(reason: str) -> ssl.SSLCertVerificationError:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -27,9 +27,14 @@ from d1_signer.transport.tls import verifying_context
 from tests.token.conftest import FetcherMaker
 
 
-def server_certificate(folder: Path, *names: x509.GeneralName, common_name: str) -> Path:
+def server_certificate(
+    folder: Path,
+    *names: x509.GeneralName,
+    common_name: str,
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
+) -> Path:
     """A self-signed certificate with its key behind it."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
     now = dt.datetime.now(dt.UTC)
     builder = (
