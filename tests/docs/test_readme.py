@@ -11,15 +11,35 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from d1_signer import generate_key, open_signer
+from d1_signer import Signer, generate_key, open_signer
 from d1_signer.sandbox import Sandbox
 from d1_signer.testing import SoftHsmToken
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+TLS_KEY_URI = re.compile(r"pkcs11:token=bank;object=d1-tls\?[^\"'#]*")
+HSM_CERTIFICATE = """
+with TokenFetcher(
+    signer,
+    issuer_id="my-issuer",
+    environment={base_url!r},
+    client_certificate=certificate,
+    ca_file={ca_file!r},
+) as hsm_fetcher:
+    print(bool(hsm_fetcher.token().value))
+"""
 KEY_URI = re.compile(r"pkcs11:token=bank;object=d1\?[^\"'#]*")
 LINK = re.compile(r"\]\(([^)#]+)\)")
+
+
+def request_of(signer: Signer) -> bytes:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "client")])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(name)
+    return builder.sign(signer.as_private_key(), SHA256()).public_bytes(Encoding.PEM)
 
 
 def blocks(language: str) -> list[str]:
@@ -35,13 +55,17 @@ def test_the_python_examples_run_in_the_order_of_the_page(
     softhsm_token: SoftHsmToken, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     generate_key(softhsm_token.uri)
-    with sandbox, open_signer(softhsm_token.uri) as signer:
+    tls_uri = softhsm_token.uri.replace("object=d1", "object=d1-tls")
+    generate_key(tls_uri)
+    with sandbox, open_signer(softhsm_token.uri) as signer, open_signer(tls_uri) as tls_signer:
         sandbox.register_key("bank-2026", signer.public_key.jwk())
+        certificate = sandbox.sign_client_request(request_of(tls_signer))
         code = "\n".join(blocks("python"))
         assert code.count("Environment.STAGING") == 1
         for old, new in {
             "environment=Environment.STAGING,": f"environment={sandbox.base_url!r}, "
             f"ca_file={str(sandbox.ca_file)!r},",
+            "/etc/d1/client-hsm.pem": str(certificate),
             "/etc/d1/client.pem": str(sandbox.client_certificate),
             "/etc/d1/client.key": str(sandbox.client_key),
             "/home/me/d1-dev.pem": str(tmp_path / "dev.pem"),
@@ -49,7 +73,10 @@ def test_the_python_examples_run_in_the_order_of_the_page(
             assert old in code
             code = code.replace(old, new)
         script = tmp_path / "readme.py"
-        script.write_text(KEY_URI.sub(lambda _: softhsm_token.uri, code))
+        code = TLS_KEY_URI.sub(lambda _: tls_uri, KEY_URI.sub(lambda _: softhsm_token.uri, code))
+        # The certificate that the page makes is used as the page uses the other one.
+        code += HSM_CERTIFICATE.format(base_url=sandbox.base_url, ca_file=str(sandbox.ca_file))
+        script.write_text(code)
         ran = subprocess.run(
             [sys.executable, "-W", "error", str(script)],
             env=os.environ | {"SOFTHSM2_CONF": str(softhsm_token.configuration)},
@@ -59,7 +86,8 @@ def test_the_python_examples_run_in_the_order_of_the_page(
             timeout=50,
         )
         assert ran.returncode == 0, ran.stderr
-    status, token, *_, exportable = ran.stdout.splitlines()
+    status, token, *_, exportable, hsm = ran.stdout.splitlines()
+    assert hsm == "True"
     assert status == "200"
     assert re.fullmatch(r"\d+\.\d+ \S.*", token)
     assert exportable == "False"
