@@ -89,7 +89,7 @@ class ForkGate:
     def _reset(self) -> None:
         # A forked child has none of the threads that were in calls or about to fork.
         self._changed = threading.Condition()
-        self._calls = 0
+        self._calls: set[object] = set()
         self._forks = 0
 
     @contextlib.contextmanager
@@ -108,17 +108,20 @@ class ForkGate:
         if _inside.get() == os.getpid():
             yield
             return
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._forks, until - time.monotonic()):
-                raise TimeoutError
-            self._calls += 1
-        inside = _inside.set(os.getpid())
+        call, inside = object(), None
+        # Whatever a signal's handler raises, and at whichever line: it is given back.
         try:
+            with self._changed:
+                if not self._changed.wait_for(lambda: not self._forks, until - time.monotonic()):
+                    raise TimeoutError
+                self._calls.add(call)
+            inside = _inside.set(os.getpid())
             yield
         finally:
-            _inside.reset(inside)
+            self._calls.discard(call)
+            if inside is not None:
+                _inside.reset(inside)
             with self._changed:
-                self._calls -= 1
                 if self._forks:
                     self._changed.notify_all()
 
@@ -126,7 +129,7 @@ class ForkGate:
         own = 1 if _inside.get() == os.getpid() else 0
         with self._changed:
             self._forks += 1
-            self._changed.wait_for(lambda: self._calls <= own, _LONGEST_WAIT_TO_FORK)
+            self._changed.wait_for(lambda: len(self._calls) <= own, _LONGEST_WAIT_TO_FORK)
 
     def _after_fork_in_parent(self) -> None:
         with self._changed:

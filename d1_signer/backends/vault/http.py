@@ -58,7 +58,8 @@ VAULT = Service(
 
 _OK = range(200, 300)
 _REDIRECTS = range(300, 400)
-_PRECONDITION, _TOO_MANY = 412, 429
+# A standby that lags behind (412, 472, 473), sealed, in maintenance, or broken.
+_PASSING = frozenset({412, 472, 473, 500, 502, 503, 504})
 
 _LOCATION = "Check the key's name, its mount and the namespace."
 # What a status means, by a text in its message where only that tells the causes apart.
@@ -233,7 +234,6 @@ def _meaning(status: int, message: str) -> Meaning:
     for text, kind, hint in _TEXTS.get(status, ()):
         if text in message:
             return kind, hint
-    # 412 and 47x: a standby that lags behind; 5xx: sealed, in maintenance, or broken.
-    if status > _TOO_MANY or status == _PRECONDITION:
+    if status in _PASSING:
         return SignerUnavailable, "Look at the state of Vault: sealed, a standby, failing over."
     return SignerError, "See the status in the documentation of Vault's API."
