@@ -117,10 +117,33 @@ class ForkGate:
             yield
         finally:
             _inside.reset(inside)
+            self._end()
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """Leave the call that this thread is in, for what a fork may meet.
+
+        A handshake waits for its signature so. Who signs may wait for the forks that are under way,
+        as a PKCS#11 module does; forks that wait for the handshake would wait for that as well.
+        """
+        if _inside.get() != os.getpid():
+            yield
+            return
+        outside = _inside.set(0)
+        self._end()
+        try:
+            yield
+        finally:
             with self._changed:
-                self._calls -= 1
-                if self._forks:
-                    self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._forks, _LONGEST_WAIT_TO_FORK)
+                self._calls += 1
+            _inside.reset(outside)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._calls -= 1
+            if self._forks:
+                self._changed.notify_all()
 
     def _before_fork(self) -> None:
         own = 1 if _inside.get() == os.getpid() else 0
