@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, final
 
 from d1_signer.errors import MissingExtraError
-from d1_signer.events import Event, FailoverEvent, RenewalEvent, RequestEvent, SignEvent
+from d1_signer.events import (
+    CertificateEvent,
+    Event,
+    FailoverEvent,
+    RenewalEvent,
+    RequestEvent,
+    SignEvent,
+)
 
 try:
     from opentelemetry.metrics import (
@@ -69,6 +76,7 @@ class OpenTelemetryObserver:
         self._tracer = (tracer_provider or get_tracer_provider()).get_tracer(_SCOPE)
         self._attributes: _Attributes = dict(attributes or {})
         self._dies_at: float | None = None
+        self._certificate_ends: float | None = None
 
         def seconds(name: str, description: str) -> Callable[..., None]:
             return meter.create_histogram(
@@ -98,6 +106,12 @@ class OpenTelemetryObserver:
             unit="s",
             description="Seconds until the last token expires; 0 from then on.",
         )
+        meter.create_observable_gauge(
+            f"{_SCOPE}.client_certificate.remaining_life",
+            callbacks=[self._remaining_of_certificate],
+            unit="s",
+            description="Seconds until the client certificate expires; 0 from then on.",
+        )
 
     def __call__(self, event: Event) -> None:
         """Record one event; called by signers, sets and fetchers."""
@@ -110,6 +124,8 @@ class OpenTelemetryObserver:
                 self._renewed(event)
             case FailoverEvent():
                 self._failovers.add(1, self._with(event.error, {"d1_signer.kid": event.kid}))
+            case CertificateEvent():
+                self._certificate_ends = event.not_after
 
     def _signed(self, event: SignEvent) -> None:
         labels = self._with(
@@ -159,6 +175,12 @@ class OpenTelemetryObserver:
         return self._attributes | attributes | failed
 
     def _remaining(self, _: CallbackOptions) -> Iterable[Observation]:
-        if self._dies_at is None:
+        return self._until(self._dies_at)
+
+    def _remaining_of_certificate(self, _: CallbackOptions) -> Iterable[Observation]:
+        return self._until(self._certificate_ends)
+
+    def _until(self, moment: float | None) -> list[Observation]:
+        if moment is None:
             return []
-        return [Observation(max(0.0, self._dies_at - time.time()), self._attributes)]
+        return [Observation(max(0.0, moment - time.time()), self._attributes)]

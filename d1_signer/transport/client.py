@@ -178,6 +178,7 @@ class ClientTls:
         """
         self._observers = observers
         self._lock = threading.Lock()
+        self._handing_out = threading.Lock()
         self._looked_at = time.monotonic()
         self._warned_on: float = float("-inf")
         self._own: weakref.WeakSet[VerifyingContext] = weakref.WeakSet()
@@ -213,14 +214,22 @@ class ClientTls:
         if self._given is not None:
             require_verifying(self._given)
             return self._given
-        try:
-            context, _ = self._built()
-        except D1SignerError as error:
-            _log.warning("tls.files_unusable the last good ones are used on: %s", error)
-            return self._last
-        context.before_each = self.look
-        self._own.add(context)
-        return context
+        while True:
+            generation = self.generation
+            try:
+                context, found = self._built()
+            except D1SignerError as error:
+                _log.warning("tls.files_unusable the last good ones are used on: %s", error)
+                context, found = self._last, self.certificate
+            if found != self.certificate:
+                self._looked_at = float("-inf")
+                self.look()
+            context.before_each = self.look
+            with self._handing_out:
+                # Or another thread has taken newer files, and knew nothing of this context.
+                if generation == self.generation:
+                    self._own.add(context)
+                    return context
 
     def look(self) -> None:
         """Take what the files hold now, where one has changed; every few seconds at most."""
@@ -259,9 +268,17 @@ class ClientTls:
     def _renew(self, state: tuple[object, ...]) -> None:
         self._last, found = self._built()
         self._state = state
-        for context in list(self._own):
-            self._load_into(context)
-        self.generation += 1
+        with self._handing_out:
+            contexts = list(self._own)
+            self.generation += 1
+        try:
+            for context in contexts:
+                with context.changing:
+                    self._load_into(context)
+        except BaseException:
+            # They changed once more, between two contexts: the next look takes all of them anew.
+            self._state, self._looked_at = (), float("-inf")
+            raise
         self._loaded(found)
 
     def _built(self) -> tuple[VerifyingContext, x509.Certificate | None]:

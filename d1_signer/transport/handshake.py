@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int, c_long, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_long, c_uint64, c_void_p
 from typing import Any, TypeVar
 
 from cryptography import x509
@@ -37,6 +37,7 @@ from d1_signer.es256 import PublicKey
 from d1_signer.events import Use
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
+from d1_signer.transport.processes import fork_gate
 
 T = TypeVar("T")
 
@@ -54,11 +55,8 @@ _VERIFY_MODES = {ssl.CERT_NONE: 0, ssl.CERT_OPTIONAL: 1, ssl.CERT_REQUIRED: 3}
 _DIGEST = 32
 _POINT = 65  # bytes, uncompressed
 
-_SIGN = ctypes.CFUNCTYPE(
-    c_int, c_int, c_void_p, c_int, c_void_p, POINTER(c_uint), c_void_p, c_void_p, c_void_p
-)
-_SIGN_SETUP = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_void_p, c_void_p)
-_SIGN_SIG = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p)
+# type, digest, its length, out, its length, two of earlier steps, key
+_SIGN = "int(*)(int, void *, int, void *, unsigned int *, void *, void *, void *)"
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "SSL_CTX_get_options": (c_uint64, [c_void_p]),
     "SSL_CTX_get_verify_mode": (c_int, [c_void_p]),
@@ -69,7 +67,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "X509_free": (None, [c_void_p]),
     "EC_KEY_OpenSSL": (c_void_p, []),
     "EC_KEY_METHOD_new": (c_void_p, [c_void_p]),
-    "EC_KEY_METHOD_set_sign": (None, [c_void_p, _SIGN, _SIGN_SETUP, _SIGN_SIG]),
+    "EC_KEY_METHOD_set_sign": (None, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "EC_KEY_new_by_curve_name": (c_void_p, [c_int]),
     "EC_KEY_oct2key": (c_int, [c_void_p, c_char_p, ctypes.c_size_t, c_void_p]),
     "EC_KEY_set_method": (c_int, [c_void_p, c_void_p]),
@@ -173,8 +171,14 @@ def sign_with(
     )
     key = _key(openssl, pointer, public_key)
     _handshakes[key] = functools.partial(_sign, public_key, tuple(signers), timeout)
-    # Its sockets hold the context, and the context the key: the last of them is gone by then.
-    weakref.finalize(context, _handshakes.pop, key, None)
+    # Its sockets hold the context: the last of them is gone by then. Until then the key is held
+    # here too, or another's could get the address of one that was renewed.
+    weakref.finalize(context, _forget, openssl, key).atexit = False
+
+
+def _forget(openssl: ctypes.CDLL, key: int) -> None:
+    del _handshakes[key]
+    openssl.EC_KEY_free(key)
 
 
 def _sign(
@@ -233,37 +237,32 @@ def with_server(server: str | None) -> Iterator[None]:
 
 
 def _on_sign(
-    _type: int,
-    digest: int,
-    length: int,
-    out: int,
-    out_length: Any,
-    _kinv: int | None,
-    _r: int | None,
-    key: int,
+    _type: int, digest: Any, length: int, out: Any, out_length: Any, _kinv: Any, _r: Any, key: Any
 ) -> int:
-    # Nothing may cross into C, whatever it is: a signal's handler may raise here as well.
-    try:
-        signature = _handshakes[key](ctypes.string_at(digest, length))
-        der = es256.der_from_raw(signature)
-        ctypes.memmove(out, der, len(der))
-        out_length[0] = len(der)
-    except BaseException as failure:  # noqa: BLE001 (raised after the handshake)
-        _now.failure = failure
-        return 0
+    sign = _handshakes[_address(key)]
+    with fork_gate.left():
+        signature = sign(ctypes.string_at(_address(digest), length))
+    der = es256.der_from_raw(signature)
+    ctypes.memmove(_address(out), der, len(der))
+    out_length[0] = len(der)
     return 1
 
 
-def _on_setup(_key: int, _context: int, _kinv: int, _r: int) -> int:
-    return 0  # nothing is computed beforehand
+def _on_failure(_kind: object, failure: BaseException, _traceback: object) -> None:
+    _now.failure = failure  # raised after the handshake
 
 
-def _on_sign_sig(_digest: int, _length: int, _kinv: int, _r: int, _key: int) -> int | None:
-    return None  # handshakes ask for the encoded form
+def _address(pointer: Any) -> int:
+    return int(_ffi().cast("uintptr_t", pointer))
 
 
-# Kept for ever, as the method is that has their addresses.
-_CALLBACKS = (_SIGN(_on_sign), _SIGN_SETUP(_on_setup), _SIGN_SIG(_on_sign_sig))
+@functools.cache
+def _ffi() -> Any:
+    try:
+        import cffi  # type: ignore[import-untyped]  # has none; comes with cryptography
+    except ImportError:
+        raise _unsupported("this installation, which has no cffi") from None
+    return cffi.FFI()
 
 
 # -- OpenSSL ------------------------------------------------------------------------------------
@@ -298,13 +297,21 @@ def _openssl() -> ctypes.CDLL:
 
 @functools.cache
 def _method() -> int:
-    # One for the process: keys hold it until they are freed, whenever that is.
+    # For the process: keys hold it until they are freed, whenever that is.
     openssl = _openssl()
     method: int | None = openssl.EC_KEY_METHOD_new(openssl.EC_KEY_OpenSSL())
     if not method:
         raise _unsupported("this OpenSSL, which has no EC_KEY_METHOD")
-    openssl.EC_KEY_METHOD_set_sign(method, *_CALLBACKS)
+    # Not a callback of ctypes: a signal's handler can raise before the first line of a function,
+    # and OpenSSL would then take what happens to be on the stack for the result.
+    sign = _ffi().callback(_SIGN, _on_sign, error=0, onerror=_on_failure)
+    _callbacks.append(sign)
+    openssl.EC_KEY_METHOD_set_sign(method, _address(sign), None, None)
     return method
+
+
+# Kept as long as the methods that have their addresses.
+_callbacks: list[object] = []
 
 
 def _pointer(openssl: ctypes.CDLL, context: ssl.SSLContext) -> int:
@@ -333,7 +340,7 @@ def _certificate(openssl: ctypes.CDLL, der: bytes) -> Iterator[int]:
 
 
 def _key(openssl: ctypes.CDLL, pointer: int, public_key: PublicKey) -> int:
-    """Give a context an EC key that has no private part; returns its address."""
+    """Give a context an EC key that has no private part; returns its address, held once more."""
     key: int | None = openssl.EC_KEY_new_by_curve_name(_P256)
     wrapped: int | None = openssl.EVP_PKEY_new()
     try:
@@ -343,9 +350,11 @@ def _key(openssl: ctypes.CDLL, pointer: int, public_key: PublicKey) -> int:
         _require(openssl, openssl.EC_KEY_set_method(key, _method()))
         _require(openssl, openssl.EVP_PKEY_set1_EC_KEY(wrapped, key))
         _require(openssl, openssl.SSL_CTX_use_PrivateKey(pointer, wrapped))
-    finally:
-        openssl.EVP_PKEY_free(wrapped)  # the context holds them now
+    except BaseException:
         openssl.EC_KEY_free(key)
+        raise
+    finally:
+        openssl.EVP_PKEY_free(wrapped)  # the context holds it now
     assert key is not None  # noqa: S101 (required above)
     return key
 

@@ -66,8 +66,8 @@ os.register_at_fork(after_in_child=_new_locks)
 
 
 _LONGEST_WAIT_TO_FORK = 15.0  # seconds
-# The process whose call this thread is in; a child of its fork is in none.
-_inside: ContextVar[int] = ContextVar("d1_signer_inside", default=0)
+# The process and the call of it that this thread is in.
+_inside: ContextVar[tuple[int, object] | None] = ContextVar("d1_signer_inside", default=None)
 
 
 class ForkGate:
@@ -105,7 +105,7 @@ class ForkGate:
         Raises:
             TimeoutError: It is not begun by then.
         """
-        if _inside.get() == os.getpid():
+        if self._current() is not None:
             yield
             return
         call, inside = object(), None
@@ -115,18 +115,47 @@ class ForkGate:
                 if not self._changed.wait_for(lambda: not self._forks, until - time.monotonic()):
                     raise TimeoutError
                 self._calls.add(call)
-            inside = _inside.set(os.getpid())
+            inside = _inside.set((os.getpid(), call))
             yield
         finally:
-            self._calls.discard(call)
+            self._end(call)
             if inside is not None:
                 _inside.reset(inside)
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """Leave the call that this thread is in, for what a fork may meet.
+
+        A handshake waits for its signature so. Who signs may wait for the forks that are under way,
+        as a PKCS#11 module does; forks that wait for the handshake would wait for that as well.
+        """
+        call = self._current()
+        if call is None:
+            yield
+            return
+        outside = _inside.set(None)
+        try:
+            self._end(call)
+            yield
+        finally:
             with self._changed:
-                if self._forks:
-                    self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._forks, _LONGEST_WAIT_TO_FORK)
+                self._calls.add(call)
+            _inside.reset(outside)
+
+    def _current(self) -> object | None:
+        """The call that this thread is in; a child of its fork is in none."""
+        inside = _inside.get()
+        return inside[1] if inside is not None and inside[0] == os.getpid() else None
+
+    def _end(self, call: object) -> None:
+        self._calls.discard(call)
+        with self._changed:
+            if self._forks:
+                self._changed.notify_all()
 
     def _before_fork(self) -> None:
-        own = 1 if _inside.get() == os.getpid() else 0
+        own = 0 if self._current() is None else 1
         with self._changed:
             self._forks += 1
             self._changed.wait_for(lambda: len(self._calls) <= own, _LONGEST_WAIT_TO_FORK)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import re
 import ssl
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cryptography import x509
@@ -20,8 +22,11 @@ from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.transport import handshake
+from d1_signer.transport.processes import fork_gate
 
 _NEW_ENOUGH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED)
+# Seconds, for a socket without a limit.
+_LONGEST_HANDSHAKE = 60.0
 _NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME
 _LEAST_RSA, _LEAST_EC = 2048, 224  # bits of a key
 
@@ -38,7 +43,8 @@ class VerifiedSocket(ssl.SSLSocket):
         """
         try:
             require_verifying(self.context)
-            with handshake.with_server(self.server_hostname):
+            until = time.monotonic() + (self.gettimeout() or _LONGEST_HANDSHAKE)
+            with fork_gate.call(until), handshake.with_server(self.server_hostname):
                 super().do_handshake(block)
             require_verified(self, self.server_hostname or "")
         except BaseException:
@@ -67,11 +73,17 @@ class VerifyingContext(ssl.SSLContext):
 
     Attributes:
         before_each: Called before each connection is wrapped.
+        changing: Held while the context is changed, and while a connection is made of it: OpenSSL
+            takes both at once for neither.
     """
 
     sslsocket_class = VerifiedSocket  # type: ignore[mutable-override]
     sslobject_class = VerifiedObject  # type: ignore[mutable-override]
     before_each: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, _protocol: int) -> None:
+        """Make a lock; what is the ssl module's is made before."""
+        self.changing = threading.RLock()
 
     def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
         """Begin TLS; see `ssl.SSLContext`."""
@@ -82,6 +94,19 @@ class VerifyingContext(ssl.SSLContext):
         """Begin TLS over buffers; see `ssl.SSLContext`."""
         self.before_each()
         return super().wrap_bio(*args, **options)
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        """Set them; httpx does so before each handshake."""
+        with self.changing:
+            super().set_alpn_protocols(alpn_protocols)
+
+    def _wrap_socket(self, *args: Any, **options: Any) -> Any:
+        with self.changing:
+            return super()._wrap_socket(*args, **options)  # type: ignore[misc]
+
+    def _wrap_bio(self, *args: Any, **options: Any) -> Any:
+        with self.changing:
+            return super()._wrap_bio(*args, **options)  # type: ignore[misc]
 
 
 def verifying_context(authorities: str | None) -> VerifyingContext:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -17,7 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from d1_signer import LazySigner, SignerSet, TokenRefusedError, open_signer
+from d1_signer import CertificateEvent, LazySigner, SignerSet, TokenRefusedError, open_signer
 from d1_signer.errors import SignerUnavailable
 from d1_signer.otel import OpenTelemetryObserver
 from d1_signer.sandbox import Fault, Sandbox
@@ -127,6 +128,24 @@ def test_a_renewal_is_told_in_spans_and_metrics(
     }
     (life,) = points["d1_signer.token.remaining_life"]
     assert abs(life.value - (token.expires_at - time.time())) < 1
+
+
+def test_the_life_of_the_client_certificate_is_told(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, telemetry: Telemetry
+) -> None:
+    name = "d1_signer.client_certificate.remaining_life"
+    make_fetcher(observers=[telemetry.observer])
+    (life,) = telemetry.points()[name]
+    (parsed,) = x509.load_pem_x509_certificates(sandbox.client_certificate.read_bytes())
+    assert abs(life.value - (parsed.not_valid_after_utc.timestamp() - time.time())) < 5
+    assert life.attributes == {"deployment.environment.name": "test"}
+
+
+def test_a_certificate_that_has_expired_has_no_life_left(telemetry: Telemetry) -> None:
+    ended = CertificateEvent(subject="CN=client", serial_number=1, not_after=time.time() - 9)
+    telemetry.observer(ended)
+    (life,) = telemetry.points()["d1_signer.client_certificate.remaining_life"]
+    assert life.value == 0
 
 
 def test_failures_are_told_by_their_code(
