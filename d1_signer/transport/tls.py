@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
+from cryptography import x509
 from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
 from d1_signer.errors import ConfigurationError
@@ -62,11 +63,13 @@ class VerifyingContext(ssl.SSLContext):
 
     Attributes:
         before_each: Called before each connection is wrapped.
+        client_certificate: What it shows; None for nothing.
     """
 
     sslsocket_class = VerifiedSocket  # type: ignore[mutable-override]
     sslobject_class = VerifiedObject  # type: ignore[mutable-override]
     before_each: Callable[[], None] = staticmethod(lambda: None)
+    client_certificate: x509.Certificate | None = None
 
     def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
         """Begin TLS; see `ssl.SSLContext`."""
