@@ -51,7 +51,7 @@ class Peer:
     def address(self) -> str:
         """Host and port."""
         _, host, port = origin(self.environment.token_endpoint)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return _shown(host, port)
 
     def unreached(self, failure: Failure) -> TokenError:
         """The error for an exchange without an answer."""
@@ -192,7 +192,11 @@ class Peer:
     def _proxy_address(self) -> str:
         # Its URL may have a password in it.
         parts = urlsplit(self.proxy or "")
-        return f"{parts.hostname}:{parts.port}"
+        return _shown(parts.hostname or "", parts.port or 0)
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _has_reason(body: bytes) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, ProxyError
 
 from d1_signer.transport.deadlines import run_until
 from d1_signer.transport.hosts import is_address
@@ -248,12 +248,16 @@ class _TlsConnection(_Connection, HTTPSConnection):
         try:
             super().connect()
         except (ConnectionResetError, BrokenPipeError) as error:
-            # What comes before has errors of urllib3; only a proxy's answer has not.
-            if self.proxy and not self.has_connected_to_proxy:
-                raise
+            # What comes before has errors of urllib3.
             raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "closed amid the handshake") from error
         try:
             require_verified(self.sock, self._tunnel_host or self.host)
         except BaseException:
             self.close()
             raise
+
+    def _tunnel(self) -> None:
+        try:
+            super()._tunnel()
+        except ConnectionError as error:
+            raise ProxyError("no tunnel", error) from error

@@ -128,7 +128,7 @@ def _tls_failure(link: BaseException) -> Failure | None:
         return Failure(Stage.TLS, "the handshake did not end in time", TlsFailure.CUT)
     if not isinstance(link, ssl.SSLError):
         return None
-    said = link.reason or ""
+    said = getattr(link, "reason", None) or ""  # absent from one that OpenSSL did not raise
     if isinstance(link, ssl.SSLEOFError) or "UNEXPECTED_EOF" in said:
         return Failure(Stage.TLS, "the connection was closed amid the handshake", TlsFailure.CUT)
     kind = TlsFailure.CUT

@@ -12,6 +12,7 @@ import re
 import select
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from cryptography import x509
 from d1_signer import (
     ClientCertificate,
     D1SignerError,
+    Limits,
     Signer,
     TlsError,
     TokenFetcher,
@@ -565,3 +567,108 @@ def refused_with(
         with fetcher, pytest.raises(D1SignerError) as failure:
             fetcher.token()
     return failure.value
+
+
+# -- the stage at which there is no answer --------------------------------------------------------
+
+
+@contextmanager
+def plain_server(says: bytes | None, *, resets: bool = False) -> Iterator[int]:
+    """A server that reads once, then says something or resets; with None it holds still."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = listener.accept()[0]
+                with sock, contextlib.suppress(OSError):
+                    sock.recv(1 << 16)
+                    if resets:
+                        linger = struct.pack("ii", 1, 0)
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    elif says is None:
+                        ended.wait(20)
+                    else:
+                        sock.sendall(says)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def stage_of(signer: Signer, environment: str, proxy: str | None = None) -> tuple[str, str]:
+    limits = Limits(total=1.0, connect=0.5, read=0.5)
+    fetcher = TokenFetcher(
+        signer, issuer_id=ISSUER, environment=environment, proxy=proxy, limits=limits
+    )
+    with fetcher, pytest.raises(TokenUnavailable) as failure:
+        fetcher.token()
+    assert SECRET not in f"{failure.value} {failure.value.details}"
+    return str(failure.value.details["failed"]), failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("says", "resets", "words"),
+    [
+        (None, False, "TLS failed: the handshake did not end in time"),
+        (b"", False, "TLS failed: the connection was closed amid the handshake"),
+        (b"", True, "TLS failed: the connection was closed amid the handshake"),
+    ],
+)
+def test_a_handshake_that_ends_early(
+    signer: Signer, says: bytes | None, words: str, *, resets: bool
+) -> None:
+    with plain_server(says, resets=resets) as port:
+        stage, message = stage_of(signer, f"https://127.0.0.1:{port}")
+    assert stage == "tls"
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("says", "resets", "words"),
+    [
+        (None, False, "the answer failed: no answer within 0."),
+        (b"", False, "the answer failed: the connection was closed before"),
+        (b"", True, "the answer failed: connection reset by peer"),
+    ],
+)
+def test_an_answer_that_does_not_come(
+    signer: Signer, says: bytes | None, words: str, *, resets: bool
+) -> None:
+    with plain_server(says, resets=resets) as port:
+        stage, message = stage_of(signer, f"http://127.0.0.1:{port}")
+    assert stage == "answer"
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("says", "resets", "words"),
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", False, "it answers HTTP 407"),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", False, "it answers HTTP 503"),
+        (b"", True, "connection reset by peer"),
+    ],
+)
+def test_a_proxy_that_does_not_connect(
+    signer: Signer, says: bytes, words: str, *, resets: bool
+) -> None:
+    with plain_server(says, resets=resets) as port:
+        proxy = f"http://user:{SECRET}@127.0.0.1:{port}"
+        stage, message = stage_of(signer, "https://d1.invalid:8443/authz/v1", proxy)
+    assert stage == "proxy"
+    assert f"the proxy 127.0.0.1:{port} failed: {words}" in message
+    assert "d1.invalid:8443" in message
+
+
+def test_a_proxy_whose_name_is_not_known(signer: Signer) -> None:
+    proxy = f"http://user:{SECRET}@proxy.invalid:3128"
+    stage, message = stage_of(signer, "https://127.0.0.1:8443/authz/v1", proxy)
+    assert stage == "proxy"
+    assert "the proxy proxy.invalid:3128 failed: the host name is not known here" in message
