@@ -258,7 +258,7 @@ class TokenError(D1SignerError):
 
 
 class TokenRefusedError(TokenError):
-    """D1 refused the assertion (HTTP 4xx other than 429).
+    """D1, or what stands before it, refused the assertion (HTTP 4xx other than 429).
 
     Attributes:
         status: HTTP status code.

@@ -7,12 +7,9 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from enum import StrEnum
-from pathlib import Path
 
 import click
 from cryptography import x509
@@ -21,15 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from d1_signer.cli._checklist import Checklist, Status, Step
 from d1_signer.cli._opening import Opening
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
-    explanation,
     moment,
     printable,
     said,
-    to_stdout,
     with_output_options,
 )
 from d1_signer.cli._settings import (
@@ -45,125 +41,44 @@ from d1_signer.errors import (
     D1SignerError,
     InvalidSignatureError,
     KeyUriError,
+    TokenRefusedError,
     TokenResponseError,
-    TokenUnavailable,
 )
-from d1_signer.secret import Secret, shown_path
+from d1_signer.secret import Secret
 from d1_signer.signing.key_uri import scheme_of, without_secrets
 from d1_signer.signing.registry import load_backend_module
 from d1_signer.signing.signer import Signer
 from d1_signer.token.d1 import Environment
-from d1_signer.token.endpoint import TokenEndpoint
+from d1_signer.token.endpoint import Reply, TokenEndpoint
 from d1_signer.token.renewal import Limits
+from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
 
 _CERTIFICATE = "client-certificate"
-_REFUSALS = frozenset({400, 401, 403})
-
-
-class Status(StrEnum):
-    """How a step ended."""
-
-    OK = "ok"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """One step that is over; ``subject`` is the key or the environment it was about."""
-
-    name: str
-    subject: str
-    status: Status
-    detail: str = ""
-    error: D1SignerError | None = None
-
-    def to_dict(self) -> dict[str, object]:
-        """The step as JSON-ready values."""
-        return {
-            "step": self.name,
-            "subject": self.subject,
-            "status": str(self.status),
-            "detail": self.detail,
-            "error": self.error and self.error.to_dict(),
-        }
-
-
-@dataclass(slots=True)
-class Checklist:
-    """The steps so far; each is told as it ends, since the next one may take long."""
-
-    output: Output
-    steps: list[Step] = field(default_factory=list)
-    _subject: str = ""
-
-    def begin(self, subject: str) -> None:
-        """Turn to a key or to the environment."""
-        self._subject = subject
-        self._tell(printable(subject))
-
-    def ok(self, name: str, detail: str = "") -> None:
-        """A step has passed."""
-        self._add(Step(name=name, subject=self._subject, status=Status.OK, detail=detail))
-
-    def skipped(self, name: str, reason: str) -> None:
-        """A step was not taken."""
-        self._add(Step(name=name, subject=self._subject, status=Status.SKIPPED, detail=reason))
-
-    def failed(self, name: str, error: D1SignerError) -> None:
-        """A step has failed; tells what to do."""
-        step = Step(
-            name=name,
-            subject=self._subject,
-            status=Status.FAILED,
-            detail=error.message,
-            error=error,
-        )
-        self._add(step)
-        for line in explanation(error):
-            self._tell(f"           {line}")
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Run a step: it has passed unless one of our errors ends it.
-
-        Gives a function that takes the step's detail; the error is kept and not raised.
-        """
-        details: list[str] = []
-        try:
-            yield details.append
-        except D1SignerError as error:
-            self.failed(name, error)
-        else:
-            self.ok(name, ", ".join(details))
-
-    @property
-    def first_failure(self) -> Step | None:
-        """The step at which it stopped."""
-        return next((step for step in self.steps if step.status is Status.FAILED), None)
-
-    def passed(self) -> bool:
-        """Whether the last step passed."""
-        return self.steps[-1].status is Status.OK
-
-    def _add(self, step: Step) -> None:
-        self.steps.append(step)
-        self._tell(f"  {step.status:<7}  {step.name:<18}  {printable(step.detail)}".rstrip())
-
-    def _tell(self, line: str) -> None:
-        if not self.output.json:
-            to_stdout(line)
+_ENDPOINT = "endpoint"
+_WARN_DAYS = 14
 
 
 @click.command(cls=OptionsOnly)
 @with_keys
 @with_issuer
 @with_connection
+@click.option(
+    "--warn-days",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Fail where the client certificate is valid for fewer days than that.",
+)
 @with_output_options
 @click.pass_context
 def check(
-    context: click.Context, keys: Keys, issuer: Issuer, connection: Connection, *, output: Output
+    context: click.Context,
+    keys: Keys,
+    issuer: Issuer,
+    connection: Connection,
+    *,
+    warn_days: int | None,
+    output: Output,
 ) -> None:
     """Check keys, TLS and D1 step by step.
 
@@ -175,7 +90,7 @@ def check(
     checklist = Checklist(output)
     with ExitStack() as stack:
         signers = [_check_key(checklist, keys, uri, stack) for uri in keys.uris]
-        _check_d1(checklist, signers, issuer, connection)
+        _check_d1(checklist, signers, issuer, connection, warn_days)
     stopped = checklist.first_failure
     document = {
         "ok": stopped is None,
@@ -190,8 +105,12 @@ def check(
 def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
     if stopped:
         return f"Stopped at {stopped.name} of {printable(stopped.subject)}; see above what to do."
-    skipped = [step.name for step in checklist.steps if step.status is Status.SKIPPED]
-    return f"Passed; not checked: {', '.join(skipped)}." if skipped else "All steps passed."
+    found = [
+        f"{word}: {', '.join(names)}"
+        for word, status in (("unclear", Status.UNCLEAR), ("not checked", Status.SKIPPED))
+        if (names := [step.name for step in checklist.steps if step.status is status])
+    ]
+    return f"Passed; {'; '.join(found)}." if found else "All steps passed."
 
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
@@ -267,19 +186,21 @@ def _verify_with_cryptography(signer: Signer) -> None:
 
 
 def _check_d1(
-    checklist: Checklist, signers: list[Signer | None], issuer: Issuer, connection: Connection
+    checklist: Checklist,
+    signers: list[Signer | None],
+    issuer: Issuer,
+    connection: Connection,
+    warn_days: int | None,
 ) -> None:
     environment = issuer.optional_environment()
     checklist.begin(f"D1 {environment.base_url}" if environment else "D1")
-    tls = _check_certificate(checklist, environment, connection)
+    tls = _check_certificate(checklist, environment, connection, warn_days)
     if environment is None or tls is None:
         reason = "the TLS settings failed" if environment else "no environment is given"
-        checklist.skipped("endpoint", reason)
+        checklist.skipped(_ENDPOINT, reason)
         checklist.skipped("access-token", reason)
         return
-    with checklist.step("endpoint") as detail:
-        detail(_reach(environment, tls, connection.proxy))
-    reached = checklist.passed()
+    reached = _check_endpoint(checklist, environment, tls, connection.proxy)
     for signer in signers:
         if signer is None or not reached or issuer.issuer_id is None:
             missing = (
@@ -296,48 +217,72 @@ def _check_d1(
 
 
 def _check_certificate(
-    checklist: Checklist, environment: Environment | None, connection: Connection
+    checklist: Checklist,
+    environment: Environment | None,
+    connection: Connection,
+    warn_days: int | None,
 ) -> ClientTls | None:
     """Check the TLS settings; returns what makes contexts of them if they can be used."""
     try:
-        certificate = connection.certificate(environment)
-        tls = ClientTls(certificate, connection.ca_file)
-        detail = None
-        if tls.certificate is not None:
-            detail = _validity(tls.certificate, connection.client_cert or "")
+        tls = ClientTls(connection.certificate(environment), connection.ca_file)
     except D1SignerError as error:
         checklist.failed(_CERTIFICATE, error)
         return None
-    if detail is None:
+    if tls.certificate is None:
         checklist.skipped(_CERTIFICATE, "none is given")
     else:
-        checklist.ok(_CERTIFICATE, detail)
+        _tell_dates(checklist, tls.certificate, warn_days)
     return tls
 
 
-def _validity(certificate: x509.Certificate, path: str) -> str:
-    """Until when the certificate is valid.
-
-    Raises:
-        ConfigurationError: It is not valid now.
-    """
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    now = datetime.now(UTC)
-    if not begin <= now <= end:
-        raise ConfigurationError(
-            f"{shown_path(Path(path).absolute())} is valid from {begin:%Y-%m-%d} to "
-            f"{end:%Y-%m-%d}, and not now.",
-            hint="Use the one that is valid now; Thales signs a new one from a new CSR.",
+def _tell_dates(checklist: Checklist, certificate: x509.Certificate, warn_days: int | None) -> None:
+    """Tell until when it is valid; the connection is tried in any case: our clock may be wrong."""
+    end = certificate.not_valid_after_utc
+    days = (end - datetime.now(UTC)).days
+    at_fault = dates_at_fault(certificate)
+    detail = f"valid until {end:%Y-%m-%d} ({days} days)"
+    if at_fault:
+        detail = f"it {at_fault} by this machine's clock"
+    elif days < _WARN_DAYS:
+        detail += ": have Thales sign a new one"
+    not_after = end.isoformat()
+    if warn_days is not None and days < warn_days:
+        error = ConfigurationError(
+            f"The client certificate is {detail}; --warn-days {warn_days} asks for more."
+            if not at_fault
+            else f"The client certificate {at_fault} by this machine's clock.",
+            hint="Have Thales sign a new one from a new CSR.",
         )
-    return f"valid until {end:%Y-%m-%d} ({(end - now).days} days)"
+        checklist.failed(_CERTIFICATE, error, not_after=not_after)
+    elif at_fault:
+        checklist.unclear(_CERTIFICATE, detail, not_after=not_after)
+    else:
+        checklist.ok(_CERTIFICATE, detail, not_after=not_after)
 
 
-def _reach(environment: Environment, tls: ClientTls, proxy: str | None) -> str:
-    """Let the endpoint refuse something that is no assertion: it was reached, and knows us.
+def _check_endpoint(
+    checklist: Checklist, environment: Environment, tls: ClientTls, proxy: str | None
+) -> bool:
+    """Let the endpoint refuse something that is no assertion; returns whether anything answers.
 
-    Raises:
-        TokenError: It was not reached, or what answers is not a token endpoint.
+    How D1 words a refusal was never seen: other answers than an OAuth error are unclear.
     """
+    reply = _answer_to_no_assertion(environment, tls, proxy)
+    outcome = reply.outcome
+    answered = reply.status is not None or isinstance(outcome, TokenResponseError)
+    if isinstance(outcome, D1SignerError) and not answered:
+        checklist.failed(_ENDPOINT, outcome)
+        return False
+    if isinstance(outcome, TokenRefusedError) and outcome.error:
+        checklist.ok(_ENDPOINT, f"HTTP {reply.status}{_clock(reply)}")
+    elif isinstance(outcome, D1SignerError):
+        checklist.unclear(_ENDPOINT, f"{outcome.message}{_clock(reply)}")
+    else:
+        checklist.unclear(_ENDPOINT, f"HTTP {reply.status}: it gives a token for no assertion")
+    return True
+
+
+def _answer_to_no_assertion(environment: Environment, tls: ClientTls, proxy: str | None) -> Reply:
     limits = Limits()
     endpoint = TokenEndpoint(
         environment,
@@ -356,17 +301,12 @@ def _reach(environment: Environment, tls: ClientTls, proxy: str | None) -> str:
             deadline=time.monotonic() + limits.total,
         )
         cut.cancel()
-    unreached = reply.status is None or isinstance(reply.outcome, TokenUnavailable)
-    if isinstance(reply.outcome, D1SignerError) and unreached:
-        raise reply.outcome
-    if reply.status not in _REFUSALS:
-        raise TokenResponseError(
-            f"HTTP {reply.status} is not what a token endpoint answers to a bad assertion.",
-            hint="Check the environment's URL; it is what stands before /oauth2/token.",
-        )
+    return reply
+
+
+def _clock(reply: Reply) -> str:
     if reply.clock_offset is None:
-        return f"HTTP {reply.status}"
+        return ""
     ahead = round(reply.clock_offset)
     # The Date header has whole seconds, and the answer took its time.
-    clock = f"differs by {ahead:+d} s" if abs(ahead) > 1 else "agrees"
-    return f"HTTP {reply.status}, D1's clock {clock}"
+    return f", D1's clock {f'differs by {ahead:+d} s' if abs(ahead) > 1 else 'agrees'}"

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +14,16 @@ import urllib3
 from d1_signer.errors import (
     D1SignerError,
     FetcherClosedError,
-    TlsError,
     TokenError,
     TokenResponseError,
     TokenTimeout,
-    TokenUnavailable,
 )
 from d1_signer.secret import Secret
 from d1_signer.token.d1 import GRANT_TYPE, Environment
+from d1_signer.token.peer import Peer
 from d1_signer.token.response import MAX_BODY, Grant, error_from, read_grant, seconds_until
 from d1_signer.transport.client import ClientTls
-from d1_signer.transport.failures import causes
+from d1_signer.transport.failures import failure_of
 from d1_signer.transport.session import TlsAdapter, new_session
 
 _OK = 200
@@ -76,6 +73,7 @@ class TokenEndpoint:
         self._adapter = TlsAdapter(tls, timeouts=self._timeouts, pool_size=1)
         self._closed = False
         self._session = new_session(self._adapter, proxy=proxy)
+        self._peer = Peer(environment=environment, proxy=proxy, tls=tls)
 
     def post(self, assertion: Secret, *, correlation_id: str, deadline: float) -> Reply:
         """Send one assertion.
@@ -106,7 +104,7 @@ class TokenEndpoint:
         # The errors of requests hold the request, and with it the assertion, so they end here:
         # ours is made new, with no traceback and no context that leads to theirs.
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            reply = Reply(outcome=_translated(error, (connect, read)))
+            reply = Reply(outcome=self._translated(error, connect=connect, read=read))
         except D1SignerError as error:
             reply = Reply(outcome=error.fresh())
         except ValueError as error:
@@ -154,7 +152,12 @@ class TokenEndpoint:
         if response.status_code == _OK:
             outcome = read_grant(body)
         else:
-            outcome = error_from(
+            outcome = self._peer.answered_by_another(
+                response.status_code,
+                response.headers.get("content-type", ""),
+                body,
+                retry_after=retry_after,
+            ) or error_from(
                 response.status_code, body, assertion=assertion, retry_after=retry_after
             )
         return Reply(
@@ -163,6 +166,13 @@ class TokenEndpoint:
             clock_offset=clock_offset,
             retry_after=retry_after,
         )
+
+    def _translated(self, error: Exception, *, connect: float, read: float) -> D1SignerError:
+        if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+            return TokenError(
+                "The token endpoint's URL cannot be used.", hint="Check the environment."
+            )
+        return self._peer.unreached(failure_of(error, connect=connect, read=read))
 
     def abort(self) -> None:
         """End the calls under way, so that a thread inside `post` comes back with an error."""
@@ -191,52 +201,3 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
                 hint="Check that the environment's URL is D1's token endpoint.",
             )
         yield chunk
-
-
-def _translated(error: Exception, timeouts: tuple[float, float]) -> D1SignerError:
-    for link in causes(error):
-        if isinstance(link, ssl.SSLCertVerificationError):
-            return TlsError(
-                f"D1's server certificate is not trusted: {link.verify_message}.",
-                hint="Check the environment's URL and the CA file; a TLS-inspecting proxy "
-                "must let this host pass.",
-            )
-        if isinstance(link, ssl.SSLError) and "ALERT" in (link.reason or ""):
-            return TlsError(
-                f"D1 refused the TLS handshake ({_words(link.reason)}).",
-                hint="Check the client certificate: right environment, not expired, signed by "
-                "Thales' CA.",
-            )
-    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
-        return TokenError("The token endpoint's URL cannot be used.", hint="Check the environment.")
-    return TokenUnavailable(
-        f"D1's token endpoint cannot be reached: {_reason(error, timeouts)}.",
-        hint="Check network, proxy and firewall; a missing client certificate looks like this too.",
-    )
-
-
-def _reason(error: Exception, timeouts: tuple[float, float]) -> str:
-    links = list(causes(error))
-    # The order matters: to urllib3 a refused connection is a kind of connect timeout.
-    for link in links:
-        if isinstance(link, urllib3.exceptions.NameResolutionError):
-            return "its host name is not known here"
-        if isinstance(link, urllib3.exceptions.ProxyError):
-            return "the proxy does not connect"
-        if isinstance(link, ssl.SSLError):
-            return f"TLS failed ({_words(link.reason)})"
-    for link in links:
-        if isinstance(link, OSError) and link.errno and link.strerror:
-            return link.strerror.lower()
-    connect, read = timeouts
-    if isinstance(error, requests.ConnectTimeout):
-        reason = f"no connection within {connect:.3g} seconds"
-    elif isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-        reason = f"no answer within {read:.3g} seconds"
-    else:
-        reason = "the connection was closed before a whole answer came"
-    return reason
-
-
-def _words(reason: str | None) -> str:
-    return re.sub(r"[^a-z0-9.]+", " ", (reason or "no reason").lower())

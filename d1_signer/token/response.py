@@ -37,6 +37,7 @@ _HINTS = {
     "invalid_grant": "Check the issuer id, the kid, and that D1 knows this public key under it.",
     "invalid_client": "Check the issuer id and the client certificate.",
 }
+_ANY_CAUSE = "Check the issuer id, the kid, the key that D1 knows, and the client certificate."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,12 +123,12 @@ def error_from(
             f"D1 refused the assertion (HTTP {status}):{said or ' no reason was given'}.",
             status=status,
             error=error,
-            hint=_HINTS.get(error, "d1-signer check goes through the likely causes."),
+            hint=_HINTS.get(error, _ANY_CAUSE),
             details=details,
         )
     return TokenResponseError(
         f"D1 answered HTTP {status}, which is neither a token nor a refusal.",
-        hint="Redirects are not followed; check the environment's URL.",
+        hint="Check the environment's URL.",
         details=details,
     )
 

@@ -231,6 +231,16 @@ class ClientTls:
                     self._own.add(context)
                     return context
 
+    def shown_certificate(self) -> x509.Certificate | None:
+        """The certificate that a server is shown; None for none, and where a caller's has it."""
+        given = self._given
+        return given.client_certificate if isinstance(given, VerifyingContext) else self.certificate
+
+    def shows_none(self) -> bool:
+        """Whether it is certain that a server is shown no certificate."""
+        own = self._given is None or isinstance(self._given, VerifyingContext)
+        return own and self.shown_certificate() is None
+
     def look(self) -> None:
         """Take what the files hold now, where one has changed; every few seconds at most."""
         now = time.monotonic()
@@ -289,13 +299,15 @@ class ClientTls:
                 f"The CA file cannot be read: {shown_path(self._authorities)}.",
                 hint="It must hold certificates in PEM.",
             ) from None
-        return context, self._client.load_into(context) if self._client else None
+        if self._client is not None:
+            context.client_certificate = self._client.load_into(context)
+        return context, context.client_certificate
 
     def _load_into(self, context: VerifyingContext) -> None:
         # Authorities that are no longer in the file stay in a context that was given out.
         context.load_verify_locations(self._authorities)
         if self._client is not None:
-            self._client.load_into(context)
+            context.client_certificate = self._client.load_into(context)
 
     def _loaded(self, certificate: x509.Certificate | None) -> None:
         before, self.certificate = self.certificate, certificate

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -21,7 +22,7 @@ from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, ProxyError
 
 from d1_signer.transport.deadlines import run_until
 from d1_signer.transport.hosts import is_address
@@ -160,7 +161,7 @@ class _Connection(HTTPConnection):
 
     def send(self, data: Any) -> None:
         if self._held is None:
-            super().send(data)
+            self._send(data)
             return
         if isinstance(data, bytes):
             self._held += data
@@ -168,13 +169,21 @@ class _Connection(HTTPConnection):
                 self._send_held()
         else:
             self._send_held()
+            self._send(data)
+
+    def _send(self, data: Any) -> None:
+        try:
             super().send(data)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            # Then urllib3 reads on: what the server said before it left is there to be read, an
+            # answer or the alert by which TLS 1.3 refuses a client certificate.
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
     def _send_held(self) -> None:
         if self._held:
             held = bytes(self._held)
             self._held.clear()
-            super().send(held)
+            self._send(held)
 
     def connect(self) -> None:
         bounds = _bounds.get()
@@ -236,9 +245,19 @@ class _TlsConnection(_Connection, HTTPSConnection):
     def connect(self) -> None:
         # At each handshake: a caller may have weakened its context since it gave it.
         require_verifying(self.ssl_context)
-        super().connect()
+        try:
+            super().connect()
+        except (ConnectionResetError, BrokenPipeError) as error:
+            # What comes before has errors of urllib3.
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "closed amid the handshake") from error
         try:
             require_verified(self.sock, self._tunnel_host or self.host)
         except BaseException:
             self.close()
             raise
+
+    def _tunnel(self) -> None:
+        try:
+            super()._tunnel()
+        except ConnectionError as error:
+            raise ProxyError("no tunnel", error) from error

@@ -1,12 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an error of requests, urllib3 or an SDK came from. Pure."""
+"""What an error of requests, urllib3 or an SDK came from, and at which stage. Pure."""
 
 from __future__ import annotations
 
+import re
+import socket
 import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 
+import requests
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    NameResolutionError,
+    NewConnectionError,
+    ProxyError,
+    TimeoutError as HttpTimeout,
+)
 from urllib3.util.ssl_match_hostname import CertificateError
+
+# What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
+_NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|PACKET_LENGTH|RECORD_LAYER_FAILURE")
+_TOO_OLD = re.compile(r"UNSUPPORTED_PROTOCOL|ALERT_PROTOCOL_VERSION|UNSUPPORTED_SSL_VERSION")
+# RFC 8446 section 6.2; a server of TLS 1.2 says of a missing one that the handshake failed.
+_ABOUT_CERTIFICATE = re.compile(
+    r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAILURE|DECRYPT_ERROR)"
+)
+_TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
+
+
+class Stage(Enum):
+    """Where an exchange failed; the value is the word for it in an error's details."""
+
+    NAME = "name"
+    CONNECTION = "connection"
+    PROXY = "proxy"
+    TLS = "tls"
+    ANSWER = "answer"
+
+
+class TlsFailure(Enum):
+    """What a failed handshake came to, as far as the two sides say."""
+
+    UNTRUSTED = "we refuse the server's certificate"
+    REFUSED_CERTIFICATE = "an alert about ours"
+    ALERT = "another alert"
+    NO_TLS = "what answers speaks something else"
+    TOO_OLD = "no version in common"
+    CUT = "the connection ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why there is no answer.
+
+    Attributes:
+        stage: Where it failed.
+        reason: Why, in a few words; nothing secret in them.
+        tls: For the stage of that name, what the handshake came to.
+    """
+
+    stage: Stage
+    reason: str
+    tls: TlsFailure | None = None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -28,3 +85,66 @@ def is_untrusted(error: BaseException) -> bool:
     """Whether a certificate was refused, which stays so; anything else about TLS may pass."""
     refusals = (ssl.SSLCertVerificationError, CertificateError)
     return any(isinstance(cause, refusals) for cause in causes(error))
+
+
+def failure_of(error: Exception, *, connect: float, read: float) -> Failure:
+    """Tell where an exchange failed, and why.
+
+    Args:
+        error: Of requests or urllib3, or what it was raised from.
+        connect: Seconds that the connection was given.
+        read: Seconds that each wait for bytes was given.
+    """
+    links = list(causes(error))
+    in_tls = next((found for link in links if (found := _tls_failure(link))), None)
+    if in_tls is not None:
+        return in_tls
+    # The order matters: to urllib3 a refused connection is a kind of connect timeout.
+    by_proxy = any(isinstance(link, ProxyError) for link in links)
+    if any(isinstance(link, NameResolutionError | socket.gaierror) for link in links):
+        return Failure(Stage.PROXY if by_proxy else Stage.NAME, "the host name is not known here")
+    if by_proxy:
+        refused = next((m for link in links if (m := _TUNNEL.search(str(link)))), None)
+        reason = f"it answers HTTP {refused[1]}" if refused else _system_reason(links)
+        return Failure(Stage.PROXY, reason or f"no connection within {connect:.3g} seconds")
+    connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
+    reason = _system_reason(links)
+    if reason is None and connecting:
+        reason = f"no connection within {connect:.3g} seconds"
+    elif reason is None and isinstance(error, requests.Timeout | HttpTimeout | TimeoutError):
+        reason = f"no answer within {read:.3g} seconds"
+    return Failure(
+        Stage.CONNECTION if connecting else Stage.ANSWER,
+        reason or "the connection was closed before a whole answer came",
+    )
+
+
+def _tls_failure(link: BaseException) -> Failure | None:
+    if isinstance(link, ssl.SSLCertVerificationError):
+        return Failure(Stage.TLS, link.verify_message.rstrip("."), TlsFailure.UNTRUSTED)
+    if isinstance(link, CertificateError):
+        return Failure(Stage.TLS, "it is for another host", TlsFailure.UNTRUSTED)
+    if isinstance(link, TimeoutError) and "handshake" in str(link):
+        return Failure(Stage.TLS, "the handshake did not end in time", TlsFailure.CUT)
+    if not isinstance(link, ssl.SSLError):
+        return None
+    said = getattr(link, "reason", None) or ""  # absent from one that OpenSSL did not raise
+    if isinstance(link, ssl.SSLEOFError) or "UNEXPECTED_EOF" in said:
+        return Failure(Stage.TLS, "the connection was closed amid the handshake", TlsFailure.CUT)
+    kind = TlsFailure.CUT
+    if _TOO_OLD.search(said):
+        kind = TlsFailure.TOO_OLD
+    elif _NO_TLS.search(said):
+        kind = TlsFailure.NO_TLS
+    elif _ABOUT_CERTIFICATE.search(said):
+        kind = TlsFailure.REFUSED_CERTIFICATE
+    elif "ALERT" in said:
+        kind = TlsFailure.ALERT
+    return Failure(Stage.TLS, re.sub(r"[^a-z0-9.]+", " ", (said or "no reason").lower()), kind)
+
+
+def _system_reason(links: list[BaseException]) -> str | None:
+    for link in links:
+        if isinstance(link, OSError) and link.errno and link.strerror:
+            return link.strerror.lower()
+    return None

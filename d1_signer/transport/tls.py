@@ -75,11 +75,13 @@ class VerifyingContext(ssl.SSLContext):
         before_each: Called before each connection is wrapped.
         changing: Held while the context is changed, and while a connection is made of it: OpenSSL
             takes both at once for neither.
+        client_certificate: What it shows; None for nothing.
     """
 
     sslsocket_class = VerifiedSocket  # type: ignore[mutable-override]
     sslobject_class = VerifiedObject  # type: ignore[mutable-override]
     before_each: Callable[[], None] = staticmethod(lambda: None)
+    client_certificate: x509.Certificate | None = None
 
     def __init__(self, _protocol: int) -> None:
         """Make a lock; what is the ssl module's is made before."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import socket
 import threading
 import time
@@ -13,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.token.renewal import Limits
 from tests.cli.conftest import Result, Run
+from tests.servers.certificates import Authority
 
 KEY_STEPS = ["key", "signature", "custody"]
 D1_STEPS = ["client-certificate", "endpoint", "access-token"]
@@ -99,24 +97,71 @@ def test_stops_at_a_key_that_fits_another_certificate(
     assert statuses(result)[-2:] == [("endpoint", "skipped"), ("access-token", "skipped")]
 
 
-@pytest.mark.parametrize("days", [(-20, -10), (10, 20)], ids=["expired", "not yet valid"])
-def test_stops_at_a_certificate_that_is_not_valid_now(
-    run: Run, settings: dict[str, str], tmp_path: Path, days: tuple[int, int]
+def put_certificate(settings: dict[str, str], folder: Path, begin: float, end: float) -> str:
+    """A client certificate of no authority, valid between two days; returns its end."""
+    certificate, key = Authority(folder).issue("client", days=(begin, end))
+    settings["D1_CLIENT_CERT"], settings["D1_CLIENT_KEY"] = str(certificate), str(key)
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.isoformat()
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "words"),
+    [(-20, -10, "expired on"), (10, 20, "is not valid before")],
+    ids=["expired", "not yet valid"],
+)
+def test_a_certificate_out_of_its_dates_is_tried(
+    run: Run, settings: dict[str, str], tmp_path: Path, begin: int, end: int, words: str
 ) -> None:
-    key = load_pem_private_key(Path(settings["D1_CLIENT_KEY"]).read_bytes(), None)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "client")])
-    now = dt.datetime.now(dt.UTC)
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
-    builder = builder.public_key(key.public_key())  # type: ignore[arg-type]
-    builder = builder.not_valid_before(now + dt.timedelta(days[0]))
-    builder = builder.not_valid_after(now + dt.timedelta(days[1]))
-    certificate = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]
-    path = tmp_path / "client.pem"
-    path.write_bytes(certificate.public_bytes(Encoding.PEM))
-    settings["D1_CLIENT_CERT"] = str(path)
+    not_after = put_certificate(settings, tmp_path, begin, end)
     result = run("check", "--json", **settings)
-    assert result.document["stopped_at"]["step"] == "client-certificate"
-    assert f"{now + dt.timedelta(days[1]):%Y-%m-%d}" in result.document["stopped_at"]["detail"]
+    certificate, endpoint, token = result.document["steps"][-3:]
+    assert (certificate["status"], certificate["not_after"]) == ("unclear", not_after)
+    assert words in certificate["detail"]
+    # The server refuses it too, and what is told then are the dates.
+    assert (endpoint["status"], endpoint["error"]["code"]) == ("failed", "tls")
+    assert words in endpoint["detail"]
+    assert token["status"] == "skipped"
+    text = run("check")
+    assert f"unclear  client-certificate  it {words}" in text.out
+
+
+@pytest.mark.parametrize(
+    ("days", "asked", "status", "soon"),
+    [
+        (40.5, None, "ok", False),
+        (13.5, None, "ok", True),
+        (13.5, 13, "ok", True),
+        (13.5, 14, "failed", True),
+        (40.5, 41, "failed", False),
+        (-0.5, 0, "failed", False),
+    ],
+)
+def test_an_end_that_comes_near(
+    run: Run,
+    settings: dict[str, str],
+    tmp_path: Path,
+    days: float,
+    asked: int | None,
+    status: str,
+    *,
+    soon: bool,
+) -> None:
+    not_after = put_certificate(settings, tmp_path, -50, days)
+    del settings["D1_ENVIRONMENT"]
+    options = [] if asked is None else ["--warn-days", str(asked)]
+    result = run("check", "--json", *options, **settings)
+    step = result.document["steps"][-3]
+    assert (step["step"], step["status"]) == ("client-certificate", status)
+    assert step["not_after"] == not_after
+    assert ("have Thales sign a new one" in step["detail"]) is soon
+    assert result.status == (1 if status == "failed" else 0)
+
+
+def test_warn_days_keeps_nothing_from_being_checked(run: Run, settings: dict[str, str]) -> None:
+    result = run("check", "--json", "--warn-days", "1000", **settings)
+    assert result.status == 1
+    steps = [("client-certificate", "failed"), ("endpoint", "ok"), ("access-token", "ok")]
+    assert statuses(result)[-3:] == steps
 
 
 def test_stops_at_a_server_that_is_not_trusted(run: Run, settings: dict[str, str]) -> None:
@@ -134,21 +179,35 @@ def test_stops_at_a_certificate_that_d1_refuses(run: Run, settings: dict[str, st
     assert result.document["stopped_at"]["step"] == "endpoint"
 
 
-def test_stops_at_an_endpoint_that_is_down(
+def test_the_token_decides_where_the_endpoint_is_down(
     run: Run, sandbox: Sandbox, settings: dict[str, str]
 ) -> None:
     sandbox.misbehave(Fault.STATUS_503)
     result = run("check", "--json", **settings)
     assert result.status == 1
-    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert statuses(result)[-2:] == [("endpoint", "unclear"), ("access-token", "failed")]
     assert result.document["stopped_at"]["error"]["retryable"] is True
-    assert statuses(result)[-1] == ("access-token", "skipped")
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.HTML_400, Fault.EMPTY_400, Fault.STATUS_403, Fault.GZIP_BOMB, Fault.REDIRECT]
+)
+def test_the_token_decides_where_an_answer_is_unclear(
+    run: Run, sandbox: Sandbox, settings: dict[str, str], fault: Fault
+) -> None:
+    sandbox.misbehave(fault, times=1)
+    result = run("check", "--json", **settings)
+    assert (result.status, result.document["ok"]) == (0, True)
+    if fault is not Fault.STATUS_403:  # which has an OAuth error
+        assert statuses(result)[-2:] == [("endpoint", "unclear"), ("access-token", "ok")]
+        sandbox.misbehave(fault, times=1)
+        assert run("check").out.endswith("\nPassed; unclear: endpoint.\n")
 
 
 def test_stops_at_a_url_that_is_no_token_endpoint(run: Run, settings: dict[str, str]) -> None:
     settings["D1_ENVIRONMENT"] = settings["D1_ENVIRONMENT"].replace("/authz/v1", "/elsewhere")
     result = run("check", "--json", **settings)
-    assert result.document["stopped_at"]["step"] == "endpoint"
+    assert statuses(result)[-2:] == [("endpoint", "unclear"), ("access-token", "failed")]
     assert "404" in result.document["stopped_at"]["detail"]
 
 

@@ -145,7 +145,10 @@ def test_a_proxy_is_asked(run: Run, settings: dict[str, str], host: str) -> None
         proxy = f"http://{host}:{closed.getsockname()[1]}"
         result = run("check", "--proxy", proxy, "--json", **settings)
     assert result.document["stopped_at"]["step"] == "endpoint"
-    assert "the proxy does not connect" in result.document["stopped_at"]["detail"]
+    assert (
+        f"the proxy {proxy[7:]} failed: connection refused"
+        in result.document["stopped_at"]["detail"]
+    )
 
 
 def encrypted_client(sandbox: Sandbox) -> dict[str, str]:

@@ -177,7 +177,7 @@ def test_oauth_error_is_told() -> None:
     assert "unknown kid" in answer.message
     assert "issuer id" in answer.hint
     assert "issuer id" in error({"error": "invalid_client"}).hint
-    assert "check" in error({"error": "x"}).hint
+    assert "client certificate" in error({"error": "x"}).hint
 
 
 @pytest.mark.parametrize(

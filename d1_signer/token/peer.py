@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom the token endpoint's exchanges are with, and how their failures are told.
+
+What stands between us and D1 (a gateway, a proxy, a load balancer) answers in D1's place; nobody
+should look for the fault in an assertion that D1 never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from d1_signer.errors import (
+    TlsError,
+    TokenError,
+    TokenRefusedError,
+    TokenResponseError,
+    TokenUnavailable,
+)
+from d1_signer.token.d1 import Environment, origin
+from d1_signer.transport.certificates import dates_at_fault
+from d1_signer.transport.client import ClientTls
+from d1_signer.transport.failures import Failure, Stage, TlsFailure
+
+_TOO_MANY = 429
+# nginx, when it hands its own refusal of a client certificate to a page.
+_ABOUT_CERTIFICATE = frozenset({495, 496})
+_REFUSALS = frozenset({400, 401, 403})
+_NAMES_CERTIFICATE = re.compile(rb"\b(ssl|tls|client)[ -]certificate\b", re.IGNORECASE)
+
+Details = dict[str, str | int | float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """The other side of the exchanges.
+
+    Attributes:
+        environment: Which D1.
+        proxy: URL of the proxy on the way, or None.
+        tls: What is shown to it.
+    """
+
+    environment: Environment
+    proxy: str | None
+    tls: ClientTls
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        _, host, port = origin(self.environment.token_endpoint)
+        return _shown(host, port)
+
+    def unreached(self, failure: Failure) -> TokenError:
+        """The error for an exchange without an answer."""
+        details: Details = {"host": self.address, "failed": failure.stage.value}
+        if failure.stage is Stage.TLS:
+            return self._without_tls(failure, details)
+        at_fault = self._dates()
+        if failure.stage is Stage.ANSWER and at_fault:
+            # A server of TLS 1.3 that refuses a certificate may only close the connection.
+            return TlsError(
+                f"{self.address} gave no answer: {failure.reason}. {at_fault}",
+                hint=self._about_certificate(),
+                details=details,
+            )
+        where, hint = {
+            Stage.NAME: ("its name", "Check the environment's URL and this machine's DNS."),
+            Stage.CONNECTION: ("the connection", "Check network and firewall, and the port."),
+            Stage.PROXY: (f"the proxy {self._proxy_address()}", "Check the proxy's URL."),
+            Stage.ANSWER: ("the answer", self._where_it_stays()),
+        }[failure.stage]
+        return TokenUnavailable(
+            f"D1's token endpoint {self.address} cannot be reached; {where} failed: "
+            f"{failure.reason}.",
+            hint=hint,
+            details=details,
+        )
+
+    def _without_tls(self, failure: Failure, details: Details) -> TokenError:
+        at, reason = self.address, failure.reason
+        if failure.tls is TlsFailure.UNTRUSTED:
+            text = f"The server certificate of {at} is not trusted: {reason}."
+            hint = (
+                "Check the environment's URL and the CA file, and the clock where dates are named; "
+                "a TLS-inspecting proxy must let this host pass."
+            )
+        elif failure.tls is TlsFailure.TOO_OLD:
+            text = f"{at} offers no TLS 1.2 or newer ({reason})."
+            hint = "Check the environment's URL; D1 speaks TLS 1.2, so something else answers."
+        elif failure.tls is TlsFailure.NO_TLS:
+            text = f"{at} does not speak TLS but plain HTTP or another protocol ({reason})."
+            hint = "Check the port in the environment's URL, and what stands between."
+        elif failure.tls is TlsFailure.REFUSED_CERTIFICATE:
+            text = f"{at} refuses the TLS handshake for the client certificate ({reason})."
+            text = f"{text} {self._none_given() or ''}".rstrip()
+            hint = self._about_certificate()
+        elif failure.tls is TlsFailure.ALERT or self._dates():
+            text = f"{at} refuses the TLS handshake ({reason})."
+            hint = self._about_certificate()
+        else:
+            return TokenUnavailable(
+                f"D1's token endpoint {at} cannot be reached; TLS failed: {reason}.",
+                hint=self._where_it_stays(),
+                details=details,
+            )
+        if failure.tls is not TlsFailure.NO_TLS and self._dates():
+            text = f"{text} {self._dates()}"
+        return TlsError(text, hint=hint, details=details)
+
+    def answered_by_another(
+        self, status: int, content_type: str, body: bytes, *, retry_after: float | None
+    ) -> TokenError | None:
+        """The error for an answer other than 200 that is not D1's; None where it may be D1's.
+
+        Args:
+            status: HTTP status code.
+            content_type: The header, may be empty.
+            body: The body; nothing of it is told.
+            retry_after: Seconds that the answer asks to wait, where it does.
+        """
+        details: Details = {"status": status, "host": self.address}
+        if retry_after is not None:
+            details["retry_after"] = retry_after
+        if 300 <= status < 400:  # noqa: PLR2004 (RFC 9110 section 15.4)
+            return TokenResponseError(
+                f"{self.address} answers with a redirect (HTTP {status}), which is not followed.",
+                hint="Check the environment's URL: D1 does not redirect, something else answers.",
+                details=details,
+            )
+        if _has_reason(body):
+            return None
+        page = "html" in content_type.lower() or body.lstrip().startswith(b"<")
+        refused = status in _ABOUT_CERTIFICATE or (
+            status in _REFUSALS and _NAMES_CERTIFICATE.search(body)
+        )
+        at_fault = self._dates()
+        if refused or (page and status in _REFUSALS and at_fault):
+            told = at_fault or self._none_given() or ""
+            return TlsError(
+                f"{self.address} refuses the client certificate with a page of its own "
+                f"(HTTP {status}), which is not D1's answer. {told}".rstrip(),
+                hint=self._about_certificate(),
+                details=details,
+            )
+        if page and status in _REFUSALS:
+            return TokenRefusedError(
+                f"{self.address} refuses the request with a page (HTTP {status}), which is not "
+                f"D1's answer but that of a gateway; the likely cause is: {self._likely_cause()}",
+                status=status,
+                hint="Check the client certificate; else ask who runs what stands before D1.",
+                details=details,
+            )
+        if page and (status >= 500 or status == _TOO_MANY):  # noqa: PLR2004 (section 15.6)
+            return TokenUnavailable(
+                f"{self.address} cannot give a token now: it answers with a page (HTTP {status}), "
+                "which is not D1's answer but that of a gateway.",
+                hint="It is tried again by itself; if it stays, ask who runs the gateway.",
+                details=details,
+            )
+        return None
+
+    def _dates(self) -> str | None:
+        certificate = self.tls.shown_certificate()
+        wrong = certificate and dates_at_fault(certificate)
+        return f"The client certificate {wrong} by this machine's clock." if wrong else None
+
+    def _none_given(self) -> str | None:
+        return "No client certificate was given." if self.tls.shows_none() else None
+
+    def _about_certificate(self) -> str:
+        certificate = self.tls.shown_certificate()
+        give = f"give the one that Thales signed for {self.environment.base_url}."
+        if certificate is None:
+            return f"Look at the client certificate: {give}"
+        issuer = certificate.issuer.rfc4514_string()
+        return f"The client certificate in use was issued by {issuer!r}: {give}"
+
+    def _likely_cause(self) -> str:
+        if self.tls.shows_none():
+            return f"no client certificate was given for {self.environment.base_url}."
+        return (
+            "the client certificate, where it is not the one that Thales signed for "
+            f"{self.environment.base_url}."
+        )
+
+    def _where_it_stays(self) -> str:
+        return f"Try again; where it stays, the likely cause is: {self._likely_cause()}"
+
+    def _proxy_address(self) -> str:
+        # Its URL may have a password in it.
+        parts = urlsplit(self.proxy or "")
+        return _shown(parts.hostname or "", parts.port or 0)
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _has_reason(body: bytes) -> bool:
+    """Whether it is a JSON object with an ``error``, which D1 gives (RFC 6749 section 5.2)."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value.get("error"))
