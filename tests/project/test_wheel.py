@@ -63,13 +63,13 @@ def test_source_distribution_holds_what_make_needs(tmp_path: Path) -> None:
     assert needed | {"Makefile", "LICENSE", ".ci/run", "tests/conftest.py"} <= names
 
 
-def test_core_needs_three_libraries_and_what_requests_brings(wheel: Path) -> None:
+def test_core_needs_three_libraries_and_what_they_bring(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         information = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = Parser().parsestr(archive.read(information).decode())
     required = metadata.get_all("Requires-Dist") or []
     core = sorted(line.partition(">")[0] for line in required if "extra ==" not in line)
-    assert core == ["asn1crypto", "certifi", "cryptography", "requests", "urllib3"]
+    assert core == ["asn1crypto", "certifi", "cffi", "cryptography", "requests", "urllib3"]
 
 
 def test_package_imports_from_the_wheel(wheel: Path) -> None:
