@@ -263,11 +263,6 @@ def recovery_for(failure: sdk.PKCS11Error) -> Recovery:
     return meaning_of(code_of(failure)).recovery
 
 
-def not_initialized(failure: sdk.PKCS11Error) -> bool:
-    """Whether it is ``CKR_CRYPTOKI_NOT_INITIALIZED``."""
-    return code_of(failure) == Ckr.CRYPTOKI_NOT_INITIALIZED
-
-
 def translated(failure: sdk.PKCS11Error, *, step: str) -> D1SignerError:
     """The error of ours for a failure of the module.
 
