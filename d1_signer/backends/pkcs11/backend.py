@@ -201,7 +201,7 @@ class Pkcs11Backend:
         """Give work a worker whose session is open; recover and repeat it where that helps."""
         if self._new_in_child:
             return self._begun_in_child(work, deadline)
-        # It ends: each such answer makes the pool smaller, down to one session, where it is told.
+        # It ends: each such answer sets one more worker to rest; the wait for others is bounded.
         while True:
             try:
                 return self._served_once(work, deadline)

@@ -76,8 +76,8 @@ _NO_LOGIN = {Ckr.FUNCTION_NOT_SUPPORTED, Ckr.USER_PIN_NOT_INITIALIZED, Ckr.USER_
 _COUNTED = TokenFlag.USER_PIN_COUNT_LOW | TokenFlag.USER_PIN_FINAL_TRY | TokenFlag.USER_PIN_LOCKED
 
 
-# The generation of its module in which a device was lost at the login with a PIN, and the answer. It
-# is tried again after the module was initialised anew, and not before.
+# The generation of its module in which a device was lost at the login with a PIN, and the answer.
+# It is tried again after the module was initialised anew, and not before.
 _lost: dict[tuple[str, bytes], tuple[int, int]] = {}
 
 # In the child of a fork, PINs that the parent's logins took: each is sent once more after an answer
