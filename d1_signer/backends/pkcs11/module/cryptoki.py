@@ -18,6 +18,7 @@ from typing import Any
 from pkcs11 import _pkcs11
 
 from d1_signer.backends.pkcs11.returns import Ckr, check, error_of
+from d1_signer.secret import Secret
 
 CKF_OS_LOCKING_OK = 0x2
 _OK = 0  # a plain number: it is compared twice in each signature
@@ -201,7 +202,7 @@ class Cryptoki:
             cryptoki_version=(info.cryptoki_version.major, info.cryptoki_version.minor),
         )
 
-    def login(self, session: int, user_type: int, pin: str | None) -> None:
+    def login(self, session: int, user_type: int, pin: Secret | None) -> None:
         """Call ``C_Login``; without a PIN, the token asks for it itself (PIN pad).
 
         Raises:
@@ -210,10 +211,11 @@ class Cryptoki:
         if pin is None:
             code = self._login(session, user_type, None, 0)
         else:
-            encoded = pin.encode()
-            code = self._login(session, user_type, encoded, len(encoded))
-            del encoded
-        del pin  # the error below keeps this frame, and with it every name in it
+            try:
+                encoded = pin.reveal().encode()
+                code = self._login(session, user_type, encoded, len(encoded))
+            finally:
+                encoded = b""  # an error keeps this frame, a signal handler's one too
         check(code, "C_Login")
 
     def logged_in(self, session: int) -> bool:
