@@ -12,7 +12,13 @@ import pytest
 from d1_signer.backends.pkcs11.failures import MEANINGS, STEPS, Meaning, Recovery, meaning_of
 from d1_signer.backends.pkcs11.returns import Ckr, name_of
 from d1_signer.backends.pkcs11.session.pin import refused
-from d1_signer.errors import D1SignerError, InvalidSignatureError, KeyExistsError, SignerError
+from d1_signer.errors import (
+    D1SignerError,
+    InvalidSignatureError,
+    KeyExistsError,
+    LoginError,
+    SignerError,
+)
 from d1_signer.signing.signer import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
@@ -130,6 +136,17 @@ def test_a_hosting_process_tells_the_same(
     assert there.to_dict() == here.to_dict()
 
 
+@pytest.mark.parametrize("code", [0xB7, 0xB8], ids=name_of)
+def test_a_login_that_the_security_officer_is_in_the_way_of_may_be_tried_again(
+    token: SoftHsmToken, shim: Shim, code: int
+) -> None:
+    shim.fail(Call.LOGIN, code, times=1)
+    error = _attempt(token, shim)
+    assert type(error) is LoginError
+    assert not refused._digests  # the PIN was not looked at
+    assert _attempt(token, shim) is None
+
+
 @pytest.mark.parametrize("call", HARMLESS, ids=_called)
 def test_a_call_whose_failure_costs_nothing(token: SoftHsmToken, shim: Shim, call: Call) -> None:
     for code in (Ckr.GENERAL_ERROR, Ckr.FUNCTION_NOT_SUPPORTED, Ckr.SESSION_CLOSED, VENDORS):
@@ -241,6 +258,13 @@ def test_an_odd_answer_that_costs_no_signature(
         ("sign=der", "signature", "in DER"),
         ("sign=pad", "signature", "66 bytes, r and s with leading zeros"),
         ("slot.grow=ff", "token", "CKR_BUFFER_TOO_SMALL"),
+        ("slot.count=ffffffffffffffff", "token", "slots of 0xffffffffffffffff"),
+        ("slot.count=ffffffff", "token", "slots of 0xffffffff"),
+        ("slot.count=f4240", "token", "slots of 0xf4240"),
+        ("slot.more=ffffffffffffffff", "token", "0xffffffffffffffff slots where 2"),
+        ("find.count=ffffffffffffffff", "key", "0xffffffffffffffff objects where 32"),
+        ("find.count=21", "key", "0x21 objects where 32"),
+        ("find.zero", "key", "an object of handle 0"),
         ("token.set=40000", "login", "CKR_PIN_LOCKED"),
         ("token.set=20000", "login", "One more wrong PIN"),
     ],
@@ -254,7 +278,11 @@ def test_an_odd_answer_is_told(
     assert error is not None
     assert words in str(error)
     assert error.details["step"] == step
-    assert error.retryable is (script == "attr:100/3=rv:30")
+    assert error.retryable is (script in {"attr:100/3=rv:30", "slot.grow=ff"})
+    if script.startswith(("slot.", "find.")):
+        call = "C_GetSlotList" if step == "token" else "C_FindObjects"
+        assert error.details["call"] == call
+        assert error.details["pkcs11"] in {"CKR_OK", "CKR_BUFFER_TOO_SMALL"}
 
 
 def test_a_stripped_signature_is_asked_for_again(token: SoftHsmToken, shim: Shim) -> None:
@@ -267,6 +295,20 @@ def test_a_stripped_signature_is_asked_for_again(token: SoftHsmToken, shim: Shim
         with pytest.raises(InvalidSignatureError, match="63 bytes, as where leading") as raised:
             signer.sign(b"message")
         assert raised.value.retryable  # the next one may be whole
+
+
+@pytest.mark.parametrize("length", [0, 1, 32, 55])
+def test_a_signature_that_is_too_short_is_not_asked_for_again(
+    token: SoftHsmToken, shim: Shim, length: int
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        shim.script(f"sign=cut sign.cut={length:x}")
+        before = shim.calls(Call.SIGN)
+        with pytest.raises(InvalidSignatureError, match=f"{length} bytes, in no form") as raised:
+            signer.sign(b"message")
+        assert shim.calls(Call.SIGN) == before + 1
+        assert raised.value.details["signature_length"] == length
+        assert not raised.value.retryable
 
 
 # -- the page ----------------------------------------------------------------------------------
