@@ -299,3 +299,17 @@ def answer_of(failure: sdk.PKCS11Error) -> str:
     """The module's answer by its name, or as a number where it has none."""
     code = code_of(failure)
     return (str(failure).rstrip(".") or type(failure).__name__) if code is None else name_of(code)
+
+
+def impossible(call: str, text: str) -> SignerError:
+    """The error for an answer of ``CKR_OK`` beside what the standard does not allow.
+
+    Args:
+        call: The function that answered it.
+        text: What it told.
+    """
+    return SignerError(
+        f"The PKCS#11 module's {call} answers CKR_OK and tells {text}.",
+        hint="The module does not keep to PKCS#11; update the vendor's software.",
+        details={"step": STEPS[call], "call": call, "pkcs11": name_of(Ckr.OK)},
+    )
