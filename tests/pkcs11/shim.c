@@ -11,12 +11,15 @@
  *   attr:A[/O]=len      ... answers CKR_OK beside the length "unavailable"
  *   attr:A[/O]=small    ... answers CKR_BUFFER_TOO_SMALL to the question for its length
  *   attr:A[/O]=HEX      ... has this value
- *   sign=der|pad|short|once|room   form of the signature; short: 63 bytes of it; once: only the
- *                       first time; room: C_Sign wants a buffer of 512 bytes
+ *   sign=der|pad|short|once|room|cut   form of the signature; short: 63 bytes of it; once: only the
+ *                       first time; room: C_Sign wants a buffer of 512 bytes; cut: sign.cut=N bytes of it
  *   state=N             state that C_GetSessionInfo tells
  *   token.label=HEX     label, filled up with NUL    token.set=F token.clear=F   flags
  *   slot.empty          one slot more, whose token is not initialised
  *   slot.grow=N         the list of slots is longer than was told, N times; slot.shrink: shorter
+ *   slot.count=N        C_GetSlotList tells so many slots: to the question for their number;
+ *   slot.more=N         ... beside the list
+ *   find.count=N        C_FindObjects tells so many objects; find.zero: the first one's handle is 0
  *   null=F              function F is not in the list (read when the module is loaded)
  */
 #define _GNU_SOURCE
@@ -107,7 +110,7 @@ static ul before(int i, ul a, ul b) {
 
 typedef unsigned char u8;
 struct attribute { ul type; u8 *value; ul length; };
-enum { SLOT_LIST = 4, SESSION_INFO = 15, ATTRIBUTES = 24 };
+enum { FIND = 27, SLOT_LIST = 4, SESSION_INFO = 15, ATTRIBUTES = 24 };
 enum { TOO_SMALL = 0x150, EMPTY_SLOT = 0x7777 };
 
 /* What follows a directive's name, or NULL. */
@@ -182,6 +185,7 @@ static ul signature(const char *form, ul s, ul d, ul n, u8 *out, ul *length) {
     } else if (!strcmp(form, "pad")) {
         memset(made, 0, 66); memcpy(made + 1, raw, 32); memcpy(made + 34, raw + 32, 32); k = 66;
     }
+    if (!strcmp(form, "cut")) k = number("sign.cut=");
     static int once;
     if (!strcmp(form, "short") || (!strcmp(form, "once") && !once++)) k = 63;
     memcpy(out, made, k);
@@ -194,6 +198,8 @@ static ul slots(ul present, ul *ids, ul *count) {
     ul rv = real->f[SLOT_LIST](present, (ul)inner, (ul)&n, 0, 0, 0, 0, 0);
     if (rv) return rv;
     if (told("slot.empty")) inner[n++] = EMPTY_SLOT;
+    if (!ids && told("slot.count=")) { *count = number("slot.count="); return 0; }
+    if (ids && told("slot.more=")) { *count = number("slot.more="); return 0; }
     if (!ids) { *count = n + (told("slot.shrink") != NULL); return 0; }
     if (grown < number("slot.grow=")) { grown++; *count = n + 1; return TOO_SMALL; }
     *count = n;
@@ -215,6 +221,8 @@ static ul answer(int i, ul a, ul b, ul c, ul d, ul e, ul f, ul g, ul h) {
         return 0;
     }
     ul rv = real->f[i](a, b, c, d, e, f, g, h);
+    if (!rv && i == FIND && told("find.count=")) *(ul *)d = number("find.count=");
+    if (!rv && i == FIND && told("find.zero") && *(ul *)d) *(ul *)b = 0;
     if (!rv && i == SESSION_INFO && told("state=")) ((ul *)b)[1] = number("state=");
     if (!rv && i == TOKEN_INFO) {
         const char *label = told("token.label=");

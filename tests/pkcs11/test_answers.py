@@ -12,7 +12,15 @@ import pytest
 from d1_signer.backends.pkcs11.failures import MEANINGS, STEPS, Meaning, Recovery, meaning_of
 from d1_signer.backends.pkcs11.returns import Ckr, name_of
 from d1_signer.backends.pkcs11.session.pin import refused
-from d1_signer.errors import D1SignerError, InvalidSignatureError, KeyExistsError, SignerError
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    InvalidSignatureError,
+    KeyExistsError,
+    LoginError,
+    SignerError,
+    SignerUnavailable,
+)
 from d1_signer.signing.signer import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
@@ -79,7 +87,7 @@ def test_each_return_value_of_each_call(token: SoftHsmToken, shim: Shim, call: C
     assert shim.sessions == 0
 
 
-@pytest.mark.parametrize("code", [0x07, 0x09, 0x0A, 0x54, 0x1A0], ids=name_of)
+@pytest.mark.parametrize("code", [0x07, 0x09, 0x0A, 0x54, 0x1A0, 0x1A1], ids=name_of)
 def test_arguments_of_initialisation_that_are_refused(
     token: SoftHsmToken, shim: Shim, code: int
 ) -> None:
@@ -87,6 +95,28 @@ def test_arguments_of_initialisation_that_are_refused(
     assert _attempt(token, shim) is None
     assert shim.calls(Call.INITIALIZE) == 2
     assert shim.initialized_with_os_locking == 1  # and then without
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        *((code, SignerUnavailable) for code in (0x02, 0x05, 0x06, 0x30, 0x31, 0x32, VENDORS)),
+        *((code, ConfigurationError) for code in (0x07, 0x54, 0x70, UNKNOWN)),
+    ],
+    ids=str,
+)
+def test_an_initialisation_that_fails(
+    token: SoftHsmToken, shim: Shim, code: int, kind: type[D1SignerError], isolation: str
+) -> None:
+    shim.fail(Call.INITIALIZE, code)
+    error = _attempt(token, shim, isolation=isolation)
+    assert type(error) is kind
+    assert error.retryable is (kind is SignerUnavailable)
+    told = {"step": "module", "call": "C_Initialize", "pkcs11": name_of(code)}
+    assert error.details.items() >= told.items()
+    shim.heal()
+    assert _attempt(token, shim, isolation=isolation) is None
 
 
 @pytest.mark.parametrize("call", [Call.SIGN_INIT, Call.SIGN], ids=_called)
@@ -128,6 +158,17 @@ def test_a_hosting_process_tells_the_same(
     assert here is not None
     assert there is not None
     assert there.to_dict() == here.to_dict()
+
+
+@pytest.mark.parametrize("code", [0xB7, 0xB8], ids=name_of)
+def test_a_login_that_the_security_officer_is_in_the_way_of_may_be_tried_again(
+    token: SoftHsmToken, shim: Shim, code: int
+) -> None:
+    shim.fail(Call.LOGIN, code, times=1)
+    error = _attempt(token, shim)
+    assert type(error) is LoginError
+    assert not refused._digests  # the PIN was not looked at
+    assert _attempt(token, shim) is None
 
 
 @pytest.mark.parametrize("call", HARMLESS, ids=_called)
@@ -199,7 +240,12 @@ ODD_AND_FINE = [
     "attr:202/3=len",
     "attr:202/3=0000000000000000",
     "attr:202/3=",
+    "attr:100/3=rv:12",  # CKA_KEY_TYPE
+    "attr:100/3=rv:54",
+    "attr:100/3=len",
+    "attr:100/3=",
     "attr:108/3=rv:12",  # CKA_SIGN
+    "attr:108/3=",
     "attr:180/3=rv:12",  # CKA_EC_PARAMS
     "attr:180/3=1309736563703235367231",  # "secp256r1", as PKCS#11 v3.0 allows
     "attr:102/3=rv:12",  # CKA_ID
@@ -226,12 +272,20 @@ def test_an_odd_answer_that_costs_no_signature(
     assert _attempt(token, shim) is None
 
 
+def test_a_module_that_tells_no_attribute_at_all(token: SoftHsmToken, shim: Shim) -> None:
+    with open_signer(token.uri, module_path=shim.path, isolation="process") as signer:
+        public_key = signer.public_key.pem()
+    shim.script("null=18")  # C_GetAttributeValue
+    error = _attempt(token, shim, isolation="process")
+    assert "CKA_KEY_TYPE (CKR_FUNCTION_NOT_SUPPORTED)" in str(error)
+    assert _attempt(token, shim, isolation="process", public_key=public_key) is None
+
+
 @pytest.mark.parametrize(
     ("script", "step", "words"),
     [
-        ("attr:100/3=rv:12", "key", "CKR_ATTRIBUTE_TYPE_INVALID"),
         ("attr:100/3=03000000", "key", "CKA_KEY_TYPE of 4 bytes"),
-        ("attr:100/3=len", "key", "type that the module does not tell"),
+        ("attr:100=rv:12 attr:181=rv:12", "key", "CKA_KEY_TYPE (CKR_ATTRIBUTE_TYPE_INVALID)"),
         ("attr:100/3=rv:30", "key", "CKR_DEVICE_ERROR"),
         ("attr:108/3=0100000000000000", "key", "CKA_SIGN of 8 bytes"),
         ("attr:108/3=00", "key", "may not sign"),
@@ -241,6 +295,13 @@ def test_an_odd_answer_that_costs_no_signature(
         ("sign=der", "signature", "in DER"),
         ("sign=pad", "signature", "66 bytes, r and s with leading zeros"),
         ("slot.grow=ff", "token", "CKR_BUFFER_TOO_SMALL"),
+        ("slot.count=ffffffffffffffff", "token", "slots of 0xffffffffffffffff"),
+        ("slot.count=ffffffff", "token", "slots of 0xffffffff"),
+        ("slot.count=f4240", "token", "slots of 0xf4240"),
+        ("slot.more=ffffffffffffffff", "token", "0xffffffffffffffff slots where 2"),
+        ("find.count=ffffffffffffffff", "key", "0xffffffffffffffff objects where 32"),
+        ("find.count=21", "key", "0x21 objects where 32"),
+        ("find.zero", "key", "an object of handle 0"),
         ("token.set=40000", "login", "CKR_PIN_LOCKED"),
         ("token.set=20000", "login", "One more wrong PIN"),
     ],
@@ -254,7 +315,11 @@ def test_an_odd_answer_is_told(
     assert error is not None
     assert words in str(error)
     assert error.details["step"] == step
-    assert error.retryable is (script == "attr:100/3=rv:30")
+    assert error.retryable is (script in {"attr:100/3=rv:30", "slot.grow=ff"})
+    if script.startswith(("slot.", "find.")):
+        call = "C_GetSlotList" if step == "token" else "C_FindObjects"
+        assert error.details["call"] == call
+        assert error.details["pkcs11"] in {"CKR_OK", "CKR_BUFFER_TOO_SMALL"}
 
 
 def test_a_stripped_signature_is_asked_for_again(token: SoftHsmToken, shim: Shim) -> None:
@@ -267,6 +332,20 @@ def test_a_stripped_signature_is_asked_for_again(token: SoftHsmToken, shim: Shim
         with pytest.raises(InvalidSignatureError, match="63 bytes, as where leading") as raised:
             signer.sign(b"message")
         assert raised.value.retryable  # the next one may be whole
+
+
+@pytest.mark.parametrize("length", [0, 1, 32, 55])
+def test_a_signature_that_is_too_short_is_not_asked_for_again(
+    token: SoftHsmToken, shim: Shim, length: int
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        shim.script(f"sign=cut sign.cut={length:x}")
+        before = shim.calls(Call.SIGN)
+        with pytest.raises(InvalidSignatureError, match=f"{length} bytes, in no form") as raised:
+            signer.sign(b"message")
+        assert shim.calls(Call.SIGN) == before + 1
+        assert raised.value.details["signature_length"] == length
+        assert not raised.value.retryable
 
 
 # -- the page ----------------------------------------------------------------------------------

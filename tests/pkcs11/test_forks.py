@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from d1_signer.backends.pkcs11.module import siblings
 from d1_signer.errors import D1SignerError, SignerUnavailable
 from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.testing import SoftHsmToken
@@ -145,7 +147,7 @@ _PIN_INCORRECT = 0xA0
 
 @pytest.mark.parametrize(
     ("answer", "times", "sent", "signs"),
-    [(0x05, 2, 3, True), (0x06, 1, 2, True), (0x05, 3, 3, False), (_PIN_INCORRECT, 9, 1, False)],
+    [(0x05, 1, 2, True), (0x06, 1, 2, True), (0x05, 2, 2, False), (_PIN_INCORRECT, 9, 1, False)],
     ids=["general error", "function failed", "too often", "refused"],
 )
 def test_pin_that_was_taken_before_the_fork_is_sent_again(
@@ -158,6 +160,33 @@ def test_pin_that_was_taken_before_the_fork_is_sent_again(
         assert shim.calls(Call.LOGIN) == before + sent
         shim.heal()
         _sign(signer)
+
+
+def test_pin_that_may_have_counted_is_not_sent_again_in_a_child(
+    token: SoftHsmToken, shim: Shim
+) -> None:
+    with open_signer(token.uri, module_path=shim.path) as signer:
+        shim.add_token_flags(0x10000)  # CKF_USER_PIN_COUNT_LOW; the others forbid any try
+        shim.fail(Call.LOGIN, 0x05)
+        before = shim.calls(Call.LOGIN)
+        assert _in_fork(lambda: _sign(signer)) != 0
+        assert shim.calls(Call.LOGIN) == before + 1
+
+
+def test_file_that_got_the_number_of_the_siblings_file_is_left_alone(tmp_path: Path) -> None:
+    def daemon() -> None:
+        siblings.prepare()
+        (descriptor, _), other = siblings._file or (0, 0), tmp_path / "other"
+        os.dup2(os.open(other, os.O_RDWR | os.O_CREAT), descriptor)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)  # by other code, which keeps its lock
+        with siblings.turn(0):
+            pass
+        probe = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | 4)"
+        held = subprocess.run([sys.executable, "-c", probe, str(other)], check=False, timeout=30)
+        if held.returncode == 0:
+            raise SignerUnavailable("its lock was dropped")
+
+    assert _in_fork(daemon) == 0
 
 
 _SIBLINGS = """

@@ -560,6 +560,18 @@ def test_opening_is_bounded_by_the_limit_for_starting(
     assert spawned[0].process.returncode == -signal.SIGKILL
 
 
+def test_opening_is_bounded_by_the_time_that_is_given(
+    token: SoftHsmToken, shim: Shim, spawned: list[child.Host]
+) -> None:
+    shim.fail(Call.INITIALIZE, HANG)
+    began = time.monotonic()
+    with pytest.raises(SignerTimeout) as raised:
+        open_signer(token.uri, module_path=shim.path, isolation="process", timeout=1.0)
+    assert time.monotonic() - began < 3
+    assert raised.value.details["step"] == "module"
+    assert spawned[0].process.returncode == -signal.SIGKILL
+
+
 @pytest.fixture
 def spawned(monkeypatch: pytest.MonkeyPatch) -> list[child.Host]:
     """Each child that is started, by whomever."""

@@ -233,9 +233,12 @@ def test_pin_is_sent_once_for_each_initialisation_to_a_lost_device(
             with pytest.raises(SignerUnavailable):
                 signer.sign(b"message")
         module = signer._backend._module  # type: ignore[attr-defined]
+        errors = []
         for _ in range(2):
-            with pytest.raises(pkcs11.exceptions.DeviceRemoved):
+            with pytest.raises(pkcs11.exceptions.DeviceRemoved) as raised:
                 module.run(lambda: _log_in(signer), None)
+            errors.append(raised.value)
+        assert errors[0] is not errors[1], "one that is raised again grows its traceback"
         sent = shim.calls(Call.LOGIN) - logins
         assert 1 <= sent <= shim.calls(Call.INITIALIZE) - initializations
         shim.heal()

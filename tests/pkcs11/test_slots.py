@@ -54,6 +54,17 @@ def test_slot_that_does_not_tell_is_passed_over_and_named(
     assert raised.value.retryable
 
 
+@pytest.mark.usefixtures("token")
+def test_silent_slot_that_is_not_the_one_asked_for_gives_no_hope(shim: Shim) -> None:
+    slot = _other_slot(shim)
+    shim.only_slot(slot)
+    shim.fail(Call.GET_TOKEN_INFO, 0x30)
+    for asked, hope in ((slot + 1, False), (slot, True)):
+        with pytest.raises(KeyNotFoundError) as raised:
+            open_signer(f"pkcs11:slot-id={asked};object=d1", module_path=shim.path)
+        assert raised.value.retryable is hope
+
+
 def test_only_slot_that_does_not_tell(token: SoftHsmToken, shim: Shim) -> None:
     shim.fail(Call.GET_SLOT_INFO, 0x30)
     with pytest.raises(SignerUnavailable) as raised:

@@ -242,6 +242,13 @@ def _pin(uri: Pkcs11Uri, source: SecretSource | None) -> Pin:
 
 def _module_path(uri: Pkcs11Uri, given: str | None) -> str:
     path = given or uri.module_path
+    if path and "\0" in path:
+        kind = ConfigurationError if given else KeyUriError
+        raise kind(
+            "The path of the PKCS#11 module has a NUL character in it.",
+            hint="Give the module's file as it is named on disk.",
+            details={"step": "module"},
+        )
     if path:
         return path
     if uri.module_name:

@@ -17,6 +17,7 @@ from d1_signer.backends.pkcs11 import claims, keys
 from d1_signer.backends.pkcs11.keys import FoundKey
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.module.token import Token
+from d1_signer.backends.pkcs11.returns import Ckr, error_of
 from d1_signer.backends.pkcs11.session.login import Login
 from d1_signer.backends.pkcs11.session.pin import Pin
 from d1_signer.backends.pkcs11.session.pool import Worker
@@ -97,8 +98,8 @@ class Access:
         try:
             return keys.find_key(session, self._settings.uri, self.public)
         except KeyNotFoundError:
-            if self._login is not None and self._login.disputed is not None:
-                raise self._login.disputed from None
+            if self._login is not None and self._login.disputed:
+                raise error_of(Ckr.USER_ALREADY_LOGGED_IN, "C_Login") from None
             raise
 
     def open(self, worker: Worker) -> None:

@@ -201,6 +201,7 @@ class Pkcs11Backend:
         """Give work a worker whose session is open; recover and repeat it where that helps."""
         if self._new_in_child:
             return self._begun_in_child(work, deadline)
+        # It ends: each such answer sets one more worker to rest; the wait for others is bounded.
         while True:
             try:
                 return self._served_once(work, deadline)
@@ -220,7 +221,8 @@ class Pkcs11Backend:
                 except SessionsAreShort:
                     continue
                 except (SignerUnavailable, KeyNotFoundError) as error:
-                    if time.monotonic() >= limit or "pkcs11" not in error.details:
+                    step = error.details.get("step")
+                    if time.monotonic() >= limit or step not in {"module", "token"}:
                         self._new_in_child = False
                         raise
                 else:

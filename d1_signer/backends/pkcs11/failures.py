@@ -46,6 +46,7 @@ class Meaning:
 _CHECK_PIN = "Check the PIN; it is not tried again by this process, which could lock the token."
 _RESET_PIN = "Log in once with the vendor's tool, or let the security officer reset the PIN."
 _CHECK_DEVICE = "Check the HSM, its connection and its client software; it is tried again."
+_LOCKS = 'Use locking="lock"; where it is in force, update the vendor\'s software.'
 _USE_P256 = "Use a key on P-256."
 _ATTRIBUTES = "Check the token's policy on the attributes of new keys."
 
@@ -147,16 +148,20 @@ MEANINGS: dict[int, Meaning] = {
     # The key, or the token, is not made for this.
     Ckr.MECHANISM_INVALID: Meaning(
         InvalidKeyError,
-        "The token does not sign with CKM_ECDSA",
+        "The token does not take the mechanism",
         "Check the token's mechanisms, and its FIPS or policy settings.",
     ),
     Ckr.MECHANISM_PARAM_INVALID: Meaning(
         InvalidKeyError,
-        "The token does not take CKM_ECDSA without parameters",
+        "The token does not take the mechanism's parameters",
         "Check the token's mechanisms, and its FIPS or policy settings.",
     ),
-    Ckr.KEY_TYPE_INCONSISTENT: Meaning(InvalidKeyError, "The key is no EC key", _USE_P256),
-    Ckr.KEY_SIZE_RANGE: Meaning(InvalidKeyError, "The token does not sign at this size", _USE_P256),
+    Ckr.KEY_TYPE_INCONSISTENT: Meaning(
+        InvalidKeyError, "The key's type does not fit the mechanism", _USE_P256
+    ),
+    Ckr.KEY_SIZE_RANGE: Meaning(
+        InvalidKeyError, "The token does not take a key of this size", _USE_P256
+    ),
     Ckr.CURVE_NOT_SUPPORTED: Meaning(
         InvalidKeyError,
         "The token does not support the curve P-256",
@@ -211,12 +216,8 @@ MEANINGS: dict[int, Meaning] = {
         "The PKCS#11 module could not load a library that it needs",
         "Check the installation of the vendor's software.",
     ),
-    Ckr.MUTEX_BAD: Meaning(
-        SignerError, "The PKCS#11 module's locks do not work", 'Give locking="lock".'
-    ),
-    Ckr.MUTEX_NOT_LOCKED: Meaning(
-        SignerError, "The PKCS#11 module's locks do not work", 'Give locking="lock".'
-    ),
+    Ckr.MUTEX_BAD: Meaning(SignerError, "The PKCS#11 module's locks do not work", _LOCKS),
+    Ckr.MUTEX_NOT_LOCKED: Meaning(SignerError, "The PKCS#11 module's locks do not work", _LOCKS),
 }
 _VENDORS = Meaning(
     SignerUnavailable,
@@ -263,11 +264,6 @@ def recovery_for(failure: sdk.PKCS11Error) -> Recovery:
     return meaning_of(code_of(failure)).recovery
 
 
-def not_initialized(failure: sdk.PKCS11Error) -> bool:
-    """Whether it is ``CKR_CRYPTOKI_NOT_INITIALIZED``."""
-    return code_of(failure) == Ckr.CRYPTOKI_NOT_INITIALIZED
-
-
 def translated(failure: sdk.PKCS11Error, *, step: str) -> D1SignerError:
     """The error of ours for a failure of the module.
 
@@ -303,3 +299,17 @@ def answer_of(failure: sdk.PKCS11Error) -> str:
     """The module's answer by its name, or as a number where it has none."""
     code = code_of(failure)
     return (str(failure).rstrip(".") or type(failure).__name__) if code is None else name_of(code)
+
+
+def impossible(call: str, text: str) -> SignerError:
+    """The error for an answer of ``CKR_OK`` beside what the standard does not allow.
+
+    Args:
+        call: The function that answered it.
+        text: What it told.
+    """
+    return SignerError(
+        f"The PKCS#11 module's {call} answers CKR_OK and tells {text}.",
+        hint="The module does not keep to PKCS#11; update the vendor's software.",
+        details={"step": STEPS[call], "call": call, "pkcs11": name_of(Ckr.OK)},
+    )

@@ -72,7 +72,9 @@ def find_key(session: Session, uri: Pkcs11Uri, given: PublicKey | None) -> Found
         raise _another(seen.keys)
     publics = {given} if given is not None else seen.keys
     if not publics:
-        raise _no_public_key(uri.location(key_id), seen.unreadable)
+        kind, answer = _key_type(session, private)
+        untold = [] if kind else [f"CKA_KEY_TYPE ({answer})"]
+        raise _no_public_key(uri.location(key_id), untold + seen.unreadable)
     always = attributes.flag(session, private, Attribute.ALWAYS_AUTHENTICATE) is True
     return FoundKey(
         private=private, publics=frozenset(publics), id=key_id, always_authenticate=always
@@ -160,26 +162,35 @@ def _kind(session: Session, item: int) -> str:
 
 def _unfit(session: Session, item: int) -> str | None:
     """Why a private key cannot be used; None where nothing speaks against it."""
-    try:
-        told = session.attribute(item, Attribute.KEY_TYPE)
-    except sdk.PKCS11Error as failure:
-        code = code_of(failure)
-        if recovery_for(failure) is not Recovery.NONE and not is_vendors(code or 0):
-            raise
-        return f"is of a type that the module does not tell ({answer_of(failure)})"
-    kind = attributes.ulong(told)
-    if kind is None:
-        return f"is of a type that cannot be read (CKA_KEY_TYPE of {len(told)} bytes)"
-    if kind != KeyType.EC:
-        return f"is no EC key but {_kind(session, item)}"
+    told, _ = _key_type(session, item)
+    if told:
+        kind = attributes.ulong(told)
+        if kind is None:
+            return f"is of a type that cannot be read (CKA_KEY_TYPE of {len(told)} bytes)"
+        if kind != KeyType.EC:
+            return f"is no EC key but {_kind(session, item)}"
     # A curve that is spelt out, or not told, is left to the public key, which is on P-256 or not.
     curve = attributes.octets(session, item, Attribute.EC_PARAMS)
     if curve and curve[0] in _NAMED_CURVE and curve not in {P256, *_P256_BY_NAME}:
         return "is on another curve than P-256"
     sign = attributes.octets(session, item, Attribute.SIGN)
-    if sign is not None and len(sign) != 1:
+    if sign and len(sign) != 1:
         return f"may sign or not (CKA_SIGN of {len(sign)} bytes cannot be read)"
     return "may not sign (CKA_SIGN)" if sign == b"\0" else None
+
+
+def _key_type(session: Session, item: int) -> tuple[bytes, str]:
+    """``CKA_KEY_TYPE``; where it is not told, nothing and the module's answer.
+
+    The first signature decides then: it is made by CKM_ECDSA and verified on P-256.
+    """
+    try:
+        return session.attribute(item, Attribute.KEY_TYPE), "0 bytes"
+    except sdk.PKCS11Error as failure:
+        code = code_of(failure)
+        if recovery_for(failure) is not Recovery.NONE and not is_vendors(code or 0):
+            raise
+        return b"", answer_of(failure)
 
 
 def _no_public_key(location: str, unreadable: list[str]) -> SignerError:

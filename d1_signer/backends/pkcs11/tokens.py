@@ -29,7 +29,7 @@ def find_token(cryptoki: Cryptoki, uri: Pkcs11Uri) -> Token:
     seen = read_slots(cryptoki)
     for slot_id, failure in seen.failures.items():
         _log.info("pkcs11.slot_passed_over slot=%d answer=%s", slot_id, told(failure))
-    if seen.failures and not seen.tokens:
+    if seen.failures and not seen.tokens and _may_be_silent(uri, seen):
         raise next(iter(seen.failures.values()))
     fitting = [token for token in seen.tokens if _fits(token, uri)]
     if uri.library_version is not None or _library_texts(uri):
@@ -55,9 +55,16 @@ def _none_fits(uri: Pkcs11Uri, seen: Slots) -> KeyNotFoundError:
     return KeyNotFoundError(
         f"No token fits {uri.token_location()}; seen: {_listed(seen.tokens)}{silent}.",
         hint="Name the token by its label or serial number in the key URI.",
-        # A slot that does not tell now may be the right one.
-        retryable=any(recovery_for(failure) is not Recovery.NONE for failure in failures.values()),
+        retryable=_may_be_silent(uri, seen),
         details=details,
+    )
+
+
+def _may_be_silent(uri: Pkcs11Uri, seen: Slots) -> bool:
+    """Whether a slot that does not tell now may be the right one, and tell later."""
+    return any(
+        uri.slot_id in {None, slot_id} and recovery_for(failure) is not Recovery.NONE
+        for slot_id, failure in seen.failures.items()
     )
 
 

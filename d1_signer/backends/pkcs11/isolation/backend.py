@@ -66,8 +66,8 @@ class IsolatedBackend:
     def __init__(self, settings: HostSettings) -> None:
         """Start one child, which opens the key, and the others once it has.
 
-        It takes at most 10 seconds, beside reading the PIN and waiting for other signers that are
-        being opened on the token.
+        It takes ``timeout``, or 10 seconds, at most, beside reading the PIN and waiting for other
+        signers that are being opened on the token. A successor, which nobody waits for, has 10.
 
         Raises:
             D1SignerError: It cannot be opened; ``details["step"]`` names the step that failed.
@@ -76,7 +76,7 @@ class IsolatedBackend:
         self._settings = settings
         self._opener = Opener(settings)
         self._renew()
-        host, self._pinned = self._opener.open()
+        host, self._pinned = self._opener.open(settings.timeout)
         self._hosts.append(host)
         _all.add(self)
         with self._lock, contextlib.suppress(D1SignerError):

@@ -92,14 +92,17 @@ class Opener:
         if settings.pin_source == "prompt":
             self._prompted = _read("prompt")
 
-    def open(self) -> tuple[Host, PublicKey]:
+    def open(self, timeout: float | None = None) -> tuple[Host, PublicKey]:
         """Start a child and have it open the key.
+
+        Args:
+            timeout: Seconds for it; None: a limit of our own.
 
         Raises:
             LoginError: The PIN was refused, now or before; then no child is started with it.
             D1SignerError: It cannot be opened; ``details["step"]`` names the step that failed.
         """
-        return self._done(_Order(OPEN, _public_key, _SECONDS_TO_START))
+        return self._done(_Order(OPEN, _public_key, timeout or _SECONDS_TO_START))
 
     def generate(self, timeout: float) -> GeneratedKey:
         """Start a child, have it make the key, and let it end.

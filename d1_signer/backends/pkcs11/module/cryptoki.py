@@ -10,14 +10,18 @@ are made here, in `token` and in `session.session`. PKCS#11 v2.40 base specifica
 from __future__ import annotations
 
 import ctypes
+import os
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pkcs11 import _pkcs11
+from pkcs11 import _pkcs11, exceptions as sdk
 
 from d1_signer.backends.pkcs11.returns import Ckr, check, error_of
+from d1_signer.secret import Secret
 
 CKF_OS_LOCKING_OK = 0x2
 _OK = 0  # a plain number: it is compared twice in each signature
@@ -201,7 +205,7 @@ class Cryptoki:
             cryptoki_version=(info.cryptoki_version.major, info.cryptoki_version.minor),
         )
 
-    def login(self, session: int, user_type: int, pin: str | None) -> None:
+    def login(self, session: int, user_type: int, pin: Secret | None) -> None:
         """Call ``C_Login``; without a PIN, the token asks for it itself (PIN pad).
 
         Raises:
@@ -210,10 +214,11 @@ class Cryptoki:
         if pin is None:
             code = self._login(session, user_type, None, 0)
         else:
-            encoded = pin.encode()
-            code = self._login(session, user_type, encoded, len(encoded))
-            del encoded
-        del pin  # the error below keeps this frame, and with it every name in it
+            try:
+                encoded = pin.reveal().encode()
+                code = self._login(session, user_type, encoded, len(encoded))
+            finally:
+                encoded = b""  # an error keeps this frame, a signal handler's one too
         check(code, "C_Login")
 
     def logged_in(self, session: int) -> bool:
@@ -229,10 +234,43 @@ def loaded(path: str) -> tuple[Any, Cryptoki]:
     Raises:
         pkcs11.PKCS11Error: It cannot be loaded.
     """
+    _load(path)
     # Without the binding's __init__, which would call C_Initialize(NULL): a private path, which the
     # tests pin.
     binding = _pkcs11.lib.__new__(_pkcs11.lib, path)  # type: ignore[call-arg]
     return binding, Cryptoki(path, binding)
+
+
+def _load(path: str) -> None:
+    """Load a module's file and see that it gives a function list.
+
+    The binding does both with the GIL held, and takes what it is given: a library that hangs while
+    it is loaded would stop every thread, and a list that is none would end the process. So does
+    `ctypes.CDLL` hold it (Python 3.11); a C function that is called through ctypes does not.
+
+    Raises:
+        pkcs11.PKCS11Error: It cannot be loaded, or gives no list.
+    """
+    try:
+        if "/" in path and not stat.S_ISREG(Path(path).stat().st_mode):
+            raise sdk.PKCS11Error("it is no regular file")
+    except OSError as failure:
+        raise sdk.PKCS11Error(failure.strerror) from None
+    system = ctypes.CDLL(None)
+    load, reason = system.dlopen, system.dlerror
+    load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    reason.restype = ctypes.c_char_p
+    handle = load(os.fsencode(path), os.RTLD_NOW | os.RTLD_LOCAL)
+    if not handle:
+        raise sdk.PKCS11Error((reason() or b"").decode(errors="backslashreplace"))
+    get = getattr(ctypes.CDLL(path, handle=handle), "C_GetFunctionList", None)
+    if get is None:
+        raise sdk.PKCS11Error("it has no C_GetFunctionList")
+    get.restype = ctypes.c_ulong
+    pointer = ctypes.c_void_p()
+    check(get(ctypes.byref(pointer)), "C_GetFunctionList")
+    if not pointer.value:
+        raise sdk.PKCS11Error("C_GetFunctionList answers CKR_OK and gives no list")
 
 
 def place_of_list(binding: Any) -> Any:

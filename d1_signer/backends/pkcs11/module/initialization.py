@@ -24,6 +24,7 @@ _CANNOT_LOCK = frozenset(
         Ckr.NEED_TO_CREATE_THREADS,
         Ckr.FUNCTION_NOT_SUPPORTED,
         Ckr.MUTEX_BAD,
+        Ckr.MUTEX_NOT_LOCKED,
     }
 )
 

@@ -311,10 +311,12 @@ class Module:
                 )
         except sdk.PKCS11Error as error:
             self._users -= 1
-            raise ConfigurationError(
+            meant = translated(error, step="module")
+            kind = SignerUnavailable if isinstance(meant, SignerUnavailable) else ConfigurationError
+            raise kind(
                 f"The PKCS#11 module cannot be initialised ({told(error)}): {self.path}.",
-                hint="Check the module's own configuration and its log.",
-                details=translated(error, step="module").details,
+                hint="Check the module's own configuration and its log, and whether its HSM works.",
+                details=meant.details,
             ) from None
         except BaseException:
             self._given_back()

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 
 from pkcs11 import exceptions as sdk
 
+from d1_signer.backends.pkcs11.failures import impossible
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, Version, structure, unpadded
-from d1_signer.backends.pkcs11.returns import Ckr, check, code_of, error_of
+from d1_signer.backends.pkcs11.returns import Ckr, check, code_of, error_of, name_of
+from d1_signer.errors import SignerUnavailable
 
 _GET_SLOT_LIST, _GET_SLOT_INFO, _GET_TOKEN_INFO = 4, 5, 6
 _LOOKS = 5  # at a list of slots that grows between the question for its length and the answer
+_MOST = 4096  # slots; CK_UNAVAILABLE_INFORMATION, of 4 and of 8 bytes, is more
 
 CKF_TOKEN_INITIALIZED = 0x400
 
@@ -84,6 +87,8 @@ def read_slots(cryptoki: Cryptoki) -> Slots:
 
     Raises:
         pkcs11.PKCS11Error: There is no list of slots, or the module is not initialised.
+        SignerUnavailable: The list goes on growing.
+        SignerError: It has an impossible length.
     """
     tokens, failures = [], {}
     for slot_id in _slot_ids(cryptoki):
@@ -102,13 +107,22 @@ def _slot_ids(cryptoki: Cryptoki) -> list[int]:
     code = int(Ckr.BUFFER_TOO_SMALL)
     for _ in range(_LOOKS):
         check(get(1, None, ctypes.byref(count)), "C_GetSlotList")
-        numbers = (ctypes.c_ulong * max(1, count.value))()
+        room = count.value
+        if room > _MOST:
+            raise impossible("C_GetSlotList", f"a number of slots of {room:#x}")
+        numbers = (ctypes.c_ulong * max(1, room))()
         code = get(1, numbers, ctypes.byref(count))
+        if code == Ckr.OK and count.value > room:
+            raise impossible("C_GetSlotList", f"{count.value:#x} slots where {room} were asked for")
         if code == Ckr.OK:
             return list(dict.fromkeys(list(numbers)[: count.value]))
         if code != Ckr.BUFFER_TOO_SMALL:
-            break
-    raise error_of(code, "C_GetSlotList")
+            raise error_of(code, "C_GetSlotList")
+    raise SignerUnavailable(
+        f"The list of slots went on growing while it was read (C_GetSlotList: {name_of(code)}).",
+        hint="Try again when no reader is being plugged in or out.",
+        details={"step": "token", "call": "C_GetSlotList", "pkcs11": name_of(code)},
+    )
 
 
 def _token(cryptoki: Cryptoki, slot_id: int) -> Token:

@@ -10,11 +10,12 @@ from d1_signer.errors import InvalidSignatureError
 from d1_signer.es256 import COORDINATE_LENGTH, SIGNATURE_LENGTH, raw_from_der
 
 _SEQUENCE = 0x30
+_FEWEST = 56  # bytes; that more than eight are zeros at the front does not happen
 
 
 def is_stripped(signature: bytes) -> bool:
     """Whether it is shorter than r||s, as where leading zeros of r or s are left out."""
-    return 0 < len(signature) < SIGNATURE_LENGTH and not _is_der(signature)
+    return _FEWEST <= len(signature) < SIGNATURE_LENGTH and not _is_der(signature)
 
 
 def odd_form(signature: bytes) -> InvalidSignatureError:

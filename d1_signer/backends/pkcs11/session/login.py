@@ -27,7 +27,7 @@ from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, shown
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.module.token import Token
-from d1_signer.backends.pkcs11.returns import Ckr, code_of
+from d1_signer.backends.pkcs11.returns import Ckr, code_of, error_of
 from d1_signer.backends.pkcs11.session.pin import Pin, refused
 from d1_signer.backends.pkcs11.session.session import Session
 from d1_signer.errors import LoginError
@@ -64,6 +64,7 @@ _NOT_NOW = {
     Ckr.FUNCTION_CANCELED,
     Ckr.FUNCTION_NOT_SUPPORTED,
     Ckr.SESSION_READ_ONLY_EXISTS,
+    Ckr.SESSION_READ_WRITE_SO_EXISTS,
     Ckr.USER_ALREADY_LOGGED_IN,
     Ckr.USER_ANOTHER_ALREADY_LOGGED_IN,
     Ckr.USER_PIN_NOT_INITIALIZED,
@@ -76,19 +77,18 @@ _NO_LOGIN = {Ckr.FUNCTION_NOT_SUPPORTED, Ckr.USER_PIN_NOT_INITIALIZED, Ckr.USER_
 _COUNTED = TokenFlag.USER_PIN_COUNT_LOW | TokenFlag.USER_PIN_FINAL_TRY | TokenFlag.USER_PIN_LOCKED
 
 
-# The generation of its module in which a device was lost at the login with a PIN, and how. It is
-# tried again after the module was initialised anew, and not before.
-_lost: dict[tuple[str, bytes], tuple[int, sdk.PKCS11Error]] = {}
+# The generation of its module in which a device was lost at the login with a PIN, and the answer.
+# It is tried again after the module was initialised anew, and not before.
+_lost: dict[tuple[str, bytes], tuple[int, int]] = {}
 
-# In the child of a fork, how often a PIN that was taken is sent again after an answer that says
-# nothing: siblings that begin at once get such answers of SoftHSM, and the PIN was right.
-_resends: dict[bytes, int] = {}
+# In the child of a fork, PINs that the parent's logins took: each is sent once more after an answer
+# that says nothing. Siblings that begin at once get such answers of SoftHSM to the right PIN.
+_taken_by_parent: set[bytes] = set()
 _SAYS_NOTHING = {Ckr.FUNCTION_FAILED, Ckr.GENERAL_ERROR}
-_RESENDS_IN_CHILD = 2
 
 
 def _after_fork() -> None:
-    _resends.update(dict.fromkeys(refused.begun_in_child(), _RESENDS_IN_CHILD))
+    _taken_by_parent.update(refused.begun_in_child())
 
 
 forks.in_child(_after_fork)
@@ -110,7 +110,7 @@ class Login:
         self._digest: bytes | None = None
         self._users = 0
         # The token said that the user is logged in, where its session says that nobody is.
-        self.disputed: sdk.PKCS11Error | None = None
+        self.disputed = False
 
     @classmethod
     def shared(cls, module: Module, token: Token, user_type: int) -> Login:
@@ -205,10 +205,10 @@ class Login:
         number = self._holder.handle
         try:
             self._send(self._module.cryptoki, number, self._user_type, pin, required=required)
-        except sdk.UserAlreadyLoggedIn as failure:
+        except sdk.UserAlreadyLoggedIn:
             # Between our question and our try; or the token's word against its session's.
             if self._digest is None and self._says_nobody(number):
-                self.disputed = failure.with_traceback(None)
+                self.disputed = True
             self._accept(pin)
         else:
             self._digest = None if pin is None else refused.digest(self._name, pin)
@@ -243,12 +243,12 @@ class Login:
         if digest is not None:
             lost_in, loss = _lost.get((self._module.path, digest), (None, None))
             if loss is not None and lost_in == generation:
-                raise loss
+                raise error_of(loss, "C_Login")
         witnessed = contextlib.nullcontext if digest is None else witness
         while True:
             try:
                 with witnessed():
-                    cryptoki.login(session, user_type, None if pin is None else pin.reveal())
+                    cryptoki.login(session, user_type, pin)
             except sdk.PKCS11Error as failure:
                 if not required and code_of(failure) in _NO_LOGIN:
                     return
@@ -258,6 +258,7 @@ class Login:
                 raise self._judged(failure.with_traceback(None), digest, generation) from None
             if digest is not None:
                 refused.took(digest)
+                _lost.pop((self._module.path, digest), None)
             return
 
     def _doubtful(self, failure: sdk.PKCS11Error, digest: bytes) -> bool:
@@ -268,12 +269,23 @@ class Login:
         """
         if code_of(failure) != Ckr.PIN_INCORRECT or not refused.doubt(digest):
             return False
+        uncounted = self._uncounted()
+        _log.warning("pkcs11.pin_refused_after_it_worked counted=%s", not uncounted)
+        return uncounted
+
+    def _unclear_in_child(self, code: int | None, digest: bytes) -> bool:
+        """Whether a PIN that the parent's login took may be sent once more, by the next attempt."""
+        if code not in _SAYS_NOTHING or digest not in _taken_by_parent:
+            return False
+        _taken_by_parent.discard(digest)
+        return self._uncounted()
+
+    def _uncounted(self) -> bool:
+        """Whether the token says that it has counted no wrong PIN since the last right one."""
         try:
-            counted = bool(self._token.flags_now() & _COUNTED)
+            return not self._token.flags_now() & _COUNTED
         except sdk.PKCS11Error:
             return False
-        _log.warning("pkcs11.pin_refused_after_it_worked counted=%s", counted)
-        return not counted
 
     def _judged(self, failure: sdk.PKCS11Error, digest: bytes | None, generation: int) -> Exception:
         """What to raise for a login that failed; with a PIN, only a clear loss is recovered from.
@@ -284,11 +296,13 @@ class Login:
         code = code_of(failure)
         if code == Ckr.USER_ALREADY_LOGGED_IN:
             return failure
-        if digest is not None and code in _DEVICE_LOST:
-            _lost[self._module.path, digest] = generation, failure
-        elif digest is not None and code in _SAYS_NOTHING and _resends.get(digest):
-            _resends[digest] -= 1
-        elif digest is not None and code not in _SESSION_LOST | _NOT_NOW:
+        if digest is not None and code is not None and code in _DEVICE_LOST:
+            _lost[self._module.path, digest] = generation, code
+        elif (
+            digest is not None
+            and code not in _SESSION_LOST | _NOT_NOW
+            and not self._unclear_in_child(code, digest)
+        ):
             refused.add(digest)
             if code not in _REFUSALS:
                 return LoginError(

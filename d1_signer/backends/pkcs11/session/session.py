@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from pkcs11 import Attribute, ObjectClass, exceptions as sdk
 
+from d1_signer.backends.pkcs11.failures import impossible
 from d1_signer.backends.pkcs11.module.cryptoki import structure
 from d1_signer.backends.pkcs11.module.token import Token
 from d1_signer.backends.pkcs11.returns import Ckr, check, error_of
@@ -26,6 +27,7 @@ _CKF_RW_SESSION, _CKF_SERIAL_SESSION = 0x2, 0x4
 _CKM_EC_KEY_PAIR_GEN = 0x1040
 _AT_ONCE = 32  # objects that a search is asked for
 _MOST = 4096  # a module that goes on telling objects after so many tells them again
+_NO_OBJECT = 0  # CK_INVALID_HANDLE
 _LONGEST = 1 << 16  # of an attribute; CK_UNAVAILABLE_INFORMATION, of 4 and of 8 bytes, is more
 _LOOKS = 3  # at an attribute that grows between the question for its length and the answer
 
@@ -82,7 +84,12 @@ class Session:
     def find(
         self, kind: ObjectClass, *, label: str | None = None, key_id: bytes | None = None
     ) -> list[int]:
-        """The handles of all objects of a class with this label and id."""
+        """The handles of all objects of a class with this label and id.
+
+        Raises:
+            pkcs11.PKCS11Error: They cannot be had.
+            SignerError: The module tells more than it was asked for, or no handle.
+        """
         wanted: dict[Attribute, int | str | bytes] = {Attribute.CLASS: kind}
         if label is not None:
             wanted[Attribute.LABEL] = label
@@ -103,7 +110,12 @@ class Session:
         found: dict[int, None] = {}
         while len(found) < _MOST:
             check(more(self._handle, handles, _AT_ONCE, ctypes.byref(count)), "C_FindObjects")
+            if count.value > _AT_ONCE:
+                text = f"{count.value:#x} objects where {_AT_ONCE} were asked for"
+                raise impossible("C_FindObjects", text)
             fresh = dict.fromkeys(list(handles)[: count.value])
+            if _NO_OBJECT in fresh:
+                raise impossible("C_FindObjects", "an object of handle 0")
             if fresh.keys() <= found.keys():
                 break
             found |= fresh
