@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-import requests
 from urllib3.exceptions import (
     ConnectTimeoutError,
     NameResolutionError,
@@ -111,7 +110,7 @@ def failure_of(error: Exception, *, connect: float, read: float) -> Failure:
     reason = _system_reason(links)
     if reason is None and connecting:
         reason = f"no connection within {connect:.3g} seconds"
-    elif reason is None and isinstance(error, requests.Timeout | HttpTimeout | TimeoutError):
+    elif reason is None and any(isinstance(link, HttpTimeout | TimeoutError) for link in links):
         reason = f"no answer within {read:.3g} seconds"
     return Failure(
         Stage.CONNECTION if connecting else Stage.ANSWER,

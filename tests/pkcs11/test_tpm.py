@@ -249,11 +249,17 @@ except D1SignerError as error:
 @pytest.mark.parametrize(
     ("name", "value", "code", "step", "text"),
     [
-        ("TPM2_PKCS11_TCTI", "device:/dev/none", "configuration", "module", "CKR_GENERAL_ERROR"),
+        (
+            "TPM2_PKCS11_TCTI",
+            "device:/dev/none",
+            "signer_unavailable",
+            "module",
+            "CKR_GENERAL_ERROR",
+        ),
         (
             "DBUS_SESSION_BUS_ADDRESS",
             "unix:/",
-            "configuration",
+            "signer_unavailable",
             "module",
             "CKR_GENERAL_ERROR",
         ),
