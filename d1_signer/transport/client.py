@@ -177,8 +177,8 @@ class ClientTls:
             SecretSourceError: A file cannot be read.
         """
         self._observers = observers
-        self._lock = threading.Lock()
-        self._handing_out = threading.Lock()
+        self._new_locks()
+        _all.add(self)
         self._looked_at = time.monotonic()
         self._warned_on: float = float("-inf")
         self._own: weakref.WeakSet[VerifyingContext] = weakref.WeakSet()
@@ -204,6 +204,10 @@ class ClientTls:
         self._state = _state_of(self._files)
         self._last, found = self._built()
         self._loaded(found)
+
+    def _new_locks(self) -> None:
+        self._lock = threading.Lock()
+        self._handing_out = threading.Lock()
 
     def context(self) -> ssl.SSLContext:
         """A context for one consumer, who shares it with nobody; the caller's where one was given.
@@ -338,6 +342,18 @@ class ClientTls:
                 left // _DAY,
                 self.certificate.not_valid_after_utc,
             )
+
+
+_all: weakref.WeakSet[ClientTls] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The parent's locks may have been held at the moment of the fork.
+    for tls in list(_all):
+        tls._new_locks()  # noqa: SLF001 (this module's own class)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class _AskedOnce:

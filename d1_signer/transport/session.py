@@ -174,6 +174,20 @@ class _CallersSession(_Session):
         failure.__context__ = None
         raise failure
 
+    def get_adapter(self, url: str | bytes) -> BaseAdapter:
+        """The adapter for a call; see `requests.Session`.
+
+        Raises:
+            ConfigurationError: It is none of ours, however it came there.
+        """
+        adapter = super().get_adapter(url)
+        if not isinstance(adapter, TlsAdapter):
+            raise ConfigurationError(
+                "The adapter of this session is not the one that verifies.",
+                hint="Make a session of your own, with D1Auth(fetcher) as its auth.",
+            )
+        return adapter
+
     def mount(self, prefix: str | bytes, adapter: BaseAdapter) -> None:
         """Take an adapter of ours; see `requests.Session`.
 

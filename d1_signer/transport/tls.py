@@ -7,10 +7,12 @@ Verification of the server cannot be switched off, here or by what a caller does
 from __future__ import annotations
 
 import functools
+import os
 import re
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -68,6 +70,18 @@ class VerifiedObject(ssl.SSLObject):
         require_verified(self, self.server_hostname or "")
 
 
+_contexts: weakref.WeakSet[VerifyingContext] = weakref.WeakSet()
+
+
+def _new_locks() -> None:
+    # The parent's may have been held at the moment of the fork.
+    for context in list(_contexts):
+        context.changing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_locks)
+
+
 class VerifyingContext(ssl.SSLContext):
     """A context of ours, whose sockets are looked at whoever makes them.
 
@@ -86,6 +100,7 @@ class VerifyingContext(ssl.SSLContext):
     def __init__(self, _protocol: int) -> None:
         """Make a lock; what is the ssl module's is made before."""
         self.changing = threading.RLock()
+        _contexts.add(self)
 
     def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
         """Begin TLS; see `ssl.SSLContext`."""

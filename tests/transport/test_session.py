@@ -88,6 +88,16 @@ def test_another_adapter_is_not_mounted(fetcher: TokenFetcher) -> None:
                 session.mount(prefix, HTTPAdapter())
 
 
+def test_no_other_adapter_is_used_however_it_came_there(
+    fetcher: TokenFetcher, sandbox: Sandbox
+) -> None:
+    with fetcher.session() as session:
+        session.adapters["https://"] = HTTPAdapter()
+        session.verify = False
+        with pytest.raises(ConfigurationError, match="adapter"):
+            session.get(f"{sandbox.banking_url}/ping")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
