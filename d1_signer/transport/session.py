@@ -174,7 +174,7 @@ class _CallersSession(_Session):
         failure.__context__ = None
         raise failure
 
-    def get_adapter(self, url: str | bytes) -> BaseAdapter:
+    def get_adapter(self, url: str) -> BaseAdapter:
         """The adapter for a call; see `requests.Session`.
 
         Raises:
