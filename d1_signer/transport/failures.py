@@ -128,7 +128,8 @@ def _tls_failure(link: BaseException) -> Failure | None:
     if not isinstance(link, ssl.SSLError):
         return None
     said = getattr(link, "reason", None) or ""  # absent from one that OpenSSL did not raise
-    if isinstance(link, ssl.SSLEOFError) or "UNEXPECTED_EOF" in said:
+    closed = isinstance(link, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    if closed or "UNEXPECTED_EOF" in said:
         return Failure(Stage.TLS, "the connection was closed amid the handshake", TlsFailure.CUT)
     kind = TlsFailure.CUT
     if _TOO_OLD.search(said):
