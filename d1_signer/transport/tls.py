@@ -49,6 +49,8 @@ class VerifiedSocket(ssl.SSLSocket):
             with fork_gate.call(until), handshake.with_server(self.server_hostname):
                 super().do_handshake(block)
             require_verified(self, self.server_hostname or "")
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise  # a step of one that does not block
         except BaseException:
             self.close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import select
 import socket
 import ssl
 import threading
@@ -195,3 +196,27 @@ if hasattr(ssl.SSLContext, "set_psk_client_callback"):  # Python 3.13
             with pytest.raises((TlsError, ConfigurationError)):
                 fetcher.token(timeout=5)
         assert not told
+
+
+def test_a_handshake_that_does_not_block_goes_on(tmp_path: Path) -> None:
+    certificate = server_certificate(tmp_path, x509.DNSName("localhost"), common_name="any")
+    context = verifying_context(str(certificate))
+    with serving(server_context(certificate)) as (port, told):
+        plain = socket.create_connection(("127.0.0.1", port))
+        plain.settimeout(0)
+        until = time.monotonic() + 10
+        with context.wrap_socket(
+            plain, server_hostname="localhost", do_handshake_on_connect=False
+        ) as tls:
+            while time.monotonic() < until:
+                try:
+                    tls.do_handshake()
+                except ssl.SSLWantReadError:
+                    select.select([tls], [], [], 1)
+                else:
+                    break
+            assert tls.version() is not None
+            tls.settimeout(10)
+            tls.sendall(b"assertion=")
+            assert tls.recv(100)
+    assert told == b"assertion="
