@@ -414,7 +414,7 @@ def test_host_tells_why_it_ends() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", host.__name__, str(theirs.fileno())],
+            [sys.executable, "-m", host.__name__, str(os.getpid()), "0", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
         )
@@ -578,9 +578,9 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[child.Host]:
     made: list[child.Host] = []
     start = child.Host.__init__
 
-    def counted(self: child.Host, connections: int) -> None:
+    def counted(self: child.Host, connections: int, **options: Any) -> None:
         made.append(self)
-        start(self, connections)
+        start(self, connections, **options)
 
     monkeypatch.setattr(child.Host, "__init__", counted)
     return made

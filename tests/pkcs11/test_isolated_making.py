@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from d1_signer.backends.pkcs11.isolation import child
@@ -24,9 +26,9 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[child.Host]:
     made: list[child.Host] = []
     start = child.Host.__init__
 
-    def counted(self: child.Host, connections: int) -> None:
+    def counted(self: child.Host, connections: int, **options: Any) -> None:
         made.append(self)
-        start(self, connections)
+        start(self, connections, **options)
 
     monkeypatch.setattr(child.Host, "__init__", counted)
     return made

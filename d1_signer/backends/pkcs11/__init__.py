@@ -17,6 +17,7 @@ library loads and is initialised), ``token`` (found), ``login`` (accepted), ``ke
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
@@ -79,6 +80,8 @@ def open_backend(
     init_reserved: str | None = None,
     isolation: str = "none",
     processes: int = 1,
+    keep_environment: str = "",
+    core_dumps: bool = False,
 ) -> Backend:
     """Open a key in a PKCS#11 token.
 
@@ -106,6 +109,11 @@ def open_backend(
             at the deadline, one that crashes costs an error, and each is replaced. ``"none"``: in
             this process.
         processes: With ``isolation="process"``, how many children; each has ``max_sessions``.
+        keep_environment: With ``isolation="process"``, names of variables that the module needs
+            although they look like somebody else's credentials, as ``AWS_*,GOOGLE_*``; `*` is any
+            text. The others of `d1_signer.backends.pkcs11.isolation.confinement` are kept from it.
+        core_dumps: With ``isolation="process"``, whether a crash of the module may leave a core
+            file. The PIN is in it.
 
     Raises:
         KeyUriError: The URI cannot be read, or names no module.
@@ -141,7 +149,8 @@ def open_backend(
         "public_key": None if given is None else given.pem(),
         "max_sessions": settings.max_sessions,
     }
-    return IsolatedBackend(_host_settings(uri, settings, pin_source, options, processes))
+    host = _host_settings(uri, settings, pin_source, options, keep_environment)
+    return IsolatedBackend(replace(host, processes=processes, core_dumps=core_dumps))
 
 
 def _host_settings(
@@ -149,7 +158,7 @@ def _host_settings(
     settings: Settings,
     pin_source: SecretSource | None,
     more: dict[str, object],
-    processes: int = 1,
+    keep_environment: str,
 ) -> HostSettings:
     """What the children are told; a source that a child can read itself goes there as it is."""
     options: dict[str, object] = {
@@ -161,17 +170,22 @@ def _host_settings(
         **more,
     }
     source = pin_source if pin_source is not None else settings.uri.pin_source
+    kept = tuple(filter(None, map(str.strip, keep_environment.split(","))))
     if isinstance(source, str) and source != "prompt":
+        if source.startswith("env:"):
+            kept += (source.removeprefix("env:"),)
         options["pin_source"], source = source, None
     return HostSettings(
         uri=uri,
         location=settings.uri.token_location(),
         options=options,
         pin_source=source,
-        processes=processes,
+        processes=1,
         connections=settings.max_sessions,
         patience=settings.session_timeout,
         timeout=settings.timeout,
+        kept_variables=kept,
+        core_dumps=False,
     )
 
 
@@ -185,6 +199,7 @@ def generate_key(
     protected_authentication_path: bool = False,
     init_reserved: str | None = None,
     isolation: str = "none",
+    keep_environment: str = "",
     timeout: float = 60.0,
 ) -> GeneratedKey:
     """Make a P-256 key on the token: sensitive, not extractable, for signing only.
@@ -199,6 +214,7 @@ def generate_key(
         protected_authentication_path: As for `open_backend`.
         init_reserved: As for `open_backend`.
         isolation: As for `open_backend`; the child ends when the key is made.
+        keep_environment: As for `open_backend`.
         timeout: Seconds for all of it, beside reading the PIN.
 
     Returns:
@@ -228,7 +244,7 @@ def generate_key(
     timeout = _seconds("timeout", timeout)
     if _choice("isolation", isolation, ("none", "process")) == "none":
         return generate(settings, _pin(parsed, pin_source), timeout)
-    host = _host_settings(uri, settings, pin_source, {"timeout": timeout})
+    host = _host_settings(uri, settings, pin_source, {"timeout": timeout}, keep_environment)
     return Opener(host).generate(timeout)
 
 

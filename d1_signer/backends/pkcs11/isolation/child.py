@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 
+from d1_signer.backends.pkcs11.isolation import confinement
 from d1_signer.backends.pkcs11.module import forks
 
 _SECONDS_TO_END = 3.0
@@ -21,17 +22,23 @@ _HOST = "d1_signer.backends.pkcs11.isolation.host"
 class Host:
     """The process and its sockets; `free` and `dead` are the backend's, under its lock."""
 
-    def __init__(self, connections: int) -> None:
+    def __init__(
+        self, connections: int, *, kept_variables: tuple[str, ...], core_dumps: bool
+    ) -> None:
         """Start it.
 
         Args:
             connections: How many calls it serves at once.
+            kept_variables: As of `confinement.environment`.
+            core_dumps: Whether a crash may leave a core file.
 
         Raises:
             OSError: No sockets, or no process, can be made.
         """
         self.size = connections
         self.dead = False
+        self._kept_variables = kept_variables
+        self._core_dumps = core_dumps
         self._sockets: list[socket.socket] = []
         self.process: subprocess.Popen[bytes]
         with _starting:
@@ -53,11 +60,17 @@ class Host:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         self.process = subprocess.Popen(  # noqa: S603 (this interpreter, a module of ours)
             # -P: it is given the PIN, so it imports nothing from where it happens to be started.
-            [sys.executable, "-P", "-m", _HOST, *map(str, numbers)],
+            [
+                *(sys.executable, "-P", "-m", _HOST),
+                *map(str, (os.getpid(), int(self._core_dumps), *numbers)),
+            ],
             pass_fds=numbers,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            env={
+                **confinement.environment(os.environ, self._kept_variables),
+                "PYTHONPATH": path,
+            },
             start_new_session=True,  # the terminal's Ctrl-C is the parent's business
         )
         for their in theirs:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that hosts a module for ``isolation="process"``; started by `isolated`.
 
-Its arguments are the numbers of inherited sockets: one for control, the others for signatures, each
-served by a thread. It ends when the control socket does, within a second if the module hangs.
+Its arguments are the process ID of its parent, whether it may leave a core file, and the numbers of
+inherited sockets: one for control, the others for signatures, each served by a thread. It ends when
+its parent or the control socket does, within a second if the module hangs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from d1_signer.backends.pkcs11 import generate_key, open_backend
+from d1_signer.backends.pkcs11.isolation import confinement
 from d1_signer.backends.pkcs11.isolation.wire import (
     ACCEPTED,
     CUSTODY,
@@ -39,10 +41,15 @@ from d1_signer.signing.backend import Backend, GeneratedKey
 
 T = TypeVar("T")
 
+_ending = threading.Lock()
 
-def main(numbers: list[int]) -> None:
+
+def main(parent: int, core_dumps: int, numbers: list[int]) -> None:
     """Open or make the key that the first frame describes; serve until the parent has gone."""
     control, *connections = [socket.socket(fileno=number) for number in numbers]
+    confinement.watch(parent, control, _end)
+    if not core_dumps:
+        confinement.write_no_core()
     # What the vendor's library prints is for whoever looks for what is wrong with it.
     with contextlib.suppress(OSError):  # standard error is closed
         os.dup2(2, 1)
@@ -63,6 +70,11 @@ def main(numbers: list[int]) -> None:
     except BaseException as error:  # noqa: BLE001 (it ends here, and nobody else would tell)
         _show(error)
     finally:
+        _end()
+
+
+def _end() -> NoReturn:
+    with _ending:  # and whoever comes second waits for the end
         at_exit.leave()
         os._exit(0)  # threads may be in a call that does not return
 
@@ -155,4 +167,5 @@ def _show(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
-    main([int(number) for number in sys.argv[1:]])
+    parent, core_dumps, *numbers = map(int, sys.argv[1:])
+    main(parent, core_dumps, numbers)

@@ -59,6 +59,8 @@ class HostSettings:
     connections: int
     patience: float
     timeout: float | None
+    kept_variables: tuple[str, ...]
+    core_dumps: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,11 @@ class Opener:
         self, order: _Order[T], pin: Secret | None, mark: bytes
     ) -> tuple[Host, T] | D1SignerError:
         try:
-            host = Host(self._settings.connections)
+            host = Host(
+                self._settings.connections,
+                kept_variables=self._settings.kept_variables,
+                core_dumps=self._settings.core_dumps,
+            )
         except OSError as failure:
             return not_started(str(failure))
         answer: T | D1SignerError | None = None
