@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from d1_signer.errors import ConfigurationError
+from d1_signer.frames import of_signal_handler
 
 _log = logging.getLogger("d1_signer")
 
@@ -134,5 +135,7 @@ def notify(observers: Iterable[Observer], event: Event) -> None:
     for observer in observers:
         try:
             observer(event)
-        except Exception as error:  # noqa: BLE001 (any failure of foreign code)
+        except Exception as error:
+            if of_signal_handler(error):
+                raise
             _log.warning("observer.failed %s", type(error).__name__)

@@ -17,6 +17,7 @@ from typing import NoReturn, final
 from urllib.parse import unquote
 
 from d1_signer.errors import SecretSourceError
+from d1_signer.frames import of_signal_handler, without_locals
 
 SecretSource = str | Callable[[], str | bytes]
 """``file:PATH``, ``env:NAME``, ``prompt``, or a callable that returns the secret."""
@@ -50,6 +51,7 @@ class Secret:
         raise TypeError(msg)
 
 
+@without_locals
 def read_secret(source: SecretSource, *, what: str) -> Secret:
     """Read a secret from its source.
 
@@ -164,7 +166,9 @@ def _check_mode(status: os.stat_result, path: str, what: str) -> None:
 def _call(source: Callable[[], str | bytes], what: str) -> str | bytes:
     try:
         return source()
-    except Exception as error:  # noqa: BLE001 (the caller's code may raise anything)
+    except Exception as error:
+        if of_signal_handler(error):
+            raise
         kind = type(error).__name__
     # The callable's own error may quote the secret: only its type is told, and it is over here, so
     # that it does not become the context of ours.

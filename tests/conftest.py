@@ -50,11 +50,11 @@ class LeakWatch(logging.Handler):
     def leaks(self) -> list[str]:
         texts = list(self.lines)
         for error in self.errors:
-            texts += _told_by(error)
+            texts += told_by(error)
         return [text for text in texts if any(secret in text for secret in self.secrets)]
 
 
-def _told_by(error: BaseException) -> list[str]:
+def told_by(error: BaseException) -> list[str]:
     """All that a logger, a crash reporter or a curious caller could read from an error."""
     texts: list[str] = []
     seen: set[int] = set()

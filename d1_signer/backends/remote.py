@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
+from d1_signer import frames
 from d1_signer.custody.evidence import Fact
 from d1_signer.errors import (
     ConfigurationError,
@@ -71,7 +72,9 @@ class Service:
             return function(*args, **kwargs)
         except D1SignerError as error:
             failure = error.with_traceback(None)
-        except Exception as error:  # noqa: BLE001 (nothing of an SDK may get out)
+        except Exception as error:
+            if frames.of_signal_handler(error):
+                raise
             failure = self.refused(error, doing) or self._not_asked(error, doing)
         failure.__context__ = None
         raise failure

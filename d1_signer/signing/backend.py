@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from d1_signer import frames
 from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import D1SignerError, SignerError
 from d1_signer.es256 import PublicKey
@@ -102,7 +103,9 @@ def guarded(backend: str, function: Callable[_P, _T], *args: _P.args, **options:
         return function(*args, **options)
     except D1SignerError:
         raise
-    except Exception as failure:  # noqa: BLE001 (a plug-in may raise anything)
+    except Exception as failure:
+        if frames.of_signal_handler(failure):
+            raise
         kind = type(failure).__name__
     # Its text and its attributes may carry a secret: only its type is told, and it is over here, so
     # that it does not become the context of ours.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
 from d1_signer.errors import KeyUriError
+from d1_signer.frames import without_locals
 from d1_signer.secret import holds_key
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -84,6 +85,7 @@ class KeyUri:
     query: dict[str, str] = field(default_factory=dict)
 
     @classmethod
+    @without_locals
     def parse(cls, uri: str, *, query_names: frozenset[str] = frozenset()) -> KeyUri:
         """Read a key URI strictly.
 

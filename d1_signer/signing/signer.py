@@ -46,6 +46,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Observer, SignEvent, Use, checked, notify
+from d1_signer.frames import without_locals
 from d1_signer.signing.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
 from d1_signer.signing.key_uri import scheme_of, split_fragment
 from d1_signer.signing.registry import call_backend, load_backend_module
@@ -271,6 +272,7 @@ class Signer:
         raise TypeError(msg)
 
 
+@without_locals
 def open_signer(
     uri: str,
     *,
@@ -319,6 +321,7 @@ def open_signer(
         raise
 
 
+@without_locals
 def generate_key(uri: str, **options: Any) -> GeneratedKey:
     """Make a new P-256 signing key where the URI says; an existing key is never overwritten.
 

@@ -13,6 +13,7 @@ from typing import ClassVar, final
 from urllib.parse import SplitResult, urlsplit
 
 from d1_signer.errors import ConfigurationError, InvalidInputError
+from d1_signer.frames import without_locals
 from d1_signer.transport.hosts import is_loopback
 
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:jwt-bearer"
@@ -68,6 +69,7 @@ class Environment:
         object.__setattr__(self, "base_url", _checked_url(self.base_url))
 
     @classmethod
+    @without_locals
     def of(cls, value: Environment | str) -> Environment:
         """Take an environment, the name of one of Thales' (in any case), or a URL.
 
@@ -164,6 +166,9 @@ def _bad_url(reason: str) -> ConfigurationError:
         hint="Give production, staging, develop, or the https URL before /oauth2/token.",
     )
 
+
+# `dataclass` writes it, so there is nothing to decorate above.
+Environment.__init__ = without_locals(Environment.__init__)  # type: ignore[method-assign]
 
 Environment.PRODUCTION = Environment("https://api.d1.thalescloud.io/authz/v1")
 Environment.STAGING = Environment("https://api.d1-stg.thalescloud.io/authz/v1")

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.events import Observer, checked
+from d1_signer.frames import without_locals
 from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
@@ -63,6 +64,7 @@ class TokenFetcher(TokenKeeper):
     failure is theirs as well, and nobody asks D1 again before a minimum interval is over.
     """
 
+    @without_locals
     def __init__(
         self,
         signer: Signer | SignerSet,

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from pkcs11 import exceptions as sdk
 
+from d1_signer import frames
 from d1_signer.backends.pkcs11.failures import told, translated
 from d1_signer.backends.pkcs11.module import contexts, cryptoki, lending, tpm
 from d1_signer.backends.pkcs11.module.gate import Gate, remaining
@@ -100,7 +101,10 @@ class Module:
         try:
             self._enter(call, deadline, revive=revive)
             return work(*args)
-        except Exception as error:  # noqa: BLE001 (raised on, whatever it is)
+        except Exception as error:
+            if frames.of_signal_handler(error):
+                frames.clear(error)
+                raise
             raise error.with_traceback(None) from None
         finally:
             try:

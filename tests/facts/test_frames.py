@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a crash reporter gets with an exception that a user's code sees: no argument of a call."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
+
+from d1_signer import (
+    D1SignerError,
+    Environment,
+    TokenFetcher,
+    generate_key,
+    open_signer,
+    read_secret,
+)
+from d1_signer.frames import of_signal_handler, without_locals
+from d1_signer.signing.backend import guarded
+from tests.conftest import told_by
+
+SECRET = "s3cret-" + "that-nobody-may-see"
+_GIVEN = [
+    ("PIN in the URI", open_signer, f"pkcs11:token=b;object=d?pin-value={SECRET}%ff", {}),
+    ("PIN in the URI", generate_key, f"pkcs11:token=b?module-path=/m&pin-value={SECRET}", {}),
+    ("PIN", open_signer, "pkcs11:token=b;object=d?module-path=/no.so", {"pin_source": SECRET}),
+    ("passphrase", open_signer, "file:/no/key.pem", {"passphrase_source": SECRET}),
+    ("token", open_signer, "hashivault:d1", {"token_source": SECRET, "address": "https://v"}),
+    ("address", open_signer, "hashivault:d1", {"address": f"https://u:{SECRET}@v/?"}),
+    ("proxy", open_signer, "awskms:///alias/d1", {"region": "x", "proxy": f"http://u:{SECRET}@p"}),
+    ("option", open_signer, "file:/no/key.pem", {"password": SECRET}),
+    ("environment", Environment.of, f"https://u:{SECRET}@d1.example", {}),
+    ("environment", Environment, f"https://u:{SECRET}@d1.example", {}),
+    ("source", functools.partial(read_secret, what="PIN"), SECRET, {}),
+]
+
+
+@pytest.mark.parametrize(("what", "call", "first", "options"), _GIVEN)
+def test_what_was_given_is_in_no_frame(
+    what: str, call: Callable[..., object], first: str, options: dict[str, str]
+) -> None:
+    with pytest.raises(D1SignerError) as raised:
+        call(first, **options)
+    assert not [text for text in told_by(raised.value) if SECRET in text], what
+    assert raised.value.__traceback__ is not None
+    assert _last(raised.value.__traceback__).endswith(".py"), "where it was raised is still told"
+
+
+@pytest.mark.parametrize("setting", ["environment", "proxy", "store_key"])
+def test_settings_of_a_fetcher(setting: str) -> None:
+    settings: dict[str, object] = {"issuer_id": "issuer", "environment": "https://d1.example"}
+    secrets = {
+        "environment": f"https://u:{SECRET}@d1.example",
+        "proxy": f"http://u:{SECRET}@proxy.example:1/path",
+        "store_key": SECRET.encode(),
+    }
+    with pytest.raises(D1SignerError) as raised:
+        TokenFetcher(None, **{**settings, setting: secrets[setting]})  # type: ignore[arg-type]
+    assert not [text for text in told_by(raised.value) if SECRET in text]
+
+
+def _last(trace: TracebackType) -> str:
+    return traceback.extract_tb(trace)[-1].filename
+
+
+def test_chain_and_groups_are_emptied_too() -> None:
+    @without_locals
+    def fails(given: str) -> None:
+        def deeper(held: str) -> None:
+            raise ValueError(len(held))
+
+        try:
+            deeper(given)
+        except ValueError as first:
+            raise ExceptionGroup("two", [first, KeyError("x")]) from first
+
+    with pytest.raises(ExceptionGroup) as raised:
+        fails(SECRET)
+    assert not [text for text in told_by(raised.value) if SECRET in text]
+    with pytest.raises(TypeError):
+        fails()  # type: ignore[call-arg]
+
+
+class _SoftLimit(Exception):
+    """As Celery's, which is no BaseException."""
+
+
+class _Handler:
+    def raises(self, *_: object) -> None:
+        raise _SoftLimit
+
+    def __call__(self, *_: object) -> None:
+        raise _SoftLimit
+
+
+def _function(*_: object) -> None:
+    raise _SoftLimit
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(
+    "handler",
+    [
+        _function,
+        _Handler().raises,
+        _Handler(),
+        functools.partial(_function, 1),
+        lambda *_: _function(),
+    ],
+)
+def test_exception_of_a_signal_handler_passes_through(
+    handler: Callable[..., object],
+) -> None:
+    signal.signal(signal.SIGUSR1, handler)
+
+    def backend() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    with pytest.raises(_SoftLimit) as raised:
+        guarded("some", backend)
+    assert of_signal_handler(raised.value)
+
+
+@pytest.mark.usefixtures("restored")
+def test_exception_of_a_backend_does_not() -> None:
+    signal.signal(signal.SIGUSR1, _function)
+
+    def backend() -> None:
+        raise _SoftLimit(SECRET)
+
+    with pytest.raises(D1SignerError, match="failed with _SoftLimit") as raised:
+        guarded("some", backend)
+    assert not [text for text in told_by(raised.value) if SECRET in text]
+
+
+@pytest.mark.usefixtures("restored")
+def test_soft_limit_amid_an_opening(tmp_path: Path) -> None:
+    """It comes out as it is, and shows nothing of what it interrupted."""
+    signal.signal(signal.SIGUSR1, _function)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def reads() -> str:
+        held = SECRET
+        signal.pthread_kill(main, signal.SIGUSR1)
+        while held:  # the handler runs between two of its steps
+            pass
+        return held
+
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"another")
+    )
+    file = tmp_path / "key.pem"
+    file.touch(0o600)
+    file.write_bytes(key)
+    with pytest.raises(_SoftLimit) as raised:
+        open_signer(f"file:{file}", passphrase_source=reads)
+    assert not [text for text in told_by(raised.value) if SECRET in text]
