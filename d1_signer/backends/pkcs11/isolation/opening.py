@@ -28,7 +28,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     send,
 )
 from d1_signer.backends.pkcs11.module import forks
-from d1_signer.backends.pkcs11.session.pin import refused
+from d1_signer.backends.pkcs11.session.pin import read_pin, refused
 from d1_signer.errors import (
     D1SignerError,
     LoginError,
@@ -37,7 +37,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.secret import Secret, SecretSource
 from d1_signer.signing.backend import GeneratedKey
 
 T = TypeVar("T")
@@ -260,7 +260,7 @@ def not_started(reason: str) -> SignerUnavailable:
 
 def _read(source: SecretSource) -> Secret:
     try:
-        return read_secret(source, what="PIN")
+        return read_pin(source)
     except SecretSourceError as error:
         error.details["step"] = "login"
         raise

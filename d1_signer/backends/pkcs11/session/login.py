@@ -335,6 +335,11 @@ def _check_may_try(flags: int, *, known_bad: bool) -> None:
         )
     if flags & TokenFlag.USER_PIN_LOCKED:
         raise translated(sdk.PinLocked(), step="login")
+    if flags & TokenFlag.USER_PIN_COUNT_LOW:
+        # Not a reason to stop: anybody's mistyped PIN would then stop every restart.
+        _log.warning(
+            "pkcs11.pin_count_low: the token has counted a wrong PIN since the last right one"
+        )
     if flags & TokenFlag.USER_PIN_FINAL_TRY:
         raise _login_error(
             "One more wrong PIN would lock the token, so none is tried.",

@@ -80,6 +80,32 @@ class Refused:
 refused = Refused()
 
 
+def read_pin(source: SecretSource) -> Secret:
+    """Read a PIN; of a file that an editor or a script left something beside it, nothing is sent.
+
+    Raises:
+        SecretSourceError: As of `d1_signer.read_secret`, or the file holds more than a PIN.
+    """
+    pin = read_secret(source, what="PIN")
+    if isinstance(source, str) and source.startswith("file:"):
+        beside = _beside(pin.reveal())
+        if beside is not None:
+            raise SecretSourceError(
+                f"The PIN file holds {beside}: a token would count it as a wrong PIN.",
+                hint="Write the PIN alone, with one line end at most; a PIN that has blanks at an "
+                "end is given by a callable or by env:NAME.",
+            )
+    return pin
+
+
+def _beside(text: str) -> str | None:
+    if text.startswith("\N{ZERO WIDTH NO-BREAK SPACE}"):
+        return "a byte order mark"
+    if text != text.strip():
+        return "blanks or line ends around the PIN"
+    return None if text.isprintable() else "several lines or control characters"
+
+
 class Pin:
     """A PIN and where it comes from.
 
@@ -101,7 +127,7 @@ class Pin:
         if self._source is None or (self._source == "prompt" and self._value is not None):
             return self._value
         try:
-            self._value = read_secret(self._source, what="PIN")
+            self._value = read_pin(self._source)
         except SecretSourceError as error:
             if self._value is None:
                 error.details["step"] = "login"
