@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import jwt as pyjwt
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from joserfc import jws
 from joserfc.jwk import ECKey
 
@@ -88,6 +92,12 @@ REFUSED_CLAIMS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "exp too far": (lambda: {"exp": _now() + 903}, "The exp is more than 15 minutes ahead."),
     "iat in the future": (lambda: {"iat": _now() + 60}, "The iat lies in the future."),
     "nbf in the future": (lambda: {"nbf": _now() + 60}, "The nbf lies in the future."),
+    "iat days ago": (lambda: {"iat": _now() - 90_000}, "The iat lies more than a day back."),
+    "absurd iat": (lambda: {"iat": -(10**400)}, "The iat lies more than a day back."),
+    "nbf days ago": (lambda: {"nbf": _now() - 90_000}, "The nbf lies more than a day back."),
+    "iat after exp": (lambda: {"iat": _now() + 4, "exp": _now() + 3}, "The iat is not before the"),
+    "nbf after exp": (lambda: {"nbf": _now() + 4, "exp": _now() + 3}, "The nbf is not before the"),
+    "aud with no text": (lambda: {"aud": [None]}, "The aud is not the URL"),
     "iat as a string": (lambda: {"iat": "now"}, "The iat is not a number."),
     "jti as a number": (lambda: {"jti": 7}, "The jti is not a string."),
     "empty jti": (lambda: {"jti": ""}, "The jti is not a string."),
@@ -113,6 +123,33 @@ def test_a_bad_header_is_an_invalid_grant(
     client: Client, header: dict[str, str], reason: str
 ) -> None:
     assert_refused(client, client.assertion(header=header), reason)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"alg":"none","alg":"ES256","typ":"JWT","kid":"%s"}',
+        b'{"alg":"ES256","typ":"JWT","kid":"other","kid":"%s"}',
+        b'{"alg":"ES256","typ":"at+jwt","typ":"JWT","kid":"%s"}',
+        b'\xef\xbb\xbf{"alg":"ES256","typ":"JWT","kid":"%s"}',
+        "utf-16",
+    ],
+)
+def test_header_that_is_read_in_two_ways_is_refused(client: Client, header: bytes | str) -> None:
+    """RFC 7515 section 4: the names are unique, and section 2: the text is UTF-8."""
+    plain = b'{"alg":"ES256","typ":"JWT","kid":"%s"}' % KID.encode()
+    raw = plain.decode().encode(header) if isinstance(header, str) else header % KID.encode()
+    payload = client.assertion().split(".")[1]
+    signed = f"{_base64url(raw)}.{payload}"
+    key = load_pem_private_key(client.key.as_pem(private=True), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    r, s = decode_dss_signature(key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
+    signature = _base64url(r.to_bytes(32, "big") + s.to_bytes(32, "big"))
+    assert_refused(client, f"{signed}.{signature}", "The header of the assertion is not a JSON")
+
+
+def _base64url(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def test_another_algorithm_is_refused(client: Client, sandbox: Sandbox) -> None:
