@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from d1_signer.errors import ConfigurationError, D1SignerError, KeyUriError
-from d1_signer.signing.backend import BackendModule, guarded
+from d1_signer.signing.backend import Backend, BackendModule, guarded
 from d1_signer.signing.key_uri import scheme_of
+
+_log = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "d1_signer.backends"
 
@@ -47,6 +50,7 @@ def load_backend_module(uri: str) -> BackendModule:
                 f"({type(error).__name__}).",
                 hint="Check its installation.",
             ) from error
+        _log.info("backend.plug_in scheme=%s %s", scheme, _told(found[0]))
         return module
     if found:
         values = ", ".join(sorted(point.value for point in found))
@@ -58,6 +62,24 @@ def load_backend_module(uri: str) -> BackendModule:
     # Not the URI itself: what has no scheme of ours may be anything, a key or a password even.
     told = f"Nothing serves {scheme}:." if scheme else "The key URI has no scheme."
     raise KeyUriError(told, hint=f"Known schemes: {known}.")
+
+
+def plug_in_of(backend: Backend) -> str | None:
+    """Whose a backend's code is: distribution, version and class; None for a built-in one."""
+    module, kind = type(backend).__module__, type(backend).__qualname__
+    package = module.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return None
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.module.partition(".")[0] == package and point.dist is not None:
+            return f"{point.dist.name} {point.dist.version} ({module}.{kind})"
+    return f"{module}.{kind}"
+
+
+def _told(point: EntryPoint) -> str:
+    distribution = point.dist
+    of = "" if distribution is None else f"{distribution.name} {distribution.version} "
+    return f"{of}({point.value})"
 
 
 def option_names(function: Callable[..., Any]) -> list[str]:

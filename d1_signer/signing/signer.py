@@ -25,13 +25,14 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Self, final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
-from d1_signer.custody.evidence import Evidence
+from d1_signer.custody.evidence import Evidence, Fact
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import (
@@ -49,7 +50,7 @@ from d1_signer.events import Observer, SignEvent, Use, checked, notify
 from d1_signer.frames import without_locals
 from d1_signer.signing.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
 from d1_signer.signing.key_uri import scheme_of, split_fragment
-from d1_signer.signing.registry import call_backend, load_backend_module
+from d1_signer.signing.registry import call_backend, load_backend_module, plug_in_of
 
 _LONGEST_TIMEOUT = 86_400.0
 
@@ -230,6 +231,10 @@ class Signer:
                 f"The {self._backend.name} backend gave no evidence.",
                 hint="This is a defect of the backend; report it to its maintainers.",
             )
+        plug_in = plug_in_of(self._backend)
+        if plug_in is not None:
+            code = Fact(name="plug-in", value=plug_in, source="d1_signer")
+            evidence = replace(evidence, facts=(*evidence.facts, code))
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,

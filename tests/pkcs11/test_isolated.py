@@ -410,6 +410,28 @@ def test_unexpected_failure_in_the_host_is_answered(capfd: pytest.CaptureFixture
     assert not serving.is_alive()
 
 
+def test_answer_in_drops_is_bounded_as_a_whole() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = threading.Event()
+
+        def drips() -> None:
+            for byte in b"D\x00\x00\x00\x40" + bytes(64):
+                if done.wait(0.02):
+                    return
+                theirs.send(bytes([byte]))
+
+        dripping = threading.Thread(target=drips)
+        dripping.start()
+        try:
+            ours.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                receive(ours, time.monotonic() + 0.2)
+        finally:
+            done.set()
+            dripping.join(20)
+
+
 def test_host_tells_why_it_ends() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

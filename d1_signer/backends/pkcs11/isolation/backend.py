@@ -166,7 +166,7 @@ class IsolatedBackend:
             if left is not None or connection.gettimeout() is not None:  # each costs a system call
                 connection.settimeout(left)
             send(connection, kind, body)
-            answered, answer = receive(connection)
+            answered, answer = receive(connection, deadline)
             self._give(host, connection)
         except TimeoutError:
             self._lost(taken)

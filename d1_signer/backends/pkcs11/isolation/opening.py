@@ -221,7 +221,7 @@ class Opener:
         before = _unanswered.get(mark, 0)
         while True:
             host.control.settimeout(max(0.001, limit - time.monotonic()))
-            answered, answer = receive(host.control)
+            answered, answer = receive(host.control, limit)
             if answered == LOGIN:
                 _unanswered[mark] = before + 1
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,8 +44,12 @@ def send(connection: socket.socket, kind: bytes, body: bytes) -> None:
         raise Gone from None
 
 
-def receive(connection: socket.socket) -> tuple[bytes, bytes]:
+def receive(connection: socket.socket, deadline: float | None = None) -> tuple[bytes, bytes]:
     """Receive a frame: its kind and its body.
+
+    Args:
+        connection: With a time limit that ends at the deadline.
+        deadline: On ``time.monotonic()``, for a frame that comes in pieces; None: none.
 
     Raises:
         Gone: The other side is not there any more.
@@ -52,13 +57,22 @@ def receive(connection: socket.socket) -> tuple[bytes, bytes]:
     """
     data = _some(connection)
     while len(data) < _HEAD.size:
-        data += _some(connection)
+        data += _more(connection, deadline)
     kind, length = _HEAD.unpack_from(data)
     if length > _LONGEST:
         raise Gone
     while len(data) < _HEAD.size + length:
-        data += _some(connection)
+        data += _more(connection, deadline)
     return kind, data[_HEAD.size :]
+
+
+def _more(connection: socket.socket, deadline: float | None) -> bytes:
+    if deadline is not None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+    return _some(connection)
 
 
 def _some(connection: socket.socket) -> bytes:
