@@ -18,6 +18,7 @@ class CustodyReport:
         thumbprint: RFC 7638 thumbprint of the public key.
         collected_at: Seconds since the epoch.
         evidence: What the backend found.
+        plug_in: Distribution, version and class of a backend that is not built in; else None.
     """
 
     backend: str
@@ -25,12 +26,14 @@ class CustodyReport:
     thumbprint: str
     collected_at: int
     evidence: Evidence
+    plug_in: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready values."""
         evidence = self.evidence
         return {
             "backend": self.backend,
+            "plug_in": self.plug_in,
             "kid": self.kid,
             "thumbprint": self.thumbprint,
             "collected_at": self.collected_at,

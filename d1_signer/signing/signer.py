@@ -25,14 +25,13 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Self, final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
-from d1_signer.custody.evidence import Evidence, Fact
+from d1_signer.custody.evidence import Evidence
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import (
@@ -231,16 +230,13 @@ class Signer:
                 f"The {self._backend.name} backend gave no evidence.",
                 hint="This is a defect of the backend; report it to its maintainers.",
             )
-        plug_in = plug_in_of(self._backend)
-        if plug_in is not None:
-            code = Fact(name="plug-in", value=plug_in, source="d1_signer")
-            evidence = replace(evidence, facts=(*evidence.facts, code))
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,
             thumbprint=self._public_key.thumbprint(),
             collected_at=int(time.time()),
             evidence=evidence,
+            plug_in=plug_in_of(self._backend),
         )
 
     def as_private_key(self) -> EllipticCurvePrivateKey:
