@@ -79,6 +79,7 @@ def test_report_is_json_with_claimed_and_attested_apart() -> None:
     read = json.loads(json.dumps(report.to_dict()))
     assert read == {
         "backend": "pkcs11",
+        "plug_in": None,
         "kid": "é",
         "thumbprint": "t",
         "collected_at": 1,
