@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test matrix audit bench soak lock clean system-demo system-test system-matrix
+.PHONY: help demo check test matrix audit bench soak fuzz lock clean system-demo system-test system-matrix
 
 help:
 	@echo 'make demo   a key in SoftHSM, an assertion, a D1 access token from the sandbox'
@@ -21,6 +21,7 @@ help:
 	@echo 'make check  ruff, mypy --strict, the import contracts'
 	@echo 'make bench  the measured figures, beside those of the peers'
 	@echo 'make soak   the long stress runs'
+	@echo 'make fuzz   changed bytes for every decoder, until it is stopped'
 	@echo 'make lock   write requirements/ anew (UPGRADE=1: with the newest releases)'
 	@echo 'make clean  remove what the other targets made'
 	@echo 'PYTHON=python3.12 chooses the interpreter; it must be 3.11 or newer.'
@@ -47,6 +48,13 @@ audit: $(VENV)/.dev
 
 bench: $(VENV)/.bench system-test
 	$(BIN)/python -m tests.bench
+
+# The seed of each round is told, so that a failure can be had again.
+fuzz: $(VENV)/.dev
+	while true; do \
+	    D1_SIGNER_FUZZ_CASES=20000 $(PYTEST) -p no:benchmark -p no:cacheprovider -q tests/fuzz \
+	        --hypothesis-seed=$$(date +%s) || exit 1; \
+	done
 
 soak: $(VENV)/.dev system-test
 	$(PYTEST) -p no:benchmark -m soak

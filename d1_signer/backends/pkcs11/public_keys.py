@@ -100,7 +100,7 @@ def read_point(value: bytes) -> PublicKey | None:
     reading counts only if its point is on the curve.
     """
     read = {_on_the_curve(form) for form in (value, *_inside(value))}
-    if value[0] == _SEQUENCE:
+    if value and value[0] == _SEQUENCE:
         read.add(_key(PublicKey.from_der, value))
     read.discard(None)
     return read.pop() if len(read) == 1 else None

@@ -187,7 +187,10 @@ class IsolatedBackend:
         raise self._failure(answer, host, deadline)
 
     def _failure(self, answer: bytes, host: Host, deadline: float | None) -> Exception:
-        error, more = decoded_error(answer)
+        try:
+            error, more = decoded_error(answer)
+        except Gone:
+            return _died()
         refused.merge(more["refused"])
         if host.dead:
             return _Again()

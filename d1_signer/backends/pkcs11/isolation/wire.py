@@ -93,13 +93,19 @@ def encoded_error(error: D1SignerError, **more: Any) -> bytes:
 
 
 def decoded_error(body: bytes) -> tuple[D1SignerError, dict[str, Any]]:
-    """The error in a body, as the class that its code names, and what travelled beside it."""
-    document = json.loads(body)
-    told = document.pop("error")
-    kind = _kinds().get(told["code"], SignerError)
-    error = kind(
-        told["message"], hint=told["hint"], retryable=told["retryable"], details=told["details"]
-    )
+    """The error in a body, as the class that its code names, and what travelled beside it.
+
+    Raises:
+        Gone: It is no such body.
+    """
+    try:
+        document = json.loads(body)
+        told = document.pop("error")
+        kind = _kinds().get(told["code"], SignerError)
+        message, hint, details = str(told["message"]), str(told["hint"]), dict(told["details"])
+        error = kind(message, hint=hint, retryable=told["retryable"] is True, details=details)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise Gone from None
     return error, document
 
 
