@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import certifi
@@ -207,7 +207,7 @@ class ClientTls:
         except BaseException:
             self._credentials = before
             for context in changed:
-                with context.changing:
+                with suppress(Exception), context.changing:
                     before.load_into(context)
             raise
         return before

@@ -163,11 +163,16 @@ class Lent:
     use pyOpenSSL: for the caller of whose context that is, and for other threads.
     """
 
+    verify_mode = ssl.CERT_REQUIRED
+    check_hostname = True
+    _context: ssl.SSLContext
+
     def __init__(self, context: ssl.SSLContext) -> None:
         """Lend ``context``."""
-        self._context = context
-        self.verify_mode = context.verify_mode
-        self.check_hostname = context.check_hostname
+        vars(self)["_context"] = context
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Change nothing: verification stays as it is."""
 
     def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
         """Set them; see `ssl.SSLContext`."""
