@@ -218,8 +218,8 @@ class TokenFetcher(TokenKeeper):
     def reload(self) -> None:
         """Take what the files of the client certificate, its key and the authorities hold now.
 
-        They are looked at by themselves when a connection is made, every few seconds at most; so
-        this is for a program that wants the error.
+        They are looked at by themselves when a connection is made, and every few seconds when a
+        call begins; so this is for a program that wants the error.
 
         Raises:
             D1SignerError: They cannot be used; the last good ones are used on.

@@ -26,7 +26,8 @@ from d1_signer.transport.verification import require_verifying
 
 _log = logging.getLogger("d1_signer.tls")
 
-# Seconds between two looks at the files; a look is made when a connection is.
+# Seconds between two looks at the files where no connection is made, and between two attempts to
+# take files that cannot be used.
 _LOOK_INTERVAL = 2.0
 # Seconds for forks that are under way: of whoever can wait, and of who looks in passing.
 _LONGEST_FORK, _SHORT_WAIT = 20.0, 0.5
@@ -84,6 +85,7 @@ class ClientTls:
         self._client = certificate and _asking_once(certificate)
         self._authorities = certifi.where() if ca_file is None else as_path(ca_file)
         self._unusable: tuple[object, ...] | None = None
+        self._tried_at = self._looked_at
         self._credentials = self._tried(_LONGEST_FORK)
         self._loaded(None)
 
@@ -121,7 +123,7 @@ class ClientTls:
             credentials = self._credentials
             with _no_fork(_LONGEST_FORK):
                 context = credentials.context()
-            context.before_each = self.look
+            context.before_each = self._look
             with self._handing_out:
                 # Or another thread has taken newer files, and knew nothing of this context.
                 if credentials is self._credentials:
@@ -140,8 +142,11 @@ class ClientTls:
 
     def look(self) -> None:
         """Take what the files hold now, where one has changed; every few seconds at most."""
-        if time.monotonic() - self._looked_at >= _LOOK_INTERVAL:
+        if self._is_time(self._looked_at):
             self._look()
+
+    def _is_time(self, last: float) -> bool:
+        return time.monotonic() - last >= _LOOK_INTERVAL
 
     def _look(self) -> None:
         # Another thread that looks is enough: nobody waits here.
@@ -151,15 +156,16 @@ class ClientTls:
             self._looked_at = time.monotonic()
             self._warn_of_expiry()
             state = state_of(self._authorities, self._client)
-            if state == self._credentials.state:
+            known = state == self._unusable
+            if state == self._credentials.state or (known and not self._is_time(self._tried_at)):
                 return
+            self._tried_at = self._looked_at
             try:
                 self._renew(_SHORT_WAIT)
             except D1SignerError as error:
-                # Tried again at each look, for what is amiss may not show in the files; and told
-                # once for each state of them.
-                if state != self._unusable:
-                    self._unusable = state
+                # What is amiss may not show in the files: it is tried again, and told once.
+                self._unusable = state
+                if not known:
                     _log.warning("tls.files_unusable the last good ones are used on: %s", error)
         finally:
             self._lock.release()

@@ -111,6 +111,7 @@ class VerifiedObject(ssl.SSLObject):
     """The same over buffers in memory, as asyncio has it."""
 
     _looked_at = False
+    _begun = False
 
     def do_handshake(self) -> None:
         """Do it, or a step of it; see `ssl.SSLObject`.
@@ -119,7 +120,9 @@ class VerifiedObject(ssl.SSLObject):
             ssl.SSLCertVerificationError: See `require_verified`.
             D1SignerError: What the signer of the client key raised.
         """
-        require_verifying(self.context)
+        if not self._begun:  # what is set later is for others
+            require_verifying(self.context)
+            self._begun = True
         with handshake.with_server(self.server_hostname), _told(self):
             super().do_handshake()
         require_verified(self, self.server_hostname or "")

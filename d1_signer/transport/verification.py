@@ -67,7 +67,12 @@ _NOT_BY_CERTIFICATE = re.compile(r"(^|-)(PSK|SRP|ADH|AECDH|NULL)(-|$)")
 
 def suites_without_certificate(context: ssl.SSLContext) -> frozenset[str]:
     """The cipher suites of a context that do not rest on a certificate of the server."""
-    names = (suite["name"] for suite in context.get_ciphers())
+    return _without_certificate(tuple(suite["name"] for suite in context.get_ciphers()))
+
+
+@functools.lru_cache(maxsize=16)
+def _without_certificate(names: tuple[str, ...]) -> frozenset[str]:
+    # Kept: it is looked at in each handshake, and the names are nearly always the same.
     return frozenset(name for name in names if _NOT_BY_CERTIFICATE.search(name))
 
 

@@ -188,6 +188,33 @@ def test_a_function_is_asked_once_for_each_key_and_again_after_a_failure(
     assert asked == 3
 
 
+def test_a_new_connection_waits_for_no_interval_and_what_fails_does(
+    make_fetcher: FetcherMaker, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_LOOK_INTERVAL", 600.0)
+    asked: list[bytes] = []
+
+    def passphrase() -> bytes:
+        asked.append(PASSPHRASES[0])
+        return PASSPHRASES[0]
+
+    fetcher = make_fetcher(client_certificate=files.client(passphrase=passphrase))
+    context: Any = fetcher.ssl_context
+
+    def call() -> int:
+        with httpx.Client(verify=context, trust_env=False) as http:
+            assert http.get(f"{files.sandbox.banking_url}/ping").status_code == 401
+        number: int = context.client_certificate.serial_number
+        return number
+
+    call()
+    after = files.renew()
+    assert call() == after
+    files.renew(PASSPHRASES[1])
+    assert [call() for _ in range(5)] == [after] * 5
+    assert len(asked) == 1
+
+
 # -- all contexts hold the same -------------------------------------------------------------------
 
 
@@ -213,10 +240,7 @@ def test_each_file_is_read_once_for_all_contexts(make_fetcher: FetcherMaker, fil
     assert certificates == {fetcher._tls.certificate}
 
 
-def test_a_renewal_that_fails_half_way_leaves_no_context_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "_LOOK_INTERVAL", 600.0)
+def test_a_renewal_that_fails_half_way_leaves_no_context_changed(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     contexts = [pair.tls.context() for _ in range(3)]
     before = pair.tls.certificate
@@ -232,9 +256,12 @@ def test_a_renewal_that_fails_half_way_leaves_no_context_changed(
     # Nor is the one that could not be changed without a certificate.
     assert pair.tls.certificate == before
     for context in contexts:
-        pair.handshake(context)
         assert context.client_certificate == before  # type: ignore[attr-defined]
-    monkeypatch.setattr(client, "_LOOK_INTERVAL", 0.0)
+        context.before_each = lambda: None  # type: ignore[attr-defined]
+        pair.handshake(context)
+        del context.before_each  # type: ignore[attr-defined]
+    for context in contexts:
+        context.before_each = pair.tls.look  # type: ignore[attr-defined]
     for context in contexts:
         pair.handshake(context)
         assert context.client_certificate == pair.tls.certificate != before  # type: ignore[attr-defined]
