@@ -30,6 +30,7 @@ from d1_signer.events import Event, SignEvent
 from d1_signer.sandbox import Sandbox
 from d1_signer.transport import client
 from d1_signer.transport.client import ClientTls
+from d1_signer.transport.tls import verifying_context
 from tests.token.conftest import FetcherMaker
 from tests.transport.in_memory import Pair
 from tests.transport.test_client_key import request_of
@@ -114,6 +115,16 @@ def test_what_is_no_file_keeps_nobody(
         fetcher.reload()
     with pytest.raises(ConfigurationError, match=r"regular file|1 MiB|directory"):
         make_fetcher(client_certificate=files.client(), ca_file=files.ca_file)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [a_pipe, endless, huge, a_folder])
+def test_the_authorities_of_a_key_service_are_read_with_the_same_care(
+    tmp_path: Path, kind: Callable[[Path], None]
+) -> None:
+    kind(tmp_path / "ca.pem")
+    with pytest.raises(OSError, match=r"regular file|1 MiB|directory"):
+        verifying_context(str(tmp_path / "ca.pem"))
 
 
 # -- what is tried again --------------------------------------------------------------------------
