@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ import pytest
 
 from d1_signer import ClientCertificate, SignerClosedError, TokenFetcher, open_signer
 from d1_signer.events import Event, SignEvent
+from d1_signer.transport.client import ClientTls
 from tests.servers.certificates import Authority, self_signed
+from tests.servers.process import free_port
 from tests.token.conftest import FetcherMaker
 from tests.transport.in_memory import Pair
 
@@ -160,3 +163,58 @@ def test_what_the_signer_raises_then_comes_out_as_it_was(
         way(fetcher)
     with pytest.raises(SignerClosedError):
         fetcher.token()
+
+
+def test_a_second_handshake_of_tls_12(pair: Pair, tmp_path: Path) -> None:
+    """How a server of TLS 1.2 asks later on: OpenSSL's own, which does so at the letter R."""
+    events: list[Event] = []
+    (tmp_path / "renegotiating").mkdir()
+    certificate, key = self_signed(tmp_path / "renegotiating")
+    port = free_port()
+    command = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-naccept", "1"]
+    command += ["-tls1_2", "-no_resumption_on_reneg"]
+    command += ["-cert", str(certificate), "-key", str(key), "-CAfile", str(pair.authority.file)]
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    )
+    with server, open_signer(pair.uri, kid="tls", observers=[events.append]) as signer:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        events.clear()
+        tls = ClientTls(ClientCertificate(pair.path, signer), certificate)
+        with (
+            connected(port) as plain,
+            tls.context().wrap_socket(plain, server_hostname="localhost") as sock,
+        ):
+            sock.sendall(b"hello\n")
+            assert b"hello\n" in server.stdout
+            assert not events
+            server.stdin.write(b"R\n")
+            told: list[bytes] = []
+            reader = threading.Thread(target=lambda: told.append(sock.recv(100)))
+            reader.start()
+            until = time.monotonic() + 20
+            while not events and time.monotonic() < until:
+                time.sleep(0.01)
+            server.stdin.write(b"served\n")
+            reader.join(30)
+            assert told == [b"served\n"]
+        server.kill()
+    (event,) = [event for event in events if isinstance(event, SignEvent)]
+    assert event.use is not None
+    assert event.use.references == (("server", "localhost"),)
+
+
+def connected(port: int) -> socket.socket:
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        except ConnectionRefusedError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
