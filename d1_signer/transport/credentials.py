@@ -269,8 +269,12 @@ def _load_pair(
             f"The client certificate or its key cannot be read: {shown}.",
             hint=_ENCRYPTED_HINT if passphrase.asked else "Both must be PEM files.",
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SecretSourceError(
             f"The client certificate or its key cannot be loaded: {shown}: {unreadable(error)}.",
-            hint="Check the passphrase, and this process's limits of memory and descriptors.",
+            hint="Look at this process's limits of memory and descriptors, and that it has /proc.",
+        ) from None
+    except ValueError:
+        raise SecretSourceError(
+            "The client key's passphrase is longer than OpenSSL takes.", hint="Look at its source."
         ) from None

@@ -131,11 +131,15 @@ def test_the_authorities_of_a_key_service_are_read_with_the_same_care(
 
 
 def test_a_key_whose_permissions_are_mended_is_taken(
-    make_fetcher: FetcherMaker, files: Files, caplog: pytest.LogCaptureFixture
+    make_fetcher: FetcherMaker,
+    files: Files,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # At once, and not only when the same is tried again.
+    monkeypatch.setattr(client, "_LOOK_INTERVAL", 600.0)
     fetcher = make_fetcher(client_certificate=files.client())
     before = shown(fetcher)
-    files.sandbox.client_key.chmod(0o600)
     certificate, key = files.sandbox.issue_client_certificate()
     key.chmod(0o644)
     put(key, files.key)
@@ -425,6 +429,12 @@ def test_a_signer_that_is_closed_leaves_it_to_the_next(
 def test_a_timeout_that_is_none(timeout: Any) -> None:
     with pytest.raises(ConfigurationError, match="timeout"):
         ClientCertificate("client.pem", "client.key", timeout=timeout)
+
+
+def test_a_passphrase_that_is_too_long(make_fetcher: FetcherMaker, files: Files) -> None:
+    files.renew(PASSPHRASES[0])
+    with pytest.raises(ConfigurationError, match="passphrase is longer"):
+        make_fetcher(client_certificate=files.client(passphrase=lambda: "a" * 5000))
 
 
 def test_no_secret_stands_in_an_error_of_a_key(make_fetcher: FetcherMaker, files: Files) -> None:
