@@ -165,7 +165,11 @@ def test_what_does_not_show_in_the_files_is_tried_again(
     assert shown(fetcher) == after
 
 
-def test_a_passphrase_that_comes_last_is_taken(make_fetcher: FetcherMaker, files: Files) -> None:
+def test_a_passphrase_that_comes_last_is_taken(
+    make_fetcher: FetcherMaker, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_LOOK_INTERVAL", 600.0)
+
     def write(passphrase: bytes) -> None:
         files.passphrase.touch(0o600)
         files.passphrase.write_bytes(passphrase + b"\n")
