@@ -41,7 +41,7 @@ class VerifiedSocket(ssl.SSLSocket):
 
     _looked_at = False
 
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 (the ssl module's)
+    def do_handshake(self, *block: bool) -> None:  # gevent's takes no argument
         """Do it; see `ssl.SSLSocket`.
 
         Raises:
@@ -52,7 +52,7 @@ class VerifiedSocket(ssl.SSLSocket):
             require_verifying(self.context)
             until = time.monotonic() + (self.gettimeout() or _LONGEST_HANDSHAKE)
             with fork_gate.call(until), handshake.with_server(self.server_hostname), _told(self):
-                super().do_handshake(block)
+                super().do_handshake(*block)
             require_verified(self, self.server_hostname or "")
             self._looked_at = True
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
