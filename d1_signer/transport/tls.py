@@ -61,40 +61,40 @@ class VerifiedSocket(ssl.SSLSocket):
             self.close()
             raise
 
-    # What is received comes through `read`.
+    # Arguments are handed on as they come: gevent has others. What is received comes by `read`.
 
-    def read(self, len: int | None = 1024, buffer: Any = None) -> Any:  # noqa: A002 (the ssl module's)
+    def read(self, *args: Any, **options: Any) -> Any:
         """Read; see `ssl.SSLSocket`. A server may ask for the client certificate amid it."""
         _require_looked_at(self)
         with handshake.with_server(self.server_hostname):
-            return super().read(len, buffer)  # type: ignore[arg-type,deprecated]
+            return super().read(*args, **options)  # type: ignore[deprecated]
 
-    def write(self, data: Any) -> int:
+    def write(self, *args: Any, **options: Any) -> int:
         """Write; see `ssl.SSLSocket`."""
         _require_looked_at(self)
         with handshake.with_server(self.server_hostname):
-            return super().write(data)  # type: ignore[deprecated]
+            return super().write(*args, **options)  # type: ignore[deprecated]
 
-    def send(self, data: Any, flags: int = 0) -> int:
+    def send(self, *args: Any, **options: Any) -> int:
         """Send; see `ssl.SSLSocket`."""
         _require_looked_at(self)
         with handshake.with_server(self.server_hostname):
-            return super().send(data, flags)
+            return super().send(*args, **options)
 
-    def sendall(self, data: Any, flags: int = 0) -> None:
+    def sendall(self, *args: Any, **options: Any) -> None:
         """Send all of it; see `ssl.SSLSocket`."""
         _require_looked_at(self)
-        super().sendall(data, flags)
+        super().sendall(*args, **options)
 
-    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, *args: Any, **options: Any) -> int:
         """Send a file; see `ssl.SSLSocket`."""
         _require_looked_at(self)
-        return super().sendfile(file, offset, count)
+        return super().sendfile(*args, **options)
 
-    def sendto(self, *arguments: Any) -> int:
+    def sendto(self, *args: Any) -> int:
         """Not for TLS; see `ssl.SSLSocket`."""
         _require_looked_at(self)
-        return super().sendto(*arguments)
+        return super().sendto(*args)
 
     def shutdown(self, how: int) -> None:
         """End it; see `ssl.SSLSocket`, which would send on in clear text."""
@@ -128,17 +128,17 @@ class VerifiedObject(ssl.SSLObject):
         require_verified(self, self.server_hostname or "")
         self._looked_at = True
 
-    def read(self, len: int | None = 1024, buffer: Any = None) -> Any:  # noqa: A002 (the ssl module's)
+    def read(self, *args: Any, **options: Any) -> Any:
         """Read; see `ssl.SSLObject`. A server may ask for the client certificate amid it."""
         _require_looked_at(self)
         with handshake.with_server(self.server_hostname):
-            return super().read(len, buffer)  # type: ignore[arg-type]
+            return super().read(*args, **options)
 
-    def write(self, data: Any) -> int:
+    def write(self, *args: Any, **options: Any) -> int:
         """Write; see `ssl.SSLObject`."""
         _require_looked_at(self)
         with handshake.with_server(self.server_hostname):
-            return super().write(data)
+            return super().write(*args, **options)
 
 
 def _require_looked_at(sock: VerifiedSocket | VerifiedObject) -> None:
