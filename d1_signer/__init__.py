@@ -134,7 +134,7 @@ if TYPE_CHECKING:
         Lease as Lease,
         TokenStore as TokenStore,
     )
-    from d1_signer.transport.client import (
+    from d1_signer.transport.credentials import (
         ClientCertificate as ClientCertificate,
     )
     from d1_signer.transport.processes import (
@@ -206,7 +206,7 @@ _HOMES = {
     "token.redis_store": ["RedisTokenStore"],
     "token.stores": ["Lease", "TokenStore"],
     "transport.processes": ["PerProcess"],
-    "transport.client": ["ClientCertificate"],
+    "transport.credentials": ["ClientCertificate"],
     "token.fetcher": ["Audience", "TokenFetcher"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -7,6 +7,7 @@ A secret itself is never a setting: it would show in process lists, shell histor
 
 from __future__ import annotations
 
+import errno
 import getpass
 import os
 import re
@@ -81,11 +82,18 @@ def _value_from(source: SecretSource, what: str) -> object:
         return _prompt(what)
     if isinstance(source, str) and source.startswith("env:"):
         return _from_environment(source.removeprefix("env:"), what)
-    if isinstance(source, str) and source.startswith("file:"):
-        path = unquote(source.removeprefix("file:"))
-        value = read_private_file(path.removeprefix("//"), what=f"{what} file")
+    path = file_of(source)
+    if path is not None:
+        value = read_private_file(path, what=f"{what} file")
         return value.removesuffix(b"\n").removesuffix(b"\r")
     raise SecretSourceError(f"The source of the {what} is not understood.", hint=_SOURCES)
+
+
+def file_of(source: SecretSource) -> str | None:
+    """The file that a secret is read from; None for another source."""
+    if not isinstance(source, str) or not source.startswith("file:"):
+        return None
+    return unquote(source.removeprefix("file:")).removeprefix("//")
 
 
 def _wrapped(value: object) -> Secret | None:
@@ -128,21 +136,42 @@ def read_private_file(path: str, *, what: str) -> bytes:
         SecretSourceError: Unreadable, not a regular file, too large, or open to others.
     """
     try:
-        with open(path, "rb", opener=_open_without_blocking) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise SecretSourceError(f"The {what} is not a regular file: {shown_path(path)}.")
-            _check_mode(status, path, what)
-            content = file.read(_MAX_FILE_SIZE + 1)
+        return _content(path, lambda status: _check_mode(status, path, what))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a file name"
         raise SecretSourceError(
-            f"The {what} cannot be read: {shown_path(path)}: {reason}.",
+            f"The {what} cannot be read: {shown_path(path)}: {unreadable(error)}.",
             hint="Check the path, and that this process's user may read it.",
         ) from None
+
+
+def read_public_file(path: str) -> bytes:
+    """Read a file that holds no secret, such as a certificate.
+
+    Returns:
+        The content, at most 1 MiB.
+
+    Raises:
+        OSError: Unreadable, not a regular file, or too large.
+        ValueError: Not a file name.
+    """
+    return _content(path, lambda _: None)
+
+
+def unreadable(error: OSError | ValueError) -> str:
+    """Why a file cannot be read, in a few words."""
+    return (error.strerror or "no reason") if isinstance(error, OSError) else "not a file name"
+
+
+def _content(path: str, check: Callable[[os.stat_result], None]) -> bytes:
+    with open(path, "rb", opener=_open_without_blocking) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        check(status)
+        content = file.read(_MAX_FILE_SIZE + 1)
     if len(content) > _MAX_FILE_SIZE:
         del content  # a frame that raises holds no secret
-        raise SecretSourceError(f"The {what} is larger than 1 MiB: {shown_path(path)}.")
+        raise OSError(errno.EFBIG, "larger than 1 MiB")
     return content
 
 

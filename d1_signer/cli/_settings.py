@@ -22,7 +22,8 @@ from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.assertion import sign_assertion
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.token.fetcher import Audience, TokenFetcher
-from d1_signer.transport.client import ClientCertificate, ClientTls
+from d1_signer.transport.client import ClientTls
+from d1_signer.transport.credentials import ClientCertificate
 
 _HSM_PATIENCE = 30.0  # seconds
 

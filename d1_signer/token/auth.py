@@ -115,6 +115,14 @@ class _Bearer(str):
         """What is sent; see `str.encode`."""
         return f"Bearer {self._token.reveal()}".encode(encoding, errors)
 
+    # A copied request can be sent; one that leaves the process, or is written down, cannot.
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self
+
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
 

@@ -17,6 +17,7 @@ One fetcher for each issuer and environment, shared by all threads, made once.
 
 from __future__ import annotations
 
+import functools
 import os
 import ssl
 import time
@@ -26,6 +27,8 @@ from types import TracebackType
 from typing import NoReturn, Self, final
 
 import requests
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from d1_signer.errors import ConfigurationError
@@ -42,7 +45,8 @@ from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.keeper import TokenKeeper
 from d1_signer.token.renewal import Limits, Renewal, seconds
 from d1_signer.token.stores import TokenStore
-from d1_signer.transport.client import ClientCertificate, ClientTls
+from d1_signer.transport.client import ClientTls
+from d1_signer.transport.credentials import ClientCertificate
 from d1_signer.transport.proxies import check_proxy
 from d1_signer.transport.session import TlsAdapter, new_session
 
@@ -92,7 +96,8 @@ class TokenFetcher(TokenKeeper):
             signer: Signs the assertions. It stays the caller's to close.
             issuer_id: The issuerId (or aggregatorId) that D1 assigned.
             environment: Which D1: an `Environment`, its name, or a URL.
-            client_certificate: For mutual TLS, or a ready ``ssl.SSLContext`` that verifies.
+            client_certificate: For mutual TLS, or a ready ``ssl.SSLContext`` that verifies; its
+                sockets are then looked at after the handshake, whoever makes them.
             ca_file: Authorities for the server's certificate instead of the public ones.
             proxy: URL of an HTTP proxy; proxy variables of the environment are not read.
             proxy_adds_certificate: State that an outgoing proxy adds the client certificate, so
@@ -136,7 +141,13 @@ class TokenFetcher(TokenKeeper):
                 "A store_key was given without a store.", hint="Give both, or neither."
             )
         observers = checked(observers)
-        self._tls = ClientTls(client_certificate, ca_file, observers)
+        signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
+        self._tls = ClientTls(
+            client_certificate,
+            ca_file,
+            observers,
+            accept=functools.partial(_require_another_key, signers),
+        )
         if proxy is not None:
             check_proxy(proxy, credentials=True)
         self._proxy = proxy
@@ -149,8 +160,6 @@ class TokenFetcher(TokenKeeper):
             connect_timeout=limits.connect,
             read_timeout=limits.read,
         )
-        signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
-        _require_another_key(signers, self._tls)
         if audience is Audience.TOKEN_ENDPOINT:
             audience = self._environment.token_endpoint
         alone = Renewal(
@@ -211,8 +220,8 @@ class TokenFetcher(TokenKeeper):
     def reload(self) -> None:
         """Take what the files of the client certificate, its key and the authorities hold now.
 
-        They are looked at by themselves when a connection is made, every few seconds at most; so
-        this is for a program that wants the error.
+        They are looked at by themselves when a connection is made, and every few seconds when a
+        call begins; so this is for a program that wants the error.
 
         Raises:
             D1SignerError: They cannot be used; the last good ones are used on.
@@ -253,12 +262,13 @@ class TokenFetcher(TokenKeeper):
         raise TypeError(msg)
 
 
-def _require_another_key(signers: SignerSet, tls: ClientTls) -> None:
+def _require_another_key(signers: SignerSet, certificate: x509.Certificate) -> None:
     """Refuse a client certificate of a key that signs assertions: D1 wants two keys."""
-    if tls.certificate is None:
-        return
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    key = tls.certificate.public_key().public_bytes(*form)
+    try:
+        key = certificate.public_key().public_bytes(*form)
+    except (ValueError, UnsupportedAlgorithm):
+        return  # no key of ES256
     if any(key == public_key.der() for public_key in signers.public_keys()):
         raise ConfigurationError(
             "The client certificate is for the key that signs assertions.",

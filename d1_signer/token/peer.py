@@ -30,6 +30,58 @@ _ABOUT_CERTIFICATE = frozenset({495, 496})
 _REFUSALS = frozenset({400, 401, 403})
 _NAMES_CERTIFICATE = re.compile(rb"\b(ssl|tls|client)[ -]certificate\b", re.IGNORECASE)
 
+# What each failure of TLS is told as; without a hint it is one about the client certificate.
+_TOLD = {
+    TlsFailure.UNTRUSTED: (
+        "The server certificate of {at} is not trusted: {reason}.",
+        (
+            "Check the environment's URL and the CA file, and the clock where dates are named; "
+            "a TLS-inspecting proxy must let this host pass."
+        ),
+    ),
+    TlsFailure.TOO_OLD: (
+        "{at} offers no TLS 1.2 or newer ({reason}).",
+        "Check the environment's URL; D1 speaks TLS 1.2, so something else answers.",
+    ),
+    TlsFailure.NOTHING_IN_COMMON: (
+        "{at} has no version or cipher suite of TLS in common with this machine ({reason}).",
+        "Check the environment's URL, and this machine's configuration of OpenSSL.",
+    ),
+    TlsFailure.NO_TLS: (
+        "{at} does not speak TLS but plain HTTP or another protocol ({reason}).",
+        "Check the port in the environment's URL, and what stands between.",
+    ),
+    TlsFailure.UNKNOWN_NAME: (
+        "{at} does not serve this host name ({reason}).",
+        "Check the host in the environment's URL.",
+    ),
+    TlsFailure.PASSING: (
+        "D1's token endpoint {at} cannot be reached; TLS failed over there: {reason}.",
+        "It is tried again by itself; if it stays, ask who runs the server.",
+    ),
+    TlsFailure.REFUSED_CERTIFICATE: (
+        "{at} refuses the TLS handshake for the client certificate ({reason}).",
+        None,
+    ),
+    TlsFailure.ALERT: (
+        "{at} refuses the TLS handshake ({reason}).",
+        "Ask who runs the server, with these words.",
+    ),
+    TlsFailure.CUT: (
+        "D1's token endpoint {at} cannot be reached; TLS failed: {reason}.",
+        None,
+    ),
+}
+# Where the dates of the client certificate have nothing to do with it.
+_NOT_ABOUT_OURS = frozenset(
+    {
+        TlsFailure.TOO_OLD,
+        TlsFailure.NOTHING_IN_COMMON,
+        TlsFailure.NO_TLS,
+        TlsFailure.UNKNOWN_NAME,
+    }
+)
+
 Details = dict[str, str | int | float]
 
 
@@ -80,35 +132,15 @@ class Peer:
         )
 
     def _without_tls(self, failure: Failure, details: Details) -> TokenError:
-        at, reason = self.address, failure.reason
-        if failure.tls is TlsFailure.UNTRUSTED:
-            text = f"The server certificate of {at} is not trusted: {reason}."
-            hint = (
-                "Check the environment's URL and the CA file, and the clock where dates are named; "
-                "a TLS-inspecting proxy must let this host pass."
-            )
-        elif failure.tls is TlsFailure.TOO_OLD:
-            text = f"{at} offers no TLS 1.2 or newer ({reason})."
-            hint = "Check the environment's URL; D1 speaks TLS 1.2, so something else answers."
-        elif failure.tls is TlsFailure.NO_TLS:
-            text = f"{at} does not speak TLS but plain HTTP or another protocol ({reason})."
-            hint = "Check the port in the environment's URL, and what stands between."
-        elif failure.tls is TlsFailure.REFUSED_CERTIFICATE:
-            text = f"{at} refuses the TLS handshake for the client certificate ({reason})."
-            text = f"{text} {self._none_given() or ''}".rstrip()
-            hint = self._about_certificate()
-        elif failure.tls is TlsFailure.ALERT or self._dates():
-            text = f"{at} refuses the TLS handshake ({reason})."
-            hint = self._about_certificate()
-        else:
-            return TokenUnavailable(
-                f"D1's token endpoint {at} cannot be reached; TLS failed: {reason}.",
-                hint=self._where_it_stays(),
-                details=details,
-            )
-        if failure.tls is not TlsFailure.NO_TLS and self._dates():
-            text = f"{text} {self._dates()}"
-        return TlsError(text, hint=hint, details=details)
+        kind = failure.tls or TlsFailure.CUT
+        told, hint = _TOLD[kind]
+        none_given = self._none_given() if kind is TlsFailure.REFUSED_CERTIFICATE else None
+        at_fault = None if kind in _NOT_ABOUT_OURS else self._dates()
+        told = told.format(at=self.address, reason=failure.reason)
+        text = " ".join(part for part in (told, none_given, at_fault) if part)
+        if kind is TlsFailure.PASSING or (kind is TlsFailure.CUT and not at_fault):
+            return TokenUnavailable(text, hint=hint or self._where_it_stays(), details=details)
+        return TlsError(text, hint=hint or self._about_certificate(), details=details)
 
     def answered_by_another(
         self, status: int, content_type: str, body: bytes, *, retry_after: float | None

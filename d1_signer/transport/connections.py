@@ -28,7 +28,8 @@ from d1_signer.transport.deadlines import run_until
 from d1_signer.transport.hosts import is_address
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.response import BoundedResponse
-from d1_signer.transport.tls import require_verified, require_verifying
+from d1_signer.transport.tls import Lent
+from d1_signer.transport.verification import require_verified, require_verifying
 
 # Bytes of a request that are kept together; a body that is streamed is sent as it comes.
 _HELD = 1 << 16
@@ -244,12 +245,16 @@ class _Connection(HTTPConnection):
 class _TlsConnection(_Connection, HTTPSConnection):
     def connect(self) -> None:
         # At each handshake: a caller may have weakened its context since it gave it.
-        require_verifying(self.ssl_context)
+        context = self.ssl_context
+        require_verifying(context)
         try:
+            self.ssl_context = Lent(context)  # type: ignore[arg-type, assignment]
             super().connect()
         except (ConnectionResetError, BrokenPipeError) as error:
             # What comes before has errors of urllib3.
             raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "closed amid the handshake") from error
+        finally:
+            self.ssl_context = context
         try:
             require_verified(self.sock, self._tunnel_host or self.host)
         except BaseException:

@@ -22,10 +22,20 @@ from urllib3.util.ssl_match_hostname import CertificateError
 # What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
 _NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|PACKET_LENGTH|RECORD_LAYER_FAILURE")
 _TOO_OLD = re.compile(r"UNSUPPORTED_PROTOCOL|ALERT_PROTOCOL_VERSION|UNSUPPORTED_SSL_VERSION")
-# RFC 8446 section 6.2; a server of TLS 1.2 says of a missing one that the handshake failed.
-_ABOUT_CERTIFICATE = re.compile(
-    r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAILURE|DECRYPT_ERROR)"
+# Alerts of RFC 8446 section 6.2 and RFC 5246 section 7.2, in OpenSSL's words.
+_NOTHING_IN_COMMON = re.compile(
+    r"INSUFFICIENT_SECURITY|EXPORT_RESTRICTION|NO_CIPHERS_AVAILABLE|NO_SHARED_CIPHER"
 )
+_HANDSHAKE_FAILURE = re.compile(r"ALERT_HANDSHAKE_FAILURE")
+_UNKNOWN_NAME = re.compile(r"TLSV1_(ALERT_)?UNRECOGNIZED_NAME")
+_PASSING = re.compile(r"ALERT_(INTERNAL_ERROR|USER_CANCELL?ED)")
+# A server of TLS 1.2 says of a missing one that the handshake failed.
+_ABOUT_CERTIFICATE = re.compile(
+    r"(ALERT|TLSV1)_(.*CERTIFICATE.*|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAILURE|DECRYPT_ERROR)"
+)
+_ALERT = re.compile(r"ALERT|^TLSV1_")
+# What Python has no name for has OpenSSL's words at least.
+_WORDS = re.compile(r"\] ([^(:]+)")
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 
@@ -47,6 +57,9 @@ class TlsFailure(Enum):
     ALERT = "another alert"
     NO_TLS = "what answers speaks something else"
     TOO_OLD = "no version in common"
+    NOTHING_IN_COMMON = "no cipher suite, group or signature algorithm in common"
+    UNKNOWN_NAME = "an alert about the host name"
+    PASSING = "an alert about what may pass"
     CUT = "the connection ended"
 
 
@@ -127,20 +140,39 @@ def _tls_failure(link: BaseException) -> Failure | None:
         return Failure(Stage.TLS, "the handshake did not end in time", TlsFailure.CUT)
     if not isinstance(link, ssl.SSLError):
         return None
-    said = getattr(link, "reason", None) or ""  # absent from one that OpenSSL did not raise
+    said = getattr(link, "reason", None)  # absent from one that OpenSSL did not raise
+    if not said:
+        found = _WORDS.search(str(link))
+        said = found[1].strip().upper().replace(" ", "_") if found else ""
     closed = isinstance(link, ssl.SSLEOFError | ssl.SSLZeroReturnError)
     if closed or "UNEXPECTED_EOF" in said:
         return Failure(Stage.TLS, "the connection was closed amid the handshake", TlsFailure.CUT)
-    kind = TlsFailure.CUT
-    if _TOO_OLD.search(said):
-        kind = TlsFailure.TOO_OLD
-    elif _NO_TLS.search(said):
-        kind = TlsFailure.NO_TLS
-    elif _ABOUT_CERTIFICATE.search(said):
-        kind = TlsFailure.REFUSED_CERTIFICATE
-    elif "ALERT" in said:
-        kind = TlsFailure.ALERT
-    return Failure(Stage.TLS, re.sub(r"[^a-z0-9.]+", " ", (said or "no reason").lower()), kind)
+    words = re.sub(r"[^a-z0-9.]+", " ", (said or "no reason").lower())
+    return Failure(Stage.TLS, words, _kind(said, agreed=not hasattr(link, _NO_AGREEMENT)))
+
+
+_NO_AGREEMENT = "no_agreement"
+
+
+def note_no_agreement(error: ssl.SSLError) -> None:
+    """Note in an error of a handshake that it came before a version and a suite were agreed on."""
+    setattr(error, _NO_AGREEMENT, True)
+
+
+def _kind(said: str, *, agreed: bool) -> TlsFailure:
+    kinds = {
+        _TOO_OLD: TlsFailure.TOO_OLD,
+        _NOTHING_IN_COMMON: TlsFailure.NOTHING_IN_COMMON,
+        _NO_TLS: TlsFailure.NO_TLS,
+        _UNKNOWN_NAME: TlsFailure.UNKNOWN_NAME,
+        _PASSING: TlsFailure.PASSING,
+        # No certificate was asked for before.
+        _HANDSHAKE_FAILURE: None if agreed else TlsFailure.NOTHING_IN_COMMON,
+        _ABOUT_CERTIFICATE: TlsFailure.REFUSED_CERTIFICATE if agreed else TlsFailure.ALERT,
+        _ALERT: TlsFailure.ALERT,
+    }
+    found = (kind for words, kind in kinds.items() if kind is not None and words.search(said))
+    return next(found, TlsFailure.CUT)
 
 
 def _system_reason(links: list[BaseException]) -> str | None:

@@ -22,6 +22,7 @@ from ctypes import POINTER, c_char_p, c_int, c_long, c_uint64, c_void_p
 from typing import Any, TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from d1_signer import es256
@@ -31,6 +32,7 @@ from d1_signer.errors import (
     InvalidKeyError,
     KeyMismatchError,
     SecretSourceError,
+    SignerClosedError,
     SignerError,
 )
 from d1_signer.es256 import PublicKey
@@ -86,12 +88,17 @@ def chain_of(pem: bytes, shown: str) -> list[x509.Certificate]:
         SecretSourceError: It holds none that can be read.
     """
     try:
-        return x509.load_pem_x509_certificates(pem)
-    except ValueError:
+        chain = x509.load_pem_x509_certificates(pem)
+        own = chain[0]
+        # Parsed when they are asked for, which is no time for errors.
+        _ = (own.subject.rfc4514_string(), own.issuer.rfc4514_string())
+        _ = (own.not_valid_before_utc, own.not_valid_after_utc)
+    except (ValueError, OverflowError, x509.InvalidVersion):
         raise SecretSourceError(
             f"The client certificate cannot be read: {shown}.",
             hint="Give the file in PEM that Thales sent for your CSR, its chain behind it.",
         ) from None
+    return chain
 
 
 def public_key_of(certificate: x509.Certificate, shown: str) -> PublicKey:
@@ -103,7 +110,7 @@ def public_key_of(certificate: x509.Certificate, shown: str) -> PublicKey:
     try:
         key: Any = certificate.public_key()
         return PublicKey(key)
-    except (D1SignerError, ValueError, TypeError):
+    except (D1SignerError, ValueError, TypeError, UnsupportedAlgorithm):
         raise InvalidKeyError(
             f"The client certificate is not for a P-256 key: {shown}.",
             hint="A Signer signs ES256 only: have Thales sign a CSR of such a key, or give the "
@@ -142,7 +149,8 @@ def sign_with(
         context: One whose sockets do their handshakes in `with_server`.
         chain: The certificate and its chain.
         public_key: The certificate's.
-        signers: The first whose key is the certificate's signs; a lazy one is opened by then.
+        signers: The first that is not closed, and whose key is the certificate's, signs; a lazy
+            one is opened by then.
         timeout: Seconds for one signature.
 
     Raises:
@@ -191,9 +199,17 @@ def _sign(
         )
     server = _now.server
     use = Use(purpose=PURPOSE, references=(("server", server),) if server else ())
-    source = next(each for each in signers if each.public_key == public_key)
-    signer = source.signer(timeout=timeout) if isinstance(source, LazySigner) else source
-    return signer.sign_digest(digest, timeout=timeout, use=use)
+    closed: SignerClosedError | None = None
+    for source in signers:
+        if source.public_key != public_key:
+            continue
+        try:
+            signer = source.signer(timeout=timeout) if isinstance(source, LazySigner) else source
+            return signer.sign_digest(digest, timeout=timeout, use=use)
+        except SignerClosedError as error:
+            closed = error.fresh()
+    assert closed is not None  # noqa: S101 (one of them has the key: `require_one_that_fits`)
+    raise closed
 
 
 class _Now(threading.local):

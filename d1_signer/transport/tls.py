@@ -1,42 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS contexts that verify, and what a handshake must have shown.
+"""TLS contexts that verify, and their sockets.
 
 Verification of the server cannot be switched off, here or by what a caller does to a session.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
-from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
 from d1_signer.errors import ConfigurationError
+from d1_signer.secret import read_public_file
 from d1_signer.transport import handshake
+from d1_signer.transport.failures import note_no_agreement
 from d1_signer.transport.processes import fork_gate
+from d1_signer.transport.verification import (
+    require_verified,
+    require_verifying,
+    suites_without_certificate,
+    unverified,
+)
 
-_NEW_ENOUGH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED)
 # Seconds, for a socket without a limit.
 _LONGEST_HANDSHAKE = 60.0
-_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME
-_LEAST_RSA, _LEAST_EC = 2048, 224  # bits of a key
 
 
 class VerifiedSocket(ssl.SSLSocket):
-    """A TLS socket that is not given out before its handshake was looked at."""
+    """A TLS socket that carries nothing before its handshake was looked at, and no clear text.
 
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 (the ssl module's)
+    OpenSSL makes a handshake by itself, where none was made, amid the first read or write.
+    """
+
+    _looked_at = False
+
+    def do_handshake(self, *block: bool) -> None:  # gevent's takes no argument
         """Do it; see `ssl.SSLSocket`.
 
         Raises:
@@ -46,18 +51,67 @@ class VerifiedSocket(ssl.SSLSocket):
         try:
             require_verifying(self.context)
             until = time.monotonic() + (self.gettimeout() or _LONGEST_HANDSHAKE)
-            with fork_gate.call(until), handshake.with_server(self.server_hostname):
-                super().do_handshake(block)
+            with fork_gate.call(until), handshake.with_server(self.server_hostname), _told(self):
+                super().do_handshake(*block)
             require_verified(self, self.server_hostname or "")
+            self._looked_at = True
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise  # a step of one that does not block
         except BaseException:
             self.close()
             raise
 
+    # Arguments are handed on as they come: gevent has others. What is received comes by `read`.
+
+    def read(self, *args: Any, **options: Any) -> Any:
+        """Read; see `ssl.SSLSocket`. A server may ask for the client certificate amid it."""
+        _require_looked_at(self)
+        with handshake.with_server(self.server_hostname):
+            return super().read(*args, **options)  # type: ignore[deprecated]
+
+    def write(self, *args: Any, **options: Any) -> int:
+        """Write; see `ssl.SSLSocket`."""
+        _require_looked_at(self)
+        with handshake.with_server(self.server_hostname):
+            return super().write(*args, **options)  # type: ignore[deprecated]
+
+    def send(self, *args: Any, **options: Any) -> int:
+        """Send; see `ssl.SSLSocket`."""
+        _require_looked_at(self)
+        with handshake.with_server(self.server_hostname):
+            return super().send(*args, **options)
+
+    def sendall(self, *args: Any, **options: Any) -> None:
+        """Send all of it; see `ssl.SSLSocket`."""
+        _require_looked_at(self)
+        super().sendall(*args, **options)
+
+    def sendfile(self, *args: Any, **options: Any) -> int:
+        """Send a file; see `ssl.SSLSocket`."""
+        _require_looked_at(self)
+        return super().sendfile(*args, **options)
+
+    def sendto(self, *args: Any) -> int:
+        """Not for TLS; see `ssl.SSLSocket`."""
+        _require_looked_at(self)
+        return super().sendto(*args)
+
+    def shutdown(self, how: int) -> None:
+        """End it; see `ssl.SSLSocket`, which would send on in clear text."""
+        self._looked_at = False
+        super().shutdown(how)
+
+    def unwrap(self) -> Any:
+        """End TLS; see `ssl.SSLSocket`, which would send on in clear text."""
+        self._looked_at = False
+        return super().unwrap()
+
 
 class VerifiedObject(ssl.SSLObject):
     """The same over buffers in memory, as asyncio has it."""
+
+    _looked_at = False
+    _begun = False
 
     def do_handshake(self) -> None:
         """Do it, or a step of it; see `ssl.SSLObject`.
@@ -66,10 +120,87 @@ class VerifiedObject(ssl.SSLObject):
             ssl.SSLCertVerificationError: See `require_verified`.
             D1SignerError: What the signer of the client key raised.
         """
-        require_verifying(self.context)
-        with handshake.with_server(self.server_hostname):
+        if not self._begun:  # what is set later is for others
+            require_verifying(self.context)
+            self._begun = True
+        with handshake.with_server(self.server_hostname), _told(self):
             super().do_handshake()
         require_verified(self, self.server_hostname or "")
+        self._looked_at = True
+
+    def read(self, *args: Any, **options: Any) -> Any:
+        """Read; see `ssl.SSLObject`. A server may ask for the client certificate amid it."""
+        _require_looked_at(self)
+        with handshake.with_server(self.server_hostname):
+            return super().read(*args, **options)
+
+    def write(self, *args: Any, **options: Any) -> int:
+        """Write; see `ssl.SSLObject`."""
+        _require_looked_at(self)
+        with handshake.with_server(self.server_hostname):
+            return super().write(*args, **options)
+
+
+def _require_looked_at(sock: VerifiedSocket | VerifiedObject) -> None:
+    if not sock._looked_at:  # noqa: SLF001 (this module's own classes)
+        raise unverified("its handshake was not made by do_handshake(), or it has ended")
+
+
+@contextmanager
+def _told(sock: ssl.SSLSocket | ssl.SSLObject) -> Iterator[None]:
+    """Around a handshake: an error tells whether the two sides had agreed on anything by then."""
+    try:
+        yield
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        raise
+    except ssl.SSLError as error:
+        if sock.cipher() is None:
+            note_no_agreement(error)
+        raise
+
+
+class Lent:
+    """A context as urllib3 has it, which changes what it is given.
+
+    It switches off the check of the host name in it, for instance, where somebody has told it to
+    use pyOpenSSL: for the caller of whose context that is, and for other threads.
+    """
+
+    verify_mode = ssl.CERT_REQUIRED
+    check_hostname = True
+    _context: ssl.SSLContext
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        """Lend ``context``."""
+        vars(self)["_context"] = context
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Change nothing: verification stays as it is."""
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        """Set them; see `ssl.SSLContext`."""
+        self._context.set_alpn_protocols(alpn_protocols)
+
+    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
+        """Begin TLS; see `ssl.SSLContext`."""
+        return self._context.wrap_socket(*args, **options)
+
+
+@contextmanager
+def as_file(content: bytes) -> Iterator[str]:
+    """A path to bytes in memory: OpenSSL takes files, which may change from one look to the next.
+
+    Raises:
+        OSError: No memory or descriptor is left for it.
+    """
+    descriptor = os.memfd_create("d1-signer", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        del content  # it may be a key
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 _contexts: weakref.WeakSet[VerifyingContext] = weakref.WeakSet()
@@ -104,15 +235,40 @@ class VerifyingContext(ssl.SSLContext):
         self.changing = threading.RLock()
         _contexts.add(self)
 
+    @property
+    def check_hostname(self) -> bool:
+        """Whether the server's name is looked at: it is.
+
+        Setting it to False does nothing: urllib3 does so in every context that it is given, where
+        somebody has told it to use pyOpenSSL.
+        """
+        return super().check_hostname
+
+    @check_hostname.setter
+    def check_hostname(self, value: bool) -> None:
+        pass
+
     def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
         """Begin TLS; see `ssl.SSLContext`."""
         self.before_each()
+        require_verifying(self)
         return super().wrap_socket(*args, **options)
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
         """Begin TLS over buffers; see `ssl.SSLContext`."""
         self.before_each()
+        require_verifying(self)
         return super().wrap_bio(*args, **options)
+
+    def trust(self, authorities: bytes) -> None:
+        """Add authorities, in PEM.
+
+        Raises:
+            OSError: No memory or descriptor is left for it.
+            ssl.SSLError: They are no certificates.
+        """
+        with as_file(authorities) as path:
+            self.load_verify_locations(path)
 
     def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
         """Set them; httpx does so before each handshake."""
@@ -135,17 +291,23 @@ def verifying_context(authorities: str | None) -> VerifyingContext:
         authorities: PEM file of those that may sign its certificate; None: the system's.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, is none, or is larger than 1 MiB.
         ssl.SSLError: It holds no certificates.
     """
-    # Not create_default_context(): it would log session keys where SSLKEYLOGFILE says so.
-    context = VerifyingContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = new_context()
     if authorities is None:
         context.load_default_certs()
     else:
-        context.load_verify_locations(authorities)
-    refused = _suites_without_certificate(context)
+        context.trust(read_public_file(authorities))
+    return context
+
+
+def new_context() -> VerifyingContext:
+    """A context that verifies the server, and knows no authorities yet."""
+    # Not create_default_context(): it would log session keys where SSLKEYLOGFILE says so.
+    context = VerifyingContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    refused = suites_without_certificate(context)
     if refused:
         # The system's list without those, so that its policy stays in force. Suites of TLS 1.3 are
         # no part of this list to OpenSSL.
@@ -156,116 +318,18 @@ def verifying_context(authorities: str | None) -> VerifyingContext:
     return context
 
 
-def require_verifying(context: ssl.SSLContext | None) -> None:
-    """Refuse a context that does not verify the server or that writes its keys to a file.
+def look_at_sockets_of(context: ssl.SSLContext) -> None:
+    """Have the sockets of a caller's context looked at as those of ours, whoever makes them.
 
     Raises:
-        ConfigurationError: Verification, the host name check or TLS 1.2 is not enforced, or a
-            key log file is set.
+        ConfigurationError: It does not verify the server, or makes sockets of another kind.
     """
-    if context is None:
-        raise ConfigurationError("A TLS connection has no context of ours.")
-    # Our sockets look for the name themselves; urllib3 turns this check off where somebody has told
-    # it to use pyOpenSSL.
-    named = context.check_hostname or isinstance(context, VerifyingContext)
-    if context.verify_mode is not ssl.CERT_REQUIRED or not named:
+    require_verifying(context)
+    ours = (VerifiedSocket, VerifiedObject)
+    made = (context.sslsocket_class, context.sslobject_class)
+    if made not in ((ssl.SSLSocket, ssl.SSLObject), ours):
         raise ConfigurationError(
-            "The ssl.SSLContext does not verify the server's certificate and host name.",
-            hint="Set verify_mode to CERT_REQUIRED and check_hostname to True.",
+            "The ssl.SSLContext makes sockets of a class of its own.",
+            hint="Leave sslsocket_class and sslobject_class of the context as they are.",
         )
-    if context.verify_flags & _NO_CHECK_TIME:
-        raise ConfigurationError(
-            "The ssl.SSLContext does not look at when certificates are valid.",
-            hint="Leave X509_V_FLAG_NO_CHECK_TIME out of verify_flags.",
-        )
-    usual_minimum, usual_suites = _usual()
-    if (
-        context.minimum_version < ssl.TLSVersion.TLSv1_2
-        and context.minimum_version != usual_minimum
-    ):
-        raise ConfigurationError(
-            "The ssl.SSLContext allows TLS below 1.2.",
-            hint="Set minimum_version to ssl.TLSVersion.TLSv1_2.",
-        )
-    if not _suites_without_certificate(context) <= usual_suites:
-        raise ConfigurationError(
-            "The ssl.SSLContext offers cipher suites that need no server certificate.",
-            hint='Leave the ciphers as they are, or add ":!aNULL:!eNULL:!PSK:!SRP" to them.',
-        )
-    if context.keylog_filename:
-        raise ConfigurationError(
-            "The ssl.SSLContext logs TLS keys to a file.",
-            hint="Unset SSLKEYLOGFILE, or leave keylog_filename unset.",
-        )
-
-
-# With keys that are shared beforehand, with passwords, with nothing; and without encryption.
-_NOT_BY_CERTIFICATE = re.compile(r"(^|-)(PSK|SRP|ADH|AECDH|NULL)(-|$)")
-
-
-def _suites_without_certificate(context: ssl.SSLContext) -> frozenset[str]:
-    names = (suite["name"] for suite in context.get_ciphers())
-    return frozenset(name for name in names if _NOT_BY_CERTIFICATE.search(name))
-
-
-@functools.cache
-def _usual() -> tuple[ssl.TLSVersion, frozenset[str]]:
-    # Builds of Python that leave both to OpenSSL (those of Debian, Ubuntu and RHEL) list suites
-    # that nobody negotiates without a key or a password, and no minimum version, which then stands
-    # in OpenSSL's own configuration. `require_verified` looks at what was negotiated.
-    fresh = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    return fresh.minimum_version, _suites_without_certificate(fresh)
-
-
-def require_verified(sock: object, host: str) -> None:
-    """Look at what a handshake came to, before the first byte of a request.
-
-    The settings of a context do not tell all: a callback for keys that are shared beforehand
-    (Python 3.13) cannot be read back, and with one no certificate is shown.
-
-    Args:
-        sock: The socket, or TLS over buffers, after its handshake.
-        host: Name or address that was asked for.
-
-    Raises:
-        ssl.SSLCertVerificationError: No certificate was shown and verified, its subjectAltName
-            does not have the host, the cipher suite does not rest on it, or TLS is below 1.2.
-    """
-    if not isinstance(sock, ssl.SSLSocket | ssl.SSLObject):  # urllib3 can be told to use pyOpenSSL
-        raise _unverified("the handshake was not made by Python's ssl module")
-    suite, version = sock.cipher(), sock.version()
-    certificate: Any = sock.getpeercert()
-    if version not in {"TLSv1.2", "TLSv1.3"}:
-        raise _unverified(f"{version} is too old")
-    if suite is None or _NOT_BY_CERTIFICATE.search(suite[0]) or not suite[2]:
-        raise _unverified("the cipher suite does not rest on a certificate")
-    if not certificate:
-        raise _unverified("no certificate was shown")
-    if _is_weak(sock.getpeercert(binary_form=True) or b""):
-        raise _unverified("its key or its signature is weaker than 112 bits of security")
-    try:
-        # RFC 9110 section 4.3.4: the name is in subjectAltName; OpenSSL may take a common name.
-        match_hostname(certificate, host.strip("[]"))
-    except CertificateError:
-        raise _unverified(f"its subjectAltName does not have {host}") from None
-
-
-def _is_weak(der: bytes) -> bool:
-    # NIST SP 800-57 part 1, section 5.6.1; a context may have lowered OpenSSL's own level.
-    try:
-        certificate = x509.load_der_x509_certificate(der)
-        key, algorithm = certificate.public_key(), certificate.signature_hash_algorithm
-    except (ValueError, UnsupportedAlgorithm):
-        return True
-    if isinstance(key, rsa.RSAPublicKey | dsa.DSAPublicKey):
-        short = key.key_size < _LEAST_RSA
-    else:
-        short = isinstance(key, ec.EllipticCurvePublicKey) and key.key_size < _LEAST_EC
-    # None: one whose signature has its hash built in (Ed25519).
-    return short or isinstance(algorithm, hashes.MD5 | hashes.SHA1)
-
-
-def _unverified(reason: str) -> ssl.SSLCertVerificationError:
-    error = ssl.SSLCertVerificationError(1, reason)
-    error.verify_message = reason
-    return error
+    context.sslsocket_class, context.sslobject_class = ours

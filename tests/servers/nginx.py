@@ -24,15 +24,16 @@ class Nginx:
         self._servers: list[str] = []
         self._ports: list[int] = []
 
-    def serve(self, settings: str, *, tls: tuple[Path, Path] | None) -> int:
+    def serve(self, settings: str, *, tls: tuple[Path, Path] | None, of_tls: bool = False) -> int:
         """Add a server with settings in nginx's language; returns its port.
 
         Args:
             settings: What stands in its ``server`` block.
             tls: Certificate and key; None: plain HTTP.
+            of_tls: Whether it speaks TLS with a certificate that the settings name.
         """
         port = free_port()
-        listen = f"listen 127.0.0.1:{port}{' ssl' if tls else ''};"
+        listen = f"listen 127.0.0.1:{port}{' ssl' if tls or of_tls else ''};"
         if tls:
             listen += f" ssl_certificate {tls[0]}; ssl_certificate_key {tls[1]};"
         self._servers.append(f"server {{ {listen}\n{settings}\n}}")

@@ -92,6 +92,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory, pem_uri: str) -> Iterator[Sc
             "old": gateway.serve(
                 "ssl_protocols TLSv1.1; ssl_ciphers ALL:@SECLEVEL=0;" + upstream, tls=here
             ),
+            "other ciphers": gateway.serve(
+                # For servers with RSA keys, which this one has not.
+                "ssl_protocols TLSv1.2; ssl_ciphers ECDHE-RSA-AES256-GCM-SHA384;",
+                tls=here,
+            ),
+            "unknown name": gateway.serve("ssl_reject_handshake on;", tls=here),
+            "broken": gateway.serve(
+                f"ssl_certificate {folder}/$ssl_server_name.pem;"
+                f"ssl_certificate_key {folder}/$ssl_server_name.key;",
+                tls=None,
+                of_tls=True,
+            ),
             "400": gateway.serve(page(400), tls=here),
             "403": gateway.serve(page(403), tls=here),
             "503": gateway.serve(page(503), tls=here),
@@ -236,6 +248,28 @@ MISTAKES = [
         step="endpoint",
         words="offers no TLS 1.2 or newer",
         port="old",
+    ),
+    Mistake(
+        name="server with other cipher suites",
+        code="tls",
+        step="endpoint",
+        words="no version or cipher suite of TLS in common",
+        port="other ciphers",
+    ),
+    Mistake(
+        name="server that does not know the host name",
+        code="tls",
+        step="endpoint",
+        words="does not serve this host name",
+        port="unknown name",
+    ),
+    Mistake(
+        name="server with a fault in its TLS",
+        code="token_unavailable",
+        step="endpoint",
+        words="TLS failed over there",
+        retryable=True,
+        port="broken",
     ),
     Mistake(
         name="gateway: 400 with a page",

@@ -31,8 +31,8 @@ class Pair:
     def __init__(self, folder: Path, key: str | None = None) -> None:
         certificate, private = self_signed(folder)
         self.authority = Authority(folder)
-        uri = key or generate_key((folder / "client.key").as_uri()).uri
-        self.signer: Signer = open_signer(uri, kid="tls")
+        self.uri = key or generate_key((folder / "client.key").as_uri()).uri
+        self.signer: Signer = open_signer(self.uri, kid="tls")
         self.path = folder / "client.pem"
         self.authority.write(self.signer.public_key, "client", self.path)
         self.tls = ClientTls(ClientCertificate(self.path, self.signer), certificate)

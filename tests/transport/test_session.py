@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import ssl
 from collections.abc import Callable, Iterator
@@ -79,6 +80,17 @@ def test_an_answer_has_a_request_without_the_token(fetcher: TokenFetcher, sandbo
     assert answer.status_code == 200
     assert token not in repr(answer.request.headers)
     assert token.encode() not in pickle.dumps(answer.request.headers)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, requests.PreparedRequest.copy])
+def test_a_copied_request_can_be_sent_and_shows_nothing(
+    fetcher: TokenFetcher, sandbox: Sandbox, copied: Callable[[Any], Any]
+) -> None:
+    token = fetcher.token().value
+    with fetcher.session() as session:
+        again = copied(session.get(f"{sandbox.banking_url}/ping").request)
+        assert token not in repr(again.headers) + repr(vars(again))
+        assert session.send(again).status_code == 200
 
 
 def test_another_adapter_is_not_mounted(fetcher: TokenFetcher) -> None:

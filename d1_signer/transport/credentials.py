@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client certificate of mutual TLS, and what the files of it held when they were read."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self, final
+
+from cryptography import x509
+
+from d1_signer.errors import ConfigurationError, SecretSourceError
+from d1_signer.secret import (
+    Secret,
+    SecretSource,
+    file_of,
+    read_private_file,
+    read_public_file,
+    read_secret,
+    shown_path,
+    unreadable,
+)
+from d1_signer.signing.lazy_signer import LazySigner
+from d1_signer.signing.signer import Signer
+from d1_signer.transport import handshake
+from d1_signer.transport.processes import fork_gate
+from d1_signer.transport.tls import VerifyingContext, as_file, new_context
+
+_ENCRYPTED_HINT = "Name the source of its passphrase: file:PATH or env:NAME."
+
+ClientKey = str | os.PathLike[str] | Signer | LazySigner | Sequence[Signer | LazySigner]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClientCertificate:
+    """The client certificate that D1's mutual TLS asks for.
+
+    Attributes:
+        certificate: Path of the certificate in PEM, its chain behind it.
+        key: Path of its private key in PEM, readable by its owner only; or a `Signer` or
+            `LazySigner` of it, or several of them: the one whose key is the certificate's signs, so
+            that a certificate for a new key can take this one's place. They stay the caller's.
+        passphrase: Source of a key file's passphrase; None for one that is not encrypted.
+        timeout: Seconds for a signer's signature of one handshake.
+
+    Raises:
+        ConfigurationError: The timeout is not a number of seconds above 0.
+    """
+
+    certificate: str | os.PathLike[str]
+    key: ClientKey
+    passphrase: SecretSource | None = field(default=None, repr=False, kw_only=True)
+    timeout: float = field(default=2.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse a timeout that no handshake could keep."""
+        number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        if not number or not 0 < self.timeout < math.inf:
+            raise ConfigurationError(
+                "The timeout of a ClientCertificate is not a number of seconds above 0.",
+                hint="Write ClientCertificate(certificate, signer, timeout=5.0).",
+            )
+
+    def signers(self) -> tuple[Signer | LazySigner, ...]:
+        """The signers of the key; none where it is a file.
+
+        Raises:
+            ConfigurationError: What is given as the key is neither a path nor signers.
+        """
+        if isinstance(self.key, str | bytes | os.PathLike):
+            return ()
+        several = isinstance(self.key, Sequence)
+        signers = tuple(self.key) if several else (self.key,)  # type: ignore[arg-type]
+        if not signers or not all(isinstance(each, Signer | LazySigner) for each in signers):
+            raise ConfigurationError(
+                "The client key is neither a path nor a Signer.",
+                hint="Give ClientCertificate(certificate, key) a path, a Signer or several.",
+            )
+        return signers  # type: ignore[return-value]  # looked at above
+
+    def files(self) -> list[str]:
+        """The files that it is made of."""
+        key = [as_path(self.key)] if not self.signers() else []
+        passphrase = [self.passphrase and file_of(self.passphrase)]
+        return [as_path(self.certificate), *key, *filter(None, passphrase)]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """What the files held when they were read, so that all contexts are made of the same.
+
+    Attributes:
+        state: What tells whether a file has changed since.
+        certificate: The client's; None for none.
+    """
+
+    state: tuple[object, ...]
+    certificate: x509.Certificate | None
+    _authorities: tuple[str, bytes] = field(repr=False)
+    _show: Callable[[ssl.SSLContext], None] | None = field(repr=False)
+
+    @classmethod
+    def read(cls, authorities: str, client: ClientCertificate | None) -> Self:
+        """Read the files, each once.
+
+        Raises:
+            SecretSourceError: A file of the client certificate cannot be read.
+            ConfigurationError: The CA file cannot be read, or the certificate is none.
+            InvalidKeyError: Signers are given for a certificate of another kind of key.
+            KeyMismatchError: The key of none of the signers is the certificate's.
+        """
+        state = state_of(authorities, client)
+        try:
+            trusted = read_public_file(authorities)
+        except (OSError, ValueError) as error:
+            raise _no_authorities(authorities, unreadable(error)) from None
+        certificate, show = (None, None) if client is None else _read_client(client)
+        return cls(
+            state=state, certificate=certificate, _authorities=(authorities, trusted), _show=show
+        )
+
+    def context(self) -> VerifyingContext:
+        """A new context.
+
+        Raises:
+            SecretSourceError: The key cannot be used, or its passphrase cannot be had.
+            ConfigurationError: The CA file holds no certificates, the key does not belong to the
+                certificate, or a signer cannot sign handshakes here.
+        """
+        context = new_context()
+        self.load_into(context)
+        return context
+
+    def load_into(self, context: VerifyingContext) -> None:
+        """Change a context that was given out; nothing else may use it meanwhile.
+
+        Raises:
+            D1SignerError: See `context`.
+        """
+        path, trusted = self._authorities
+        try:
+            # Authorities that are no longer in the file stay in it.
+            context.trust(trusted)
+        except ssl.SSLError:
+            raise _no_authorities(path, "it holds none") from None
+        except OSError as error:
+            raise _no_authorities(path, unreadable(error)) from None
+        self._shown_by(context)
+
+    def _shown_by(self, context: VerifyingContext) -> None:
+        if self._show is not None:
+            self._show(context)
+            # A server of TLS 1.3 may ask for the certificate after the handshake (RFC 8446,
+            # section 4.6.2), as one of TLS 1.2 does with a second handshake.
+            context.post_handshake_auth = True
+        context.client_certificate = self.certificate
+
+
+def state_of(authorities: str, client: ClientCertificate | None) -> tuple[object, ...]:
+    """What tells that a file was changed or replaced, also behind symbolic links."""
+    found: list[object] = []
+    for file in [authorities, *(client.files() if client else [])]:
+        try:
+            status = os.stat(file)  # noqa: PTH116 (paths come as text)
+        except (OSError, ValueError):
+            found.append(None)
+        else:
+            changed = (status.st_mtime_ns, status.st_ctime_ns)  # the latter by permissions, too
+            found.append((status.st_dev, status.st_ino, *changed, status.st_size))
+    return tuple(found)
+
+
+def as_path(value: object) -> str:
+    """A path as text.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    try:
+        return os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
+
+
+def _no_authorities(path: str, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"The CA file cannot be read: {shown_path(path)}: {reason}.",
+        hint="It must hold certificates in PEM.",
+    )
+
+
+def _read_client(
+    client: ClientCertificate,
+) -> tuple[x509.Certificate, Callable[[ssl.SSLContext], None]]:
+    """The certificate, and what has a context show it."""
+    path = as_path(client.certificate)
+    shown = shown_path(path)
+    try:
+        pem = read_public_file(path)
+    except (OSError, ValueError) as error:
+        raise SecretSourceError(
+            f"The client certificate cannot be read: {shown}: {unreadable(error)}.",
+            hint="Give the file that Thales sent for your CSR.",
+        ) from None
+    chain = handshake.chain_of(pem, shown)
+    signers = client.signers()
+    if signers:
+        public_key = handshake.public_key_of(chain[0], shown)
+        handshake.require_one_that_fits(signers, public_key, shown)
+        return chain[0], functools.partial(
+            handshake.sign_with,
+            chain=chain,
+            public_key=public_key,
+            signers=signers,
+            timeout=client.timeout,
+        )
+    key_path = as_path(client.key)
+    # One character for each byte: a Secret is text.
+    key = Secret(read_private_file(key_path, what="client key file").decode("latin-1"))
+    return chain[0], functools.partial(
+        _load_pair,
+        certificate=pem,
+        key=key,
+        passphrase=_Passphrase(client.passphrase),
+        shown=f"{shown}, {shown_path(key_path)}",
+    )
+
+
+class _Passphrase:
+    """That of a key file: asked for once, where OpenSSL asks, and kept as long as that key is."""
+
+    def __init__(self, source: SecretSource | None) -> None:
+        self._source = source
+        self._kept: Secret | None = None
+        self.asked = False
+
+    def __call__(self) -> str:
+        self.asked = True
+        if self._source is None:
+            return ""  # an empty answer keeps OpenSSL from asking on the terminal
+        if self._kept is None:
+            with fork_gate.left():
+                self._kept = read_secret(self._source, what="client key's passphrase")
+        return self._kept.reveal()
+
+
+def _load_pair(
+    context: ssl.SSLContext, *, certificate: bytes, key: Secret, passphrase: _Passphrase, shown: str
+) -> None:
+    try:
+        with (
+            as_file(certificate) as certificate_path,
+            as_file(key.reveal().encode("latin-1")) as key_path,
+        ):
+            context.load_cert_chain(certificate_path, key_path, password=passphrase)
+    except ssl.SSLError as error:
+        if "MISMATCH" in (error.reason or ""):
+            raise ConfigurationError(
+                f"The client key does not belong to the client certificate: {shown}.",
+                hint="Give the key from whose CSR Thales signed the certificate.",
+            ) from None
+        raise SecretSourceError(
+            f"The client certificate or its key cannot be read: {shown}.",
+            hint=_ENCRYPTED_HINT if passphrase.asked else "Both must be PEM files.",
+        ) from None
+    except OSError as error:
+        raise SecretSourceError(
+            f"The client certificate or its key cannot be loaded: {shown}: {unreadable(error)}.",
+            hint="Look at this process's limits of memory and descriptors, and that it has /proc.",
+        ) from None
+    except ValueError:
+        raise SecretSourceError(
+            "The client key's passphrase is longer than OpenSSL takes.", hint="Look at its source."
+        ) from None
