@@ -455,5 +455,5 @@ def test_no_secret_stands_in_an_error_of_a_key(make_fetcher: FetcherMaker, files
         frame = frame.tb_next
     line = key.splitlines()[2]
     assert not [text for text in told if line in text or PASSPHRASES[1].decode() in text]
-    assert len(told) > 5
+    assert told
     load_pem_private_key(key.encode(), PASSPHRASES[0])
