@@ -34,14 +34,13 @@ from d1_signer.token.assertion import sign_assertion
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.token.endpoint import Reply, TokenEndpoint
-from d1_signer.token.response import Grant
+from d1_signer.token.response import TRANSIENT, Grant
 
 _log = logging.getLogger("d1_signer.token")
 
 MAX_ATTEMPTS = 4
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 4.0
-_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
 # Below the first a clock is right enough and D1 had another reason; beyond the second the machine
 # is so wrong that an operator must look at it.
 _LEAST_SKEW = float(ISSUED_AT_MARGIN)
@@ -260,7 +259,7 @@ class Renewal:
 def _is_retried(reply: Reply) -> bool:
     if reply.status is None:
         return isinstance(reply.outcome, TokenUnavailable)
-    return reply.status in _RETRIED_STATUS
+    return reply.status in TRANSIENT
 
 
 def _is_invalid_grant(reply: Reply) -> bool:
