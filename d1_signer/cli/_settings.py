@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -195,6 +195,7 @@ class Connection:
         ca_file: Path of the authorities for D1's certificate.
         proxy: URL of a proxy.
         proxy_adds_certificate: Whether the proxy adds the client certificate.
+        request_format: How assertions are sent: form or json.
     """
 
     client_cert: str | None
@@ -203,6 +204,7 @@ class Connection:
     ca_file: str | None
     proxy: str | None
     proxy_adds_certificate: bool
+    request_format: Literal["form", "json"]
 
     def certificate(self, environment: Environment | None) -> ClientCertificate | None:
         """The client certificate; None where none is given and none is needed.
@@ -258,6 +260,7 @@ class Connection:
             proxy=self.proxy,
             proxy_adds_certificate=self.proxy_adds_certificate,
             audience=issuer.audience,
+            request_format=self.request_format,
         )
 
 
@@ -356,6 +359,14 @@ def with_connection(command: Command) -> Command:
         is_flag=True,
         help="State that the proxy adds the client certificate.",
     )
+    @setting(
+        "--request-format",
+        "D1_REQUEST_FORMAT",
+        "How assertions are sent; json is for gateways that take only that.",
+        type=click.Choice(["form", "json"]),
+        default="form",
+        show_default=True,
+    )
     @functools.wraps(command)
     def wrapper(
         *args: Any,
@@ -365,6 +376,7 @@ def with_connection(command: Command) -> Command:
         ca_file: str | None,
         proxy: str | None,
         proxy_adds_certificate: bool,
+        request_format: Literal["form", "json"],
         **options: Any,
     ) -> Any:
         connection = Connection(
@@ -374,6 +386,7 @@ def with_connection(command: Command) -> Command:
             ca_file=ca_file,
             proxy=proxy,
             proxy_adds_certificate=proxy_adds_certificate,
+            request_format=request_format,
         )
         return command(*args, connection=connection, **options)
 

@@ -298,6 +298,6 @@ def _tell_clock(refusal: TokenRefusedError, offset: float) -> None:
     refusal.details["clock_offset"] = round(offset)
     side = "behind" if offset > 0 else "ahead of"
     refusal.hint = (
-        f"Set this machine's clock right: it is {abs(offset):.0f} seconds {side} the one of what "
-        f"answered. {refusal.hint}"
+        f"Set this machine's clock right: it is {abs(offset):.0f} seconds {side} D1's, as the Date "
+        f"of the answer says. {refusal.hint}"
     )
