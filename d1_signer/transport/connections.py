@@ -34,6 +34,8 @@ from d1_signer.transport.tls import require_verified, require_verifying
 _HELD = 1 << 16
 # Seconds to connect, where a call has neither a moment by which it ends nor a limit.
 _LONGEST_CONNECT = 60.0
+# Of Linux (RFC 1122 section 4.2.3.2 lets others wait for half a second).
+_ACKNOWLEDGE: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,14 @@ class _Response(BoundedResponse):
         # is read.
         if self.will_close and not self.reader.closed:
             self.reader.held = self.owner.handle(self._sock)
+
+    def _close_conn(self) -> None:
+        super()._close_conn()
+        # A server may hold back what it has still to say until its answer is acknowledged, which
+        # would be with the next request.
+        if self.owner.rest and _ACKNOWLEDGE is not None:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, _ACKNOWLEDGE, 1)
 
 
 class _Connection(HTTPConnection):

@@ -55,7 +55,7 @@ class BoundedResponse(http.client.HTTPResponse):
         self._method: str | None
         self._sock = sock
         self.reader = BoundedReader(self.fp.detach(), sock, until)
-        self._wire = self.fp = io.BufferedReader(self.reader)
+        self._wire = self.fp = _Wire(self.reader)
         self._chunks: Chunks | None = None
         self.ended_at = 0.0
 
@@ -72,6 +72,9 @@ class BoundedResponse(http.client.HTTPResponse):
     def begin(self) -> None:
         """Read the head; see `http.client.HTTPResponse`."""
         super().begin()
+        if not self._wire.last_line:
+            # To http.client that is the end of the head as well.
+            raise http.client.RemoteDisconnected("closed amid the head of an answer")
         # urllib3 logs header lines that it cannot read, and a server may echo a token in them.
         # The parser takes what follows such a line for a body, and notes a defect.
         if any(not isinstance(defect, _OF_MULTIPART) for defect in self.msg.defects):
@@ -133,6 +136,14 @@ class BoundedResponse(http.client.HTTPResponse):
     def end_by(self, moment: float) -> None:
         """Read until an earlier moment than was said."""
         self.reader.until = min(moment, self.reader.until or moment)
+
+
+class _Wire(io.BufferedReader):
+    last_line = b""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self.last_line = super().readline(size)
+        return self.last_line
 
 
 class Closable(Protocol):
