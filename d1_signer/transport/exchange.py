@@ -107,7 +107,6 @@ class Http:
         try:
             return self._exchange(method, url, headers, body, until)
         except BaseException as error:  # such as a signal's handler raises
-            del headers, body  # no frame that an error passes holds what was sent
             drop_frames(error, outer=outer)
             raise
 

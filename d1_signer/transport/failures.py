@@ -89,6 +89,7 @@ def drop_frames(error: BaseException, *, outer: BaseException | None) -> None:
     """Leave no traceback to an error and to what it came from.
 
     Their frames hold what was being sent. Whatever a signal's handler raises passes through them.
+    ``raise`` alone, which is to follow, does not add the frame that it stands in.
 
     Args:
         error: Any, before it is raised again.
