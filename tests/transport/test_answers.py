@@ -139,6 +139,8 @@ class Server:
             connection.sendall(now)
             if behind:
                 connection.sendall(behind)
+            if closed:
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
             self.settled.set()
             if closed:
                 return

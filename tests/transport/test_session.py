@@ -77,16 +77,15 @@ class Stop(BaseException):
     """What a signal's handler raises."""
 
 
-@pytest.mark.parametrize("where", ["begin", "_read_status"])
 def test_an_interrupted_call_leads_to_no_token(
-    fetcher: TokenFetcher, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, where: str
+    fetcher: TokenFetcher, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise Stop
 
     token = fetcher.token().value
     with fetcher.session() as session:
-        monkeypatch.setattr(http.client.HTTPResponse, where, interrupted)
+        monkeypatch.setattr(http.client.HTTPConnection, "send", interrupted)
         with pytest.raises(Stop) as failure:
             session.get(f"{sandbox.banking_url}/ping")
     found = list(reachable(failure.value))
