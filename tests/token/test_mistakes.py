@@ -36,7 +36,6 @@ from d1_signer import (
     open_signer,
 )
 from d1_signer.sandbox import Sandbox
-from d1_signer.token import renewal
 from d1_signer.transport import connections
 from tests.cli.conftest import Run, no_settings, run
 from tests.servers.certificates import Authority
@@ -45,6 +44,7 @@ from tests.servers.process import free_port
 from tests.token.conftest import ISSUER, KID
 
 __all__ = ["no_settings", "run"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_attempt")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tls.md").read_text()
 SECRET = "proxy-pass-word"
@@ -267,11 +267,6 @@ MISTAKES = [
         port="redirect",
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renewal, "_FIRST_PAUSE", 0.001)
 
 
 def fetcher_of(mistake: Mistake, scene: Scene, signer: Signer) -> TokenFetcher:
