@@ -53,6 +53,7 @@ from d1_signer.token.endpoint import Reply, TokenEndpoint
 from d1_signer.token.renewal import Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
+from d1_signer.transport.proxies import optional_proxy
 
 _CERTIFICATE = "client-certificate"
 _ENDPOINT = "endpoint"
@@ -200,7 +201,7 @@ def _check_d1(
         checklist.skipped(_ENDPOINT, reason)
         checklist.skipped("access-token", reason)
         return
-    reached = _check_endpoint(checklist, environment, tls, connection.proxy)
+    reached = _check_endpoint(checklist, environment, tls, connection)
     for signer in signers:
         if signer is None or not reached or issuer.issuer_id is None:
             missing = (
@@ -261,13 +262,17 @@ def _tell_dates(checklist: Checklist, certificate: x509.Certificate, warn_days: 
 
 
 def _check_endpoint(
-    checklist: Checklist, environment: Environment, tls: ClientTls, proxy: str | None
+    checklist: Checklist, environment: Environment, tls: ClientTls, connection: Connection
 ) -> bool:
     """Let the endpoint refuse something that is no assertion; returns whether anything answers.
 
     How D1 words a refusal was never seen: other answers than an OAuth error are unclear.
     """
-    reply = _answer_to_no_assertion(environment, tls, proxy)
+    try:
+        reply = _answer_to_no_assertion(environment, tls, connection)
+    except ConfigurationError as error:  # of the proxy
+        checklist.failed(_ENDPOINT, error)
+        return False
     outcome = reply.outcome
     answered = reply.status is not None or isinstance(outcome, TokenResponseError)
     if isinstance(outcome, D1SignerError) and not answered:
@@ -282,12 +287,14 @@ def _check_endpoint(
     return True
 
 
-def _answer_to_no_assertion(environment: Environment, tls: ClientTls, proxy: str | None) -> Reply:
+def _answer_to_no_assertion(
+    environment: Environment, tls: ClientTls, connection: Connection
+) -> Reply:
     limits = Limits()
     endpoint = TokenEndpoint(
         environment,
         tls,
-        proxy=proxy,
+        proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
         connect_timeout=limits.connect,
         read_timeout=limits.read,
     )

@@ -24,9 +24,13 @@ from d1_signer.token.peer import Peer
 from d1_signer.token.response import MAX_BODY, Grant, error_from, read_grant, seconds_until
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.failures import failure_of
+from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.session import TlsAdapter, new_session
 
 _OK = 200
+# Seconds. It serves the attempts of one renewal; the next comes minutes later, when a firewall may
+# have forgotten the connection, which would cost a time-out.
+_IDLE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +59,7 @@ class TokenEndpoint:
         environment: Environment,
         tls: ClientTls,
         *,
-        proxy: str | None,
+        proxy: Proxy | None,
         connect_timeout: float,
         read_timeout: float,
     ) -> None:
@@ -64,15 +68,17 @@ class TokenEndpoint:
         Args:
             environment: Which D1.
             tls: Gives the TLS contexts with the client certificate.
-            proxy: URL of a proxy, or None.
+            proxy: On the way, or None.
             connect_timeout: Seconds to wait for a connection at most.
             read_timeout: Seconds to wait for the next bytes at most.
         """
         self._url = environment.token_endpoint
         self._timeouts = (connect_timeout, read_timeout)
-        self._adapter = TlsAdapter(tls, timeouts=self._timeouts, pool_size=1)
+        self._adapter = TlsAdapter(
+            tls, timeouts=self._timeouts, pool_size=1, idle=_IDLE, proxy=proxy
+        )
         self._closed = False
-        self._session = new_session(self._adapter, proxy=proxy)
+        self._session = new_session(self._adapter)
         self._peer = Peer(environment=environment, proxy=proxy, tls=tls)
 
     def post(self, assertion: Secret, *, correlation_id: str, deadline: float) -> Reply:

@@ -199,10 +199,9 @@ class TokenKeeper:
             # A renewal that began at once ends in time by itself, and then has its error to tell.
             bounded = timeout is not None or failure is not None or flight.starts_in > 0
             if not self._ended(flight, until if bounded else None):
-                raise failure or TokenTimeout(
-                    f"No token within {patience:g} seconds.",
-                    hint="The renewal goes on; call again.",
-                )
+                if failure is None and timeout is None:
+                    failure = self._last_failure
+                raise _not_in_time(patience, failure)
             try:
                 held = flight.held()
             except TokenUnavailable as error:
@@ -370,6 +369,15 @@ class TokenKeeper:
     def _after_fork(self) -> None:
         """In a forked child: the parent's flight, lock and connections are not ours."""
         self._begin_without_flight()
+
+
+def _not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError:
+    """The error for who waited for so long: why there is no token, where that is known."""
+    if failure is not None:
+        return failure.fresh()
+    return TokenTimeout(
+        f"No token within {patience:g} seconds.", hint="The renewal goes on; call again."
+    )
 
 
 def _after_fork_in_child() -> None:

@@ -64,7 +64,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewal, "_FIRST_PAUSE", 600.0)
     monkeypatch.setattr(renewal, "_LONGEST_PAUSE", 600.0)
     monkeypatch.setattr(keeper, "_LONGEST_BACK_OFF", 600.0)
-    defaults: dict[str, Any] = TokenFetcher.__init__.__kwdefaults__
+    defaults: Any = TokenFetcher.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "retry_interval", 600.0)
 
 

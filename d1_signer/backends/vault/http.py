@@ -39,6 +39,7 @@ from d1_signer.errors import (
 from d1_signer.secret import Secret
 from d1_signer.transport.exchange import Answer, Http
 from d1_signer.transport.hosts import check_endpoint
+from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.tls import verifying_context
 
 # In this order: a class before the classes it derives from.
@@ -86,6 +87,7 @@ class Settings:
     address: str
     namespace: str | None
     ca_file: str | None
+    proxy: Proxy | None
     connect_timeout: float
     read_timeout: float
 
@@ -95,6 +97,7 @@ def read_settings(
     namespace: str | None,
     ca_file: str | None,
     *,
+    proxy: Proxy | None = None,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
 ) -> Settings:
@@ -109,6 +112,7 @@ def read_settings(
         address=address,
         namespace=namespace or os.environ.get("VAULT_NAMESPACE"),
         ca_file=ca_file or os.environ.get("VAULT_CACERT"),
+        proxy=proxy,
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
     )
@@ -126,6 +130,7 @@ class HttpClient:
             _ssl_context(settings.ca_file),
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
+            proxy=settings.proxy,
         )
 
     def request(
