@@ -189,13 +189,9 @@ class TokenKeeper:
             token = self.token_now()
             if token is not None:
                 return token
-            with self._lock:
-                self._require_open()
-                held = self._held
-                if held is not None and self._state(held) is not State.EXPIRED:
-                    return held.token
-                self._require_hope(until)
-                flight = self._join_or_start()
+            flight = self._awaited(until)
+            if isinstance(flight, AccessToken):
+                return flight
             # A renewal that began at once ends in time by itself, and then has its error to tell.
             bounded = timeout is not None or failure is not None or flight.starts_in > 0
             if not self._ended(flight, until if bounded else None):
@@ -219,13 +215,19 @@ class TokenKeeper:
                     hint="D1's tokens live too short, or this machine's clock is being set.",
                 )
 
-    def _require_hope(self, until: float) -> None:
-        """Raise the last failure again where nothing can come of waiting. The lock is held."""
-        failure, early = self._last_failure, self._not_before - self._clock()
-        if self._flight is not None or failure is None or early <= 0:
-            return
-        if not passes(failure) or early >= until - time.monotonic():
-            raise failure.fresh()
+    def _awaited(self, until: float) -> Flight | AccessToken:
+        """The flight to wait for; or a token that came just now."""
+        with self._lock:
+            self._require_open()
+            held = self._held
+            if held is not None and self._state(held) is not State.EXPIRED:
+                return held.token
+            failure, early = self._last_failure, self._not_before - self._clock()
+            if self._flight is None and failure is not None and early > 0:
+                nothing_will_come = early >= until - time.monotonic()
+                if nothing_will_come or not passes(failure):
+                    raise failure.fresh()
+            return self._join_or_start()
 
     def _state(self, held: HeldToken | None) -> State:
         if held is None or self._wall() >= held.token.expires_at:

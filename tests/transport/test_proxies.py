@@ -250,7 +250,10 @@ def test_a_proxy_that_does_not_reach_d1_is_asked_again(
     assert fetcher.token(timeout=20).value
     proxy.status = status
     other = make_fetcher(
-        proxy=proxy.url, proxy_credentials_source=lambda: PAIR, limits=Limits(total=0.4)
+        proxy=proxy.url,
+        proxy_credentials_source=lambda: PAIR,
+        limits=Limits(total=2.0),
+        retry_interval=60.0,
     )
     error = refusal_of(other.token)
     assert (error.retryable, error.details["status"]) == (True, status)
