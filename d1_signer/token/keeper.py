@@ -180,9 +180,7 @@ class TokenKeeper:
             worker.join(_EXIT_GRACE)
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
-        if timeout is not None:
-            seconds(timeout, "timeout", least=0)
-        patience = self._limits.total if timeout is None else timeout
+        patience = self._patience(timeout)
         until = time.monotonic() + patience
         failure: D1SignerError | None = None
         while True:
@@ -214,6 +212,9 @@ class TokenKeeper:
                     f"No token that still lives within {patience:g} seconds.",
                     hint="D1's tokens live too short, or this machine's clock is being set.",
                 )
+
+    def _patience(self, timeout: float | None) -> float:
+        return self._limits.total if timeout is None else seconds(timeout, "timeout", least=0)
 
     def _awaited(self, until: float) -> Flight | AccessToken:
         """The flight to wait for; or a token that came just now."""
