@@ -59,8 +59,9 @@ class TokenFetcher(TokenKeeper):
     """Gives access tokens; caches, renews, shares. Safe in threads and after fork; not picklable.
 
     A fresh token is returned without a lock. A stale one is returned too, while one renewal runs in
-    the background. Only when no valid token is left do callers wait, all for the same renewal; its
-    failure is theirs as well, and nobody asks D1 again before a minimum interval is over.
+    the background. Only when no valid token is left do callers wait, all for the same renewal. Its
+    failure is theirs as well, but for an outage that may end within their patience; and nobody asks
+    D1 again before a minimum interval is over.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class TokenFetcher(TokenKeeper):
                 None: a random one.
             limits: Time limits of a renewal.
             retry_interval: Seconds between two renewals at least; after failures doubling to 15,
-                or what D1's ``Retry-After`` says, up to 60.
+                or what D1's ``Retry-After`` says, up to 60; and up to a quarter more.
             store: Shares tokens and one renewal among processes; None: each has its own.
             store_key: 32 bytes, the same in all of the fleet: tokens in the store are encrypted.
             observers: Told of each request and renewal, see `RequestEvent` and `RenewalEvent`.

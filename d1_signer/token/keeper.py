@@ -103,7 +103,8 @@ class TokenKeeper:
         """Return a valid access token.
 
         Args:
-            timeout: Seconds to wait at most where there is none yet; None: the renewal's limit.
+            timeout: Seconds to wait at most where there is none yet; None: the renewal's limit. An
+                outage of D1 is waited for that long.
 
         Raises:
             TokenError: D1 gave none, and no earlier one is valid.
