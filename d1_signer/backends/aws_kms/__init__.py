@@ -33,7 +33,6 @@ from d1_signer.errors import (
     MissingExtraError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 
 try:
@@ -146,7 +145,6 @@ def open_backend(
     endpoint: str | None = None,
     fips: bool | None = None,
     proxy: str | None = None,
-    proxy_credentials_source: SecretSource | None = None,
     timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
@@ -157,14 +155,12 @@ def open_backend(
 
     Args:
         uri: ``awskms:///`` and a key id, a key ARN, ``alias/NAME`` or an alias ARN; optionally
-            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``,
-            ``proxy-credentials-source=``.
+            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``.
         region: AWS region; None: the ARN's, else boto3's own search.
         profile: Profile in the AWS configuration files.
         endpoint: URL of a private endpoint; https, or http on loopback.
         fips: Use the region's FIPS endpoint, or do not; None: as the AWS configuration says.
         proxy: ``http://HOST:PORT`` of a proxy through which AWS KMS is reached.
-        proxy_credentials_source: Source of its ``USER:PASSWORD``.
         timeout: Seconds for one call with all its attempts, and for the opening.
         connect_timeout: Seconds for each attempt to connect.
         read_timeout: Seconds for each wait for bytes.
@@ -185,13 +181,7 @@ def open_backend(
     """
     settings = replace(
         read_settings(
-            uri,
-            region=region,
-            profile=profile,
-            endpoint=endpoint,
-            fips=fips,
-            proxy=proxy,
-            proxy_credentials_source=proxy_credentials_source,
+            uri, region=region, profile=profile, endpoint=endpoint, fips=fips, proxy=proxy
         ),
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
@@ -208,7 +198,6 @@ def generate_key(
     endpoint: str | None = None,
     fips: bool | None = None,
     proxy: str | None = None,
-    proxy_credentials_source: SecretSource | None = None,
     description: str = "ES256 signing key for Thales D1",
     client: KMSClient | None = None,
 ) -> GeneratedKey:
@@ -223,13 +212,7 @@ def generate_key(
         SignerError: As for `open_backend`.
     """
     settings = read_settings(
-        uri,
-        region=region,
-        profile=profile,
-        endpoint=endpoint,
-        fips=fips,
-        proxy=proxy,
-        proxy_credentials_source=proxy_credentials_source,
+        uri, region=region, profile=profile, endpoint=endpoint, fips=fips, proxy=proxy
     )
     if not settings.key_id.startswith("alias/"):
         raise KeyUriError(

@@ -21,13 +21,12 @@ from urllib3 import exceptions as http
 from d1_signer.backends.aws_kms.failures import AWS_KMS
 from d1_signer.backends.remote import clients_of
 from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.secret import SecretSource
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import within
 from d1_signer.transport.exchange import Http
 from d1_signer.transport.hosts import check_endpoint
 from d1_signer.transport.processes import PerProcess
-from d1_signer.transport.proxies import Proxy, optional_proxy
+from d1_signer.transport.proxies import check_proxy
 from d1_signer.transport.tls import verifying_context
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_QUERY = frozenset({"region", "endpoint", "profile", "fips", "proxy", "proxy-credentials-source"})
+_QUERY = frozenset({"region", "endpoint", "profile", "fips", "proxy"})
 _KEY_ID = re.compile(r"[A-Za-z0-9/_:-]{1,2048}")
 _ARN = re.compile(r"arn:[a-z0-9-]+:kms:([a-z0-9-]+):\d{12}:(?:key|alias)/.+")
 
@@ -54,7 +53,7 @@ class Settings:
     profile: str | None
     endpoint: str | None
     fips: bool | None
-    proxy: Proxy | None
+    proxy: str | None
     connect_timeout: float = 2.0
     read_timeout: float = 5.0
     max_attempts: int = 3
@@ -75,6 +74,8 @@ class Settings:
                     "Both an endpoint and the FIPS endpoint are asked for.",
                     hint="Name the FIPS endpoint's URL as the endpoint, or leave it out.",
                 )
+        if self.proxy:
+            check_proxy(self.proxy, credentials=False)
 
 
 def read_settings(
@@ -85,7 +86,6 @@ def read_settings(
     endpoint: str | None,
     fips: bool | None,
     proxy: str | None,
-    proxy_credentials_source: SecretSource | None,
 ) -> Settings:
     """Read a key URI; an argument that is not None wins over the URI's query.
 
@@ -111,10 +111,7 @@ def read_settings(
         profile=profile or parsed.query.get("profile"),
         endpoint=endpoint or parsed.query.get("endpoint"),
         fips=fips,
-        proxy=optional_proxy(
-            proxy or parsed.query.get("proxy"),
-            proxy_credentials_source or parsed.query.get("proxy-credentials-source"),
-        ),
+        proxy=proxy or parsed.query.get("proxy"),
     )
 
 
@@ -216,7 +213,7 @@ class _Sender:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._proxy = settings.proxy.url if settings.proxy else None
+        self._proxy = settings.proxy
         self.http = Http(
             "AWS KMS",
             verifying_context(certifi.where()),

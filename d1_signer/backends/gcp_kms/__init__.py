@@ -190,7 +190,7 @@ def generate_key(
         name = f"{made.name}{_VERSIONS}1"
         _wait_until_enabled(one, name, until)
         public_key, _ = _public_key(one, name, until)
-    settings = {"endpoint": place.endpoint, "proxy": place.proxy and place.proxy.url}
+    settings = {"endpoint": place.endpoint, "proxy": place.proxy}
     query = "&".join(f"{name}={value}" for name, value in settings.items() if value)
     return GeneratedKey(uri=f"gcpkms://{name}{'?' if query else ''}{query}", public_key=public_key)
 

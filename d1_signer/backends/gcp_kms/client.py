@@ -32,7 +32,7 @@ from d1_signer.errors import (
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.processes import PerProcess, fork_gate
-from d1_signer.transport.proxies import Proxy, optional_proxy
+from d1_signer.transport.proxies import check_proxy
 
 R = TypeVar("R")
 
@@ -110,7 +110,7 @@ class Place:
         key: Name of the key in it.
         version: Number of the version, or None.
         endpoint: ``HOST[:PORT]``, or None.
-        proxy: The proxy through which Cloud KMS is reached, or None.
+        proxy: URL of the proxy through which Cloud KMS is reached, or None.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Place:
     key: str
     version: str | None
     endpoint: str | None
-    proxy: Proxy | None
+    proxy: str | None
 
 
 def read_uri(uri: str, endpoint: str | None, proxy: str | None) -> Place:
@@ -136,8 +136,9 @@ def read_uri(uri: str, endpoint: str | None, proxy: str | None) -> Place:
     if endpoint and not _ENDPOINT.fullmatch(endpoint):
         raise ConfigurationError("The Cloud KMS endpoint is not of the form HOST[:PORT].")
     proxy = proxy or parsed.query.get("proxy")
-    through = optional_proxy(proxy, None)
-    return Place(name.group(), name.group(1), name.group(2), name.group(3), endpoint, through)
+    if proxy:
+        check_proxy(proxy, credentials=False)
+    return Place(name.group(), name.group(1), name.group(2), name.group(3), endpoint, proxy)
 
 
 def clients(place: Place, given: Sdk | Callable[[], Sdk] | None) -> PerProcess[Client]:
@@ -151,7 +152,7 @@ def _client(place: Place) -> Client:
     # gRPC would use the proxies and the authorities that the environment names; and the SDK lifts
     # gRPC's limit for an answer's size, 4 MiB.
     options = [
-        ("grpc.http_proxy", place.proxy.url) if place.proxy else ("grpc.enable_http_proxy", 0),
+        ("grpc.http_proxy", place.proxy) if place.proxy else ("grpc.enable_http_proxy", 0),
         ("grpc.address_http_proxy_enabled_addresses", _NOWHERE),
     ]
 

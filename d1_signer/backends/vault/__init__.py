@@ -40,7 +40,6 @@ from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.processes import PerProcess
-from d1_signer.transport.proxies import Proxy, optional_proxy
 
 _KEY_TYPE = "ecdsa-p256"
 _TIME_TO_GENERATE = 60.0  # seconds
@@ -49,10 +48,7 @@ _MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _SIGNATURE = re.compile(r"vault:v([1-9][0-9]*):([A-Za-z0-9_-]{86})")
 _QUERY = frozenset(
-    {
-        *("mount", "version", "token-source", "role-id", "secret-id-source", "auth-mount"),
-        *("proxy", "proxy-credentials-source"),
-    }
+    {"mount", "version", "token-source", "role-id", "secret-id-source", "auth-mount"}
 )
 _FACTS = (
     "type",
@@ -156,8 +152,6 @@ def open_backend(
     role_id: str | None = None,
     secret_id_source: SecretSource | None = None,
     auth_mount: str | None = None,
-    proxy: str | None = None,
-    proxy_credentials_source: SecretSource | None = None,
     timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
@@ -166,8 +160,7 @@ def open_backend(
 
     Args:
         uri: ``hashivault://KEY``, optionally ``?mount=`` (``transit``), ``version=`` (the latest at
-            opening), ``token-source=``, ``role-id=``, ``secret-id-source=``, ``auth-mount=``,
-            ``proxy=``, ``proxy-credentials-source=``.
+            opening), ``token-source=``, ``role-id=``, ``secret-id-source=``, ``auth-mount=``.
         address: URL of the server; None: ``VAULT_ADDR``, else ``https://127.0.0.1:8200``. Plain
             http for a loopback address only.
         namespace: Namespace; None: ``VAULT_NAMESPACE``.
@@ -177,8 +170,6 @@ def open_backend(
         role_id: Role id of an AppRole, used instead of a token.
         secret_id_source: Where its secret id comes from; read at each login.
         auth_mount: Where the AppRole method is mounted; None: ``approle``.
-        proxy: ``http://HOST:PORT`` of a proxy through which Vault is reached.
-        proxy_credentials_source: Source of its ``USER:PASSWORD``.
         timeout: Seconds for one call with all its requests.
         connect_timeout: Seconds for each attempt to connect.
         read_timeout: Seconds for each wait for bytes.
@@ -201,7 +192,6 @@ def open_backend(
         address,
         namespace,
         ca_file,
-        proxy=_proxy(parsed, proxy, proxy_credentials_source),
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
     )
@@ -220,8 +210,6 @@ def generate_key(
     role_id: str | None = None,
     secret_id_source: SecretSource | None = None,
     auth_mount: str | None = None,
-    proxy: str | None = None,
-    proxy_credentials_source: SecretSource | None = None,
 ) -> GeneratedKey:
     """Make an ecdsa-p256 key that is not exportable.
 
@@ -235,8 +223,7 @@ def generate_key(
     parsed, mount, key = _read_uri(uri)
     if "version" in parsed.query:
         raise KeyUriError("A new key is named without a version.", hint="It begins with 1.")
-    through = _proxy(parsed, proxy, proxy_credentials_source)
-    settings = read_settings(address, namespace, ca_file, proxy=through, read_timeout=10.0)
+    settings = read_settings(address, namespace, ca_file, read_timeout=10.0)
     tokens = _tokens(parsed, token_source, role_id, secret_id_source, auth_mount)
     with client_for(clients(settings, tokens), _TIME_TO_GENERATE) as (client, until):
         path = f"{mount}/keys/{quote(key)}"
@@ -262,12 +249,6 @@ def _read_uri(uri: str) -> tuple[KeyUri, str, str]:
     if not _MOUNT.fullmatch(mount):
         raise KeyUriError("The mount in the hashivault: URI is not a path.")
     return parsed, mount, parsed.authority
-
-
-def _proxy(parsed: KeyUri, url: str | None, source: SecretSource | None) -> Proxy | None:
-    return optional_proxy(
-        url or parsed.query.get("proxy"), source or parsed.query.get("proxy-credentials-source")
-    )
 
 
 def _tokens(

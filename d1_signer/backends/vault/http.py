@@ -39,7 +39,6 @@ from d1_signer.errors import (
 from d1_signer.secret import Secret
 from d1_signer.transport.exchange import Answer, Http
 from d1_signer.transport.hosts import check_endpoint
-from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.tls import verifying_context
 
 # In this order: a class before the classes it derives from.
@@ -87,7 +86,6 @@ class Settings:
     address: str
     namespace: str | None
     ca_file: str | None
-    proxy: Proxy | None
     connect_timeout: float
     read_timeout: float
 
@@ -97,7 +95,6 @@ def read_settings(
     namespace: str | None,
     ca_file: str | None,
     *,
-    proxy: Proxy | None = None,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
 ) -> Settings:
@@ -112,7 +109,6 @@ def read_settings(
         address=address,
         namespace=namespace or os.environ.get("VAULT_NAMESPACE"),
         ca_file=ca_file or os.environ.get("VAULT_CACERT"),
-        proxy=proxy,
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
     )
@@ -130,7 +126,6 @@ class HttpClient:
             _ssl_context(settings.ca_file),
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
-            proxy=settings.proxy,
         )
 
     def request(
