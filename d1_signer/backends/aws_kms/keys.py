@@ -124,11 +124,15 @@ def make(client: Client, alias: str, description: str, until: float) -> PublicKe
         # A new alias is not seen at once everywhere.
         return _asked_again(until, _PASSING, partial(public_key, client, arn, arn, until))
     except D1SignerError as error:
-        found = _alias_after(client, alias, until)
-        named = f"is {alias}" if found == arn else "has no alias, as far as is known: name it"
-        error.hint = f"{error.hint} The key {arn} was made before that, and {named} or delete it."
-        error.details["made"] = arn
-        raise
+        failure = error.with_traceback(None)
+    # Outside of the block, so that the look at the alias does not have it as its context.
+    found = _alias_after(client, alias, until)
+    what = f"it is {alias}" if found == arn else "it has no alias, as far as is known"
+    failure.hint = (
+        f"{failure.hint} The key {arn} was made before that, and {what}: keep or delete it."
+    )
+    failure.details["made"] = arn
+    raise failure
 
 
 def _create(client: Client, description: str, until: float) -> str:

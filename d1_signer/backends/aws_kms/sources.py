@@ -12,6 +12,7 @@ import re
 from typing import Final
 
 from botocore import exceptions as sdk
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from d1_signer.backends.aws_kms.failures import answered, described, of_connection, quotable
@@ -85,9 +86,10 @@ STS: dict[str, tuple[type[SignerError], str, bool]] = {
 }
 
 _UNREADABLE = (
-    "What gives the credentials (the container's endpoint, credential_process) answers without "
-    "them: look at it, and try again."
+    "What gives the credentials (AWS STS, the container's endpoint, credential_process) answers "
+    "without them: look at it, and try again."
 )
+_SHAPES = (KeyError, TypeError, AttributeError)
 _SERVER_ERROR = 500
 _STS_OPERATION = re.compile(r"(AssumeRole|GetSessionToken|GetFederationToken)")
 _RETRYABLE = True
@@ -155,9 +157,16 @@ _FAILURES: tuple[tuple[tuple[type[Exception], ...], type[D1SignerError], str, bo
     ),
     ((sdk.ProfileNotFound, sdk.ConfigParseError), ConfigurationError, "Check the profile.", False),
     (
-        (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError),
+        (ResponseParserError, json.JSONDecodeError, UnicodeError, *_SHAPES),
         SignerUnavailable,
         _UNREADABLE,
+        True,
+    ),
+    # What botocore raises where the keys that it was given have ended.
+    (
+        (RuntimeError,),
+        LoginError,
+        "What gives the credentials gives some that have ended: look at it, and at the clock.",
         True,
     ),
     ((sdk.MetadataRetrievalError,), SignerUnavailable, "Look at the metadata service.", True),
@@ -177,6 +186,8 @@ def _refused(error: Exception, _doing: str) -> D1SignerError | None:
     details: Details = {"phase": _PHASE, "sdk_error": name}
     if isinstance(error, sdk.HTTPClientError | sdk.ConnectionError | HTTPError | OSError):
         return of_connection(error, "The source of AWS credentials", "for credentials", details)
+    if type(error).__module__.startswith("dateutil."):  # a date that is none, in an answer
+        error = TypeError()
     for kinds, kind, hint, retryable in _FAILURES:
         if isinstance(error, kinds):
             text = f"boto3 finds no AWS credentials: {name}."

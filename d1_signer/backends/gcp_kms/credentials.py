@@ -32,6 +32,7 @@ from d1_signer.transport.foreign import quoted
 _SCOPES = ("https://www.googleapis.com/auth/cloudkms",)
 # Seconds for each wait for a source of tokens; google-auth's own are two minutes.
 _LONGEST_WAIT = 5.0
+_SERVER_ERROR = 500
 _ADC = "GOOGLE_APPLICATION_CREDENTIALS"
 _CHECK = f"Check the application default credentials of this process ({_ADC})."
 
@@ -115,7 +116,14 @@ class GcpCredentials(Renewed[Token]):
                 hint="Name the cloud as universe_domain; GOOGLE_CLOUD_UNIVERSE_DOMAIN is not used.",
                 details={"phase": "credentials"},
             )
-        source.refresh(_Bounded())
+        request = _Bounded()
+        try:
+            source.refresh(request)
+        except auth.GoogleAuthError:
+            if request.status < _SERVER_ERROR:
+                raise
+            # google-auth does not tell it apart everywhere from a refusal.
+            raise auth.TransportError(f"it answers with status {request.status}") from None
         return Token(source)
 
     def is_ageing(self, held: Token) -> bool:
@@ -141,13 +149,21 @@ class GcpCredentials(Renewed[Token]):
 
 
 class _Bounded(Request):
-    """google-auth's way to speak HTTP, which waits less."""
+    """google-auth's way to speak HTTP, which waits less.
+
+    Attributes:
+        status: HTTP status of the last answer.
+    """
+
+    status = 0
 
     def __call__(self, url: str, *args: Any, **options: Any) -> Any:
         """See `google.auth.transport.Request`."""
         asked = options.pop("timeout", None) or _LONGEST_WAIT
         options["timeout"] = min(asked, _LONGEST_WAIT)
-        return super().__call__(url, *args, **options)  # type: ignore[no-untyped-call]
+        answer: Any = super().__call__(url, *args, **options)  # type: ignore[no-untyped-call]
+        self.status = answer.status
+        return answer
 
 
 def _refused(error: Exception, doing: str) -> D1SignerError:
@@ -166,7 +182,6 @@ def _refused(error: Exception, doing: str) -> D1SignerError:
         named = os.environ.get(_ADC) or os.environ.get("NO_GCE_CHECK", "").lower() == "true"
         retryable = not named
     elif isinstance(error, auth.GoogleAuthError):
-        # Of a server that fails itself, google-auth says that it may pass.
         retryable = bool(error.retryable)
         kind = SignerUnavailable if retryable else LoginError
     # It may quote the exchange: what is long in it is masked.
