@@ -123,7 +123,8 @@ class GcpCredentials(Renewed[Token]):
             if request.status < _SERVER_ERROR:
                 raise
             # google-auth does not tell it apart everywhere from a refusal.
-            raise auth.TransportError(f"it answers with status {request.status}") from None
+            text = f"it answers with status {request.status}"
+            raise auth.TransportError(text) from None  # type: ignore[no-untyped-call]
         return Token(source)
 
     def is_ageing(self, held: Token) -> bool:
