@@ -54,6 +54,7 @@ from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
 from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
+from d1_signer.transport.proxies import optional_proxy
 
 _CERTIFICATE = "client-certificate"
 _ENDPOINT = "endpoint"
@@ -268,7 +269,11 @@ def _check_endpoint(
 
     How D1 words a refusal was never seen: other answers than an OAuth error are unclear.
     """
-    reply = _answer_to_no_assertion(environment, tls, connection)
+    try:
+        reply = _answer_to_no_assertion(environment, tls, connection)
+    except ConfigurationError as error:  # of the proxy
+        checklist.failed(_ENDPOINT, error)
+        return False
     outcome = reply.outcome
     answered = reply.status is not None or isinstance(outcome, TokenResponseError)
     if isinstance(outcome, D1SignerError) and not answered:
@@ -293,7 +298,7 @@ def _answer_to_no_assertion(
     endpoint = TokenEndpoint(
         environment,
         tls,
-        proxy=connection.proxy,
+        proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
         connect_timeout=limits.connect,
         read_timeout=limits.read,
         request_format=RequestFormat.of(connection.request_format),

@@ -31,6 +31,7 @@ from d1_signer.token.response import MAX_BODY, Grant, error_from, read_grant, se
 from d1_signer.transport.chunks import FramingError
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.failures import causes, drop_frames, failure_of
+from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.response import BoundedResponse
 from d1_signer.transport.session import TlsAdapter, new_session
 
@@ -38,6 +39,9 @@ _OK = 200
 # RFC 9110 sections 15.5.9 and 15.5.20: another connection may serve.
 _ABOUT_THE_CONNECTION = frozenset({408, 421})
 _LONGEST_REASON = 2.0  # seconds
+# Seconds. It serves the attempts of one renewal; the next comes minutes later, when a firewall may
+# have forgotten the connection, which would cost a time-out.
+_IDLE = 1.0
 _OTHER_SERVER = "Check that the environment's URL is D1's token endpoint."
 
 
@@ -101,7 +105,7 @@ class TokenEndpoint:
         environment: Environment,
         tls: ClientTls,
         *,
-        proxy: str | None,
+        proxy: Proxy | None,
         connect_timeout: float,
         read_timeout: float,
         request_format: RequestFormat = RequestFormat.FORM,
@@ -111,7 +115,7 @@ class TokenEndpoint:
         Args:
             environment: Which D1.
             tls: Gives the TLS contexts with the client certificate.
-            proxy: URL of a proxy, or None.
+            proxy: On the way, or None.
             connect_timeout: Seconds to wait for a connection at most.
             read_timeout: Seconds to wait for the next bytes at most.
             request_format: How the assertion is sent.
@@ -119,9 +123,11 @@ class TokenEndpoint:
         self._format = request_format
         self._url = environment.token_endpoint
         self._timeouts = (connect_timeout, read_timeout)
-        self._adapter = TlsAdapter(tls, timeouts=self._timeouts, pool_size=1)
+        self._adapter = TlsAdapter(
+            tls, timeouts=self._timeouts, pool_size=1, idle=_IDLE, proxy=proxy
+        )
         self._closed = False
-        self._session = new_session(self._adapter, proxy=proxy)
+        self._session = new_session(self._adapter)
         self._peer = Peer(environment=environment, proxy=proxy, tls=tls)
 
     def post(self, assertion: Secret, *, correlation_id: str, deadline: float) -> Reply:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from d1_signer.errors import (
     TlsError,
@@ -23,11 +22,15 @@ from d1_signer.token.response import TRANSIENT, read_object
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.failures import Failure, Stage, TlsFailure
+from d1_signer.transport.hosts import shown_address
+from d1_signer.transport.proxies import Proxy
 
 # nginx, when it hands its own refusal of a client certificate to a page.
 _ABOUT_CERTIFICATE = frozenset({495, 496})
 _REFUSALS = frozenset({400, 401, 403})
 _NAMES_CERTIFICATE = re.compile(rb"\b(ssl|tls|client)[ -]certificate\b", re.IGNORECASE)
+
+_ABOUT_PROXY = "Check the proxy's URL, and that it runs."
 
 Details = dict[str, str | int | float]
 
@@ -38,19 +41,19 @@ class Peer:
 
     Attributes:
         environment: Which D1.
-        proxy: URL of the proxy on the way, or None.
+        proxy: On the way, or None.
         tls: What is shown to it.
     """
 
     environment: Environment
-    proxy: str | None
+    proxy: Proxy | None
     tls: ClientTls
 
     @property
     def address(self) -> str:
         """Host and port."""
         _, host, port = origin(self.environment.token_endpoint)
-        return _shown(host, port)
+        return shown_address(host, port)
 
     def unreached(self, failure: Failure) -> TokenError:
         """The error for an exchange without an answer."""
@@ -65,16 +68,23 @@ class Peer:
                 hint=self._about_certificate(),
                 details=details,
             )
+        proxy = self.proxy.address if self.proxy else ""
+        refused = failure.refused
+        if failure.stage is Stage.PROXY:
+            details["proxy"] = proxy
+        if refused is not None:
+            details["status"] = refused.status
         where, hint = {
             Stage.NAME: ("its name", "Check the environment's URL and this machine's DNS."),
             Stage.CONNECTION: ("the connection", "Check network and firewall, and the port."),
-            Stage.PROXY: (f"the proxy {self._proxy_address()}", "Check the proxy's URL."),
+            Stage.PROXY: (f"the proxy {proxy}", refused.hint if refused else _ABOUT_PROXY),
             Stage.ANSWER: ("the answer", self._where_it_stays()),
         }[failure.stage]
         return TokenUnavailable(
             f"D1's token endpoint {self.address} cannot be reached; {where} failed: "
             f"{failure.reason}.",
             hint=hint,
+            retryable=refused is None or refused.passes,
             details=details,
         )
 
@@ -188,12 +198,3 @@ class Peer:
 
     def _where_it_stays(self) -> str:
         return f"Try again; where it stays, the likely cause is: {self._likely_cause()}"
-
-    def _proxy_address(self) -> str:
-        # Its URL may have a password in it.
-        parts = urlsplit(self.proxy or "")
-        return _shown(parts.hostname or "", parts.port or 0)
-
-
-def _shown(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 import sys
 import time
@@ -13,25 +12,16 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from urllib3 import HTTPConnectionPool, PoolManager, ProxyManager, Timeout
-from urllib3.connection import HTTPConnection
 
 from d1_signer.errors import IntegrityError
-from d1_signer.transport.connections import Connections
+from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
 from d1_signer.transport.deadlines import no_time_left
 from d1_signer.transport.failures import drop_frames
+from d1_signer.transport.proxies import Proxy
 
 # More threads than connections would work too, but warn for each connection thrown away.
 _CONNECTIONS = 128
 _LARGEST_ANSWER = 1 << 20
-
-# A firewall forgets idle connections without a word; each one that it forgot would cost a time-out.
-_KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-if hasattr(socket, "TCP_KEEPIDLE"):  # Linux: after a minute, and not after two hours
-    _KEEP_ALIVE += [
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +48,7 @@ class Http:
         *,
         connect_timeout: float,
         read_timeout: float,
-        proxy: str | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         """Prepare connections; none is opened yet.
 
@@ -67,22 +57,22 @@ class Http:
             context: For every https connection.
             connect_timeout: Seconds for each attempt to connect.
             read_timeout: Seconds for each wait for bytes.
-            proxy: URL of the proxy for https, or None.
+            proxy: For https, or None.
         """
         self._what = what
         self._limits = (connect_timeout, read_timeout)
         options: dict[str, Any] = {
             "maxsize": _CONNECTIONS,
             "ssl_context": context,
-            "socket_options": [*HTTPConnection.default_socket_options, *_KEEP_ALIVE],
+            "socket_options": SOCKET_OPTIONS,
         }
         direct = PoolManager(**options)
         self._managers = {
             "http": direct,
-            "https": direct if proxy is None else ProxyManager(proxy, **options),
+            "https": direct if proxy is None else ProxyManager(proxy.url, **options),
         }
         self._pools: dict[tuple[str, ...], HTTPConnectionPool] = {}
-        self._connections = Connections()
+        self._connections = Connections(proxy=proxy)
         for manager in self._managers.values():
             manager.pool_classes_by_scheme = self._connections.pools()
 

@@ -9,15 +9,17 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from http.client import HTTPException
 
 from urllib3.exceptions import (
     ConnectTimeoutError,
-    NameResolutionError,
     NewConnectionError,
     ProxyError,
     TimeoutError as HttpTimeout,
 )
 from urllib3.util.ssl_match_hostname import CertificateError
+
+from d1_signer.transport.proxies import TunnelRefused
 
 # What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
 _NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|PACKET_LENGTH|RECORD_LAYER_FAILURE")
@@ -26,7 +28,6 @@ _TOO_OLD = re.compile(r"UNSUPPORTED_PROTOCOL|ALERT_PROTOCOL_VERSION|UNSUPPORTED_
 _ABOUT_CERTIFICATE = re.compile(
     r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAILURE|DECRYPT_ERROR)"
 )
-_TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 
 class Stage(Enum):
@@ -58,11 +59,13 @@ class Failure:
         stage: Where it failed.
         reason: Why, in a few words; nothing secret in them.
         tls: For the stage of that name, what the handshake came to.
+        refused: What a proxy answered, where it answered.
     """
 
     stage: Stage
     reason: str
     tls: TlsFailure | None = None
+    refused: TunnelRefused | None = None
 
 
 def causes(error: BaseException, *, outer: BaseException | None = None) -> Iterator[BaseException]:
@@ -117,14 +120,21 @@ def failure_of(error: Exception, *, connect: float, read: float) -> Failure:
     in_tls = next((found for link in links if (found := _tls_failure(link))), None)
     if in_tls is not None:
         return in_tls
+    refused = next((link for link in links if isinstance(link, TunnelRefused)), None)
+    if refused is not None:
+        told = f"it answers HTTP {refused.status}, {refused.reason}"
+        return Failure(Stage.PROXY, told, refused=refused)
     # The order matters: to urllib3 a refused connection is a kind of connect timeout.
     by_proxy = any(isinstance(link, ProxyError) for link in links)
-    if any(isinstance(link, NameResolutionError | socket.gaierror) for link in links):
-        return Failure(Stage.PROXY if by_proxy else Stage.NAME, "the host name is not known here")
+    unknown = next((link for link in links if isinstance(link, socket.gaierror)), None)
+    if unknown is not None:
+        again = unknown.errno == socket.EAI_AGAIN
+        told = "the name servers gave no answer" if again else "the host name is not known here"
+        return Failure(Stage.PROXY if by_proxy else Stage.NAME, told)
     if by_proxy:
-        refused = next((m for link in links if (m := _TUNNEL.search(str(link)))), None)
-        reason = f"it answers HTTP {refused[1]}" if refused else _system_reason(links)
-        return Failure(Stage.PROXY, reason or f"no connection within {connect:.3g} seconds")
+        foreign = any(isinstance(link, HTTPException) for link in links)
+        reason = "what it answers is not HTTP" if foreign else _system_reason(links)
+        return Failure(Stage.PROXY, reason or f"no tunnel within {connect:.3g} seconds")
     connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
     reason = _system_reason(links)
     if reason is None and connecting:

@@ -17,6 +17,9 @@ from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.token.renewal import Limits
 from tests.cli.conftest import Result, Run
 from tests.servers.certificates import Authority
+from tests.token.conftest import one_attempt
+
+__all__ = ["one_attempt"]  # a fixture
 
 KEY_STEPS = ["key", "signature", "custody"]
 D1_STEPS = ["client-certificate", "endpoint", "access-token"]
@@ -179,6 +182,7 @@ def test_stops_at_a_certificate_that_d1_refuses(run: Run, settings: dict[str, st
     assert result.document["stopped_at"]["step"] == "endpoint"
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_the_token_decides_where_the_endpoint_is_down(
     run: Run, sandbox: Sandbox, settings: dict[str, str]
 ) -> None:

@@ -25,6 +25,7 @@ from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.response import Grant
 from d1_signer.transport.client import ClientTls
+from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.session import TlsAdapter, new_session
 from tests.servers.fault_proxy import listening, tunnel
 from tests.transport.test_handshakes import server_certificate, server_context
@@ -163,9 +164,9 @@ def place_of(server: Server, folder: Path, *, tls: bool) -> Iterator[tuple[str, 
 
 
 @contextmanager
-def session_of(url: str, context: ssl.SSLContext, proxy: str | None = None) -> Iterator[Ask]:
-    adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
-    with new_session(adapter, proxy=proxy, for_callers=True) as session:
+def session_of(url: str, context: ssl.SSLContext, proxy: Proxy | None = None) -> Iterator[Ask]:
+    adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0), proxy=proxy)
+    with new_session(adapter, for_callers=True) as session:
 
         def ask(kind: str, name: str) -> str | None:
             try:
@@ -178,11 +179,13 @@ def session_of(url: str, context: ssl.SSLContext, proxy: str | None = None) -> I
 
 
 @contextmanager
-def token_connection(url: str, context: ssl.SSLContext, proxy: str | None = None) -> Iterator[Ask]:
+def token_connection(
+    url: str, context: ssl.SSLContext, proxy: Proxy | None = None
+) -> Iterator[Ask]:
     endpoint = TokenEndpoint(
         Environment.of(f"{url}/authz/v1"),
         ClientTls(context, None),
-        proxy=proxy,
+        proxy=None,
         connect_timeout=20.0,
         read_timeout=20.0,
     )
@@ -227,7 +230,7 @@ def test_a_proxys_tunnel_is_made_anew_where_something_was_left(tmp_path: Path) -
     with (
         tunnel() as (proxy, asked),
         place_of(server, tmp_path, tls=True) as place,
-        session_of(*place, proxy=f"http://127.0.0.1:{proxy}") as ask,
+        session_of(*place, proxy=Proxy(f"http://127.0.0.1:{proxy}")) as ask,
     ):
         for number, kind in enumerate(kinds):
             assert ask(kind, f"{number:09}") == f"{number:09}"
@@ -237,8 +240,12 @@ def test_a_proxys_tunnel_is_made_anew_where_something_was_left(tmp_path: Path) -
 def test_what_comes_between_the_pool_and_the_request_ends_a_tunnel_too(tmp_path: Path) -> None:
     server = Server()
     with tunnel() as (proxy, asked), place_of(server, tmp_path, tls=True) as (url, context):
-        adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
-        with new_session(adapter, proxy=f"http://127.0.0.1:{proxy}", for_callers=True) as session:
+        adapter = TlsAdapter(
+            ClientTls(context, None),
+            timeouts=(20.0, 20.0),
+            proxy=Proxy(f"http://127.0.0.1:{proxy}"),
+        )
+        with new_session(adapter, for_callers=True) as session:
             session.get(f"{url}/plain_000000001")
             manager = next(iter(adapter.proxy_manager.values()))
             pool = manager.pools[next(iter(manager.pools.keys()))]
@@ -278,7 +285,7 @@ def test_a_body_where_there_can_be_none_is_no_answer(
     server = Server()
     with place_of(server, tmp_path, tls=False) as (url, context):
         adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
-        with new_session(adapter, proxy=None, for_callers=True) as session:
+        with new_session(adapter, for_callers=True) as session:
             for number in range(5):
                 got = session.request(method, f"{url}/{kind}_{number:09}")
                 assert got.content == b""
@@ -292,7 +299,7 @@ def test_a_body_that_nobody_read_is_left_with_its_connection(tmp_path: Path, lea
     server = Server()
     with place_of(server, tmp_path, tls=False) as (url, context):
         adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
-        with new_session(adapter, proxy=None, for_callers=True) as session:
+        with new_session(adapter, for_callers=True) as session:
             for number, kind in enumerate(("plain", "chunked", "second", "interim") * 3):
                 unread = session.get(f"{url}/{kind}_{number:09}", stream=True)
                 unread.raw.read(3)
@@ -317,7 +324,7 @@ def test_what_a_server_says_before_it_is_asked_is_no_answer(tmp_path: Path, tls:
 
     context = ssl.create_default_context(cafile=str(certificate))
     adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
-    with listening(eager) as port, new_session(adapter, proxy=None) as session:
+    with listening(eager) as port, new_session(adapter) as session:
         url = f"http{'s' if tls else ''}://localhost:{port}/"
         pool: Any = adapter.get_connection_with_tls_context(
             requests.Request("GET", url).prepare(), verify=True
@@ -344,7 +351,7 @@ def test_interim_answers_without_end_are_no_answer() -> None:
         context = ssl.create_default_context()
         adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
         with (
-            new_session(adapter, proxy=None, for_callers=True) as session,
+            new_session(adapter, for_callers=True) as session,
             pytest.raises(requests.ConnectionError, match="informational"),
         ):
             session.get(f"http://127.0.0.1:{port}/")
