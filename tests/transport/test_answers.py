@@ -179,9 +179,7 @@ def session_of(url: str, context: ssl.SSLContext, proxy: Proxy | None = None) ->
 
 
 @contextmanager
-def token_connection(
-    url: str, context: ssl.SSLContext, proxy: Proxy | None = None
-) -> Iterator[Ask]:
+def token_connection(url: str, context: ssl.SSLContext) -> Iterator[Ask]:
     endpoint = TokenEndpoint(
         Environment.of(f"{url}/authz/v1"),
         ClientTls(context, None),
