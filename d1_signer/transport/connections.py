@@ -22,7 +22,7 @@ from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, ProxyError
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
 from d1_signer.transport.deadlines import run_until
 from d1_signer.transport.hosts import is_address
@@ -84,14 +84,19 @@ class Connections:
             self._handles.add(handle)
         return handle
 
-    def pools(self) -> dict[str, type[HTTPConnectionPool]]:
-        """Pool classes of urllib3 whose connections belong here."""
+    def pools(self, socket_path: str | None = None) -> dict[str, type[HTTPConnectionPool]]:
+        """Pool classes of urllib3 whose connections belong here.
+
+        Args:
+            socket_path: A Unix socket that connections without TLS go to; None: host and port.
+        """
 
         class Response(_Response):
             owner = self
 
         class Connection(_Connection):
             owner = self
+            unix_socket = socket_path
             response_class = Response  # type: ignore[mutable-override]
 
         class TlsConnection(_TlsConnection):
@@ -146,6 +151,7 @@ class _Response(BoundedResponse):
 
 class _Connection(HTTPConnection):
     owner: Connections
+    unix_socket: str | None = None
     _began = 0
     _handle: _Handle | None = None
     _held: bytearray | None = None
@@ -208,7 +214,7 @@ class _Connection(HTTPConnection):
 
     def _new_conn(self) -> socket.socket:
         until = self._until()
-        connect = super()._new_conn
+        connect = super()._new_conn if self.unix_socket is None else self._to_unix_socket
         try:
             # Names are resolved under no limit of time.
             sock = connect() if is_address(self.host) else run_until(until, connect)
@@ -219,6 +225,16 @@ class _Connection(HTTPConnection):
         except BaseException:
             sock.close()
             raise
+        return sock
+
+    def _to_unix_socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self._until() - time.monotonic())
+            sock.connect(self.unix_socket or "")
+        except OSError as error:
+            sock.close()
+            raise NewConnectionError(self, f"no connection to {self.unix_socket}") from error
         return sock
 
     def _claim(self, sock: socket.socket, until: float) -> None:
