@@ -166,8 +166,8 @@ def _check_owner_and_mode(
     if status.st_uid not in {0, os.geteuid(), trusted_owner}:
         raise SecretSourceError(
             f"The {what} belongs to another user (uid {status.st_uid}): {shown_path(path)}.",
-            hint="Let root or this process's user own it, or name its uid as trusted_owner, where a "
-            "backend has that option.",
+            hint="Let root or this process's user own it; or name its uid as trusted_owner, where "
+            "there is that option.",
         )
 
 

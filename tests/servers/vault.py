@@ -66,6 +66,23 @@ class Vault:
         secret = self.api("POST", f"auth/approle/role/{name}/secret-id")["data"]["secret_id"]
         return role_id, secret
 
+    def wrap(self, path: str, **body: object) -> str:
+        """A token that wraps what a path answers."""
+        headers = {"X-Vault-Token": ROOT_TOKEN, "X-Vault-Wrap-TTL": "300s"}
+        answer = requests.post(f"{self.url}/v1/{path}", json=body, headers=headers, timeout=30)
+        answer.raise_for_status()
+        token: str = answer.json()["wrap_info"]["token"]
+        return token
+
+    def unwrap(self, token: str) -> Any:
+        url, headers = f"{self.url}/v1/sys/wrapping/unwrap", {"X-Vault-Token": token}
+        return requests.post(url, headers=headers, timeout=30).json()
+
+    def make_wrapped(self, name: str) -> tuple[str, str]:
+        """Returns the role id of an AppRole and a token that wraps a secret id."""
+        role_id, _ = self.make_approle(name)
+        return role_id, self.wrap(f"auth/approle/role/{name}/secret-id")
+
     @contextmanager
     def proxy(self) -> Iterator[FaultProxy]:
         with FaultProxy(("127.0.0.1", self.port)) as proxy:
