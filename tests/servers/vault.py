@@ -14,10 +14,11 @@ from typing import Any
 
 import requests
 
-from tests.servers.certificates import self_signed
+from tests.servers.certificates import Authority, self_signed
 from tests.servers.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
 from tests.servers.process import accepts, free_port, running
 
+BAO = str(Path(sys.executable).parent / "bao")
 ROOT_TOKEN = "root-token-of-the-tests"
 
 POLICY = """
@@ -33,6 +34,13 @@ class Vault:
     port: int
     tls_port: int
     ca_file: Path
+    mutual_port: int
+    authority: Authority
+
+    @property
+    def mutual_url(self) -> str:
+        """Where a certificate of `authority` has to be shown."""
+        return f"https://localhost:{self.mutual_port}"
 
     @property
     def url(self) -> str:
@@ -92,16 +100,21 @@ class Vault:
 @contextmanager
 def vault(directory: Path) -> Iterator[Vault]:
     certificate, key = self_signed(directory)
-    port, tls_port = free_port(), free_port()
+    port, tls_port, mutual_port = free_port(), free_port(), free_port()
+    authority = Authority(directory)
     config = directory / "tls.json"
-    listener = {
-        "address": f"127.0.0.1:{tls_port}",
-        "tls_cert_file": str(certificate),
-        "tls_key_file": str(key),
+    files = {"tls_cert_file": str(certificate), "tls_key_file": str(key)}
+    mutual = {
+        "tls_require_and_verify_client_cert": True,
+        "tls_client_ca_file": str(authority.ca_file),
     }
-    config.write_text(json.dumps({"listener": {"tcp": listener}}))
+    listeners: list[dict[str, object]] = [
+        {"address": f"127.0.0.1:{tls_port}", **files},
+        {"address": f"127.0.0.1:{mutual_port}", **files, **mutual},
+    ]
+    config.write_text(json.dumps({"listener": [{"tcp": listener} for listener in listeners]}))
     command = [
-        str(Path(sys.executable).parent / "bao"),
+        BAO,
         "server",
         "-dev",
         "-dev-no-store-token",
@@ -110,7 +123,7 @@ def vault(directory: Path) -> Iterator[Vault]:
         f"-config={config}",
     ]
     environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
-    server = Vault(port, tls_port, certificate)
+    server = Vault(port, tls_port, certificate, mutual_port, authority)
 
     def ready() -> bool:
         if not accepts(port):
@@ -123,6 +136,50 @@ def vault(directory: Path) -> Iterator[Vault]:
         server.api("POST", "sys/auth/approle", type="approle")
         server.api("POST", "sys/policy/signer", policy=POLICY)
         yield server
+
+
+@contextmanager
+def agent(server: Vault, directory: Path) -> Iterator[tuple[str, Path]]:
+    """A proxy of OpenBao that logs in by itself; gives its URL and its Unix socket."""
+    role_id, secret_id = server.make_approle("agent")
+    role_file, secret_file = directory / "role-id", directory / "secret-id"
+    role_file.write_text(role_id)
+    secret_file.write_text(secret_id)
+    port, socket = free_port(), directory / "agent.sock"
+    config = {
+        "vault": {"address": server.url},
+        "auto_auth": {
+            "method": [
+                {
+                    "type": "approle",
+                    "config": {
+                        "role_id_file_path": str(role_file),
+                        "secret_id_file_path": str(secret_file),
+                        "remove_secret_id_file_after_reading": False,
+                    },
+                }
+            ]
+        },
+        "api_proxy": {"use_auto_auth_token": True},
+        "listener": [
+            {"tcp": {"address": f"127.0.0.1:{port}", "tls_disable": True}},
+            {"unix": {"address": str(socket), "tls_disable": True}},
+        ],
+    }
+    file = directory / "agent.json"
+    file.write_text(json.dumps(config))
+    command = [BAO, "proxy", f"-config={file}"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        if not accepts(port) or not socket.exists():
+            return False
+        # It has a token once it passes on what needs one.
+        return requests.get(f"{url}/v1/auth/token/lookup-self", timeout=5).status_code == 200
+
+    with running(command, env=environment, log=directory / "agent.log", ready=ready):
+        yield url, socket
 
 
 def calls(proxy: FaultProxy) -> list[str]:

@@ -181,7 +181,7 @@ class HttpClient:
         if answer.status in _OK and told is not None:
             return told
         if answer.status in _OK:
-            altered = self.service.altered(f"answered {call.purpose.doing} without JSON.")
+            altered = self.service.altered(f"gave no JSON when asked {call.purpose.doing}.")
             return Failure(self._named(altered, call.purpose), Again.NEVER)
         failure = refused(
             self.service,

@@ -161,7 +161,7 @@ def test_given_token_that_cannot_be_renewed_is_left_alone(
     server: vault.Vault,
     proxy: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, object],
+    settings: dict[str, Any],
 ) -> None:
     monkeypatch.setattr("d1_signer.backends.vault.held._FIRST_LOOK", 0.0)
     given = server.make_token(ttl="1h", **settings)
@@ -373,7 +373,7 @@ def test_threads_that_wait_for_a_login_share_its_failure(proxy: FaultProxy) -> N
     others = 7
 
     def lost(*_: object) -> Answer:
-        for _ in range(others):
+        for _thread in range(others):
             waiting.acquire(timeout=30)
         raise Dropped
 
