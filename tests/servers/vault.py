@@ -62,6 +62,29 @@ class Vault:
         self.api("POST", f"transit/keys/{name}", **{"type": "ecdsa-p256", **settings})
         return name
 
+    def make_external_key(self, name: str) -> str:
+        """A key in another engine, which stands for an HSM, and one in Transit that refers to it.
+
+        Returns the public key in PEM.
+        """
+        if "hsm/" not in self.api("GET", "sys/mounts")["data"]:
+            self.api("POST", "sys/mounts/hsm", type="transit")
+            self.api(
+                "POST",
+                "sys/external-keys/configs/hsm",
+                plugin="transit",
+                address=self.url,
+                token=ROOT_TOKEN,
+                mount_path="hsm",
+            )
+        self.api("POST", f"hsm/keys/{name}", type="ecdsa-p256")
+        configured = f"sys/external-keys/configs/hsm/keys/{name}"
+        self.api("POST", configured, name=name, version=1)
+        self.api("POST", f"{configured}/grants/transit")
+        self.make_key(name, type="external-key", external_key_ref=f"hsm:{name}")
+        pem: str = self.api("GET", f"hsm/keys/{name}")["data"]["keys"]["1"]["public_key"]
+        return pem
+
     def make_token(self, policy: str = "signer", **settings: object) -> str:
         told = self.api("POST", "auth/token/create", policies=[policy], **settings)
         token: str = told["auth"]["client_token"]

@@ -149,7 +149,7 @@ class Login:
     def _without_source(self) -> Secret:
         if not self.name:
             # The certificate is shown by the connection; here it only tells one from another.
-            return Secret("the client certificate")
+            return Secret("-")
         return _service_account_token()
 
     def _unwrapped(self, http: HttpClient, secret: Secret, until: float) -> Secret:
