@@ -98,6 +98,7 @@ class _Reviews(BaseHTTPRequestHandler):
             )
             status: dict[str, Any] = {
                 "authenticated": True,
+                "audiences": claims["aud"],
                 "user": {
                     "username": claims["sub"],
                     "uid": "7d6e",
