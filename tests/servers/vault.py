@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,15 @@ from typing import Any
 import requests
 
 from tests.servers.certificates import Authority, self_signed
-from tests.servers.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
+from tests.servers.fault_proxy import (
+    Answer,
+    Fault,
+    FaultProxy,
+    Forward,
+    Request,
+    join,
+    listening,
+)
 from tests.servers.process import accepts, free_port, running
 
 BAO = str(Path(sys.executable).parent / "bao")
@@ -168,7 +180,7 @@ def agent(server: Vault, directory: Path) -> Iterator[tuple[str, Path]]:
     role_file, secret_file = directory / "role-id", directory / "secret-id"
     role_file.write_text(role_id)
     secret_file.write_text(secret_id)
-    port, socket = free_port(), directory / "agent.sock"
+    port, unix_socket = free_port(), directory / "agent.sock"
     config = {
         "vault": {"address": server.url},
         "auto_auth": {
@@ -186,7 +198,7 @@ def agent(server: Vault, directory: Path) -> Iterator[tuple[str, Path]]:
         "api_proxy": {"use_auto_auth_token": True},
         "listener": [
             {"tcp": {"address": f"127.0.0.1:{port}", "tls_disable": True}},
-            {"unix": {"address": str(socket), "tls_disable": True}},
+            {"unix": {"address": str(unix_socket), "tls_disable": True}},
         ],
     }
     file = directory / "agent.json"
@@ -196,13 +208,127 @@ def agent(server: Vault, directory: Path) -> Iterator[tuple[str, Path]]:
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
-        if not accepts(port) or not socket.exists():
+        if not accepts(port) or not unix_socket.exists():
             return False
         # It has a token once it passes on what needs one.
         return requests.get(f"{url}/v1/auth/token/lookup-self", timeout=5).status_code == 200
 
     with running(command, env=environment, log=directory / "agent.log", ready=ready):
-        yield url, socket
+        yield url, unix_socket
+
+
+@dataclass
+class Cluster:
+    """Three nodes over Raft, behind a port that takes connections to those that are alive."""
+
+    url: str
+    token: str
+    nodes: dict[str, subprocess.Popen[bytes]]
+
+    def kill_leader(self) -> str:
+        url, node = next((url, node) for url, node in self.nodes.items() if _leads(url))
+        node.kill()
+        node.wait()
+        return url
+
+
+def _leads(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/v1/sys/health", timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+@contextmanager
+def _node(directory: Path, number: int, leader: str) -> Iterator[tuple[str, Any]]:
+    home = directory / f"node-{number}"
+    (home / "raft").mkdir(parents=True)
+    port, cluster_port = free_port(), free_port()
+    url = f"http://127.0.0.1:{port}"
+    raft: dict[str, object] = {
+        "path": str(home / "raft"),
+        "node_id": f"node-{number}",
+        "performance_multiplier": 1,
+    }
+    if leader:
+        raft["retry_join"] = [{"leader_api_addr": leader}]
+    config = {
+        "storage": {"raft": raft},
+        "listener": [{"tcp": {"address": f"127.0.0.1:{port}", "tls_disable": True}}],
+        "api_addr": url,
+        "cluster_addr": f"https://127.0.0.1:{cluster_port}",
+    }
+    config["listener"][0]["tcp"]["cluster_address"] = f"127.0.0.1:{cluster_port}"  # type: ignore[index]
+    file = home / "config.json"
+    file.write_text(json.dumps(config))
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    command = [BAO, "server", f"-config={file}"]
+    with running(
+        command, env=environment, log=home / "bao.log", ready=lambda: accepts(port)
+    ) as process:
+        yield url, process
+
+
+def _until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise RuntimeError(what)
+        time.sleep(0.05)
+
+
+def _unsealed(url: str, share: str) -> bool:
+    answer = requests.post(f"{url}/v1/sys/unseal", json={"key": share}, timeout=30)
+    return answer.ok and answer.json()["sealed"] is False
+
+
+@contextmanager
+def cluster(directory: Path) -> Iterator[Cluster]:
+    """Three nodes that hold a key ``d1``."""
+    with ExitStack() as stack:
+        nodes: dict[str, subprocess.Popen[bytes]] = {}
+        first, process = stack.enter_context(_node(directory, 0, ""))
+        nodes[first] = process
+        shares = {"secret_shares": 1, "secret_threshold": 1}
+        made = requests.post(f"{first}/v1/sys/init", json=shares, timeout=60).json()
+        share, token = made["keys"][0], made["root_token"]
+        _until(lambda: _unsealed(first, share) and _leads(first), "the first node does not lead")
+        headers = {"X-Vault-Token": token}
+        for number in (1, 2):
+            url, process = stack.enter_context(_node(directory, number, first))
+            nodes[url] = process
+            _until(lambda url=url: _unsealed(url, share), "a node does not join")  # type: ignore[misc]
+        for path, body in (
+            ("sys/mounts/transit", {"type": "transit"}),
+            ("transit/keys/d1", {"type": "ecdsa-p256"}),
+        ):
+            requests.post(
+                f"{first}/v1/{path}", json=body, headers=headers, timeout=30
+            ).raise_for_status()
+
+        def all_know() -> bool:
+            answers = (
+                requests.get(f"{url}/v1/transit/keys/d1", headers=headers, timeout=30)
+                for url in nodes
+            )
+            return all(answer.ok for answer in answers)
+
+        _until(all_know, "the nodes do not agree")
+        turns = itertools.cycle(int(url.rpartition(":")[2]) for url in nodes)
+        port = stack.enter_context(listening(lambda connection: _to_a_node(connection, turns)))
+        yield Cluster(f"http://127.0.0.1:{port}", token, nodes)
+
+
+def _to_a_node(connection: socket.socket, turns: Iterator[int]) -> None:
+    for _ in range(3):
+        try:
+            upstream = socket.create_connection(("127.0.0.1", next(turns)), timeout=2)
+        except OSError:
+            continue
+        upstream.settimeout(None)
+        with upstream:
+            join(connection, upstream)
+        return
 
 
 def calls(proxy: FaultProxy) -> list[str]:
