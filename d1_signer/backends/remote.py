@@ -23,12 +23,14 @@ from d1_signer.errors import (
     IntegrityError,
     SignerClosedError,
     SignerError,
+    SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import Backend
 from d1_signer.transport.deadlines import within
-from d1_signer.transport.failures import is_untrusted
+from d1_signer.transport.failures import causes, is_untrusted
 from d1_signer.transport.processes import PerProcess
+from d1_signer.transport.proxies import TunnelRefused
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +80,15 @@ class Service:
 
     def _not_asked(self, error: Exception, doing: str) -> D1SignerError:
         name = type(error).__name__
+        by_proxy = next((link for link in causes(error) if isinstance(link, TunnelRefused)), None)
+        if by_proxy is not None:
+            return SignerUnavailable(
+                f"{self.name} could not be asked {doing}: the proxy {by_proxy.proxy} answers "
+                f"HTTP {by_proxy.status}, {by_proxy.reason}.",
+                hint=by_proxy.hint,
+                retryable=by_proxy.passes,
+                details=by_proxy.details(),
+            )
         kind, hint = self.meaning(error)
         return kind(
             f"{self.name} could not be asked {doing}: {name}.",

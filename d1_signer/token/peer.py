@@ -73,7 +73,7 @@ class Peer:
         if failure.stage is Stage.PROXY:
             details["proxy"] = proxy
         if refused is not None:
-            details["status"] = refused.status
+            details |= refused.details()
         where, hint = {
             Stage.NAME: ("its name", "Check the environment's URL and this machine's DNS."),
             Stage.CONNECTION: ("the connection", "Check network and firewall, and the port."),

@@ -117,14 +117,19 @@ class Connections:
             self._handles.add(handle)
         return handle
 
-    def pools(self) -> dict[str, type[HTTPConnectionPool]]:
-        """Pool classes of urllib3 whose connections belong here."""
+    def pools(self, socket_path: str | None = None) -> dict[str, type[HTTPConnectionPool]]:
+        """Pool classes of urllib3 whose connections belong here.
+
+        Args:
+            socket_path: A Unix socket that connections without TLS go to; None: host and port.
+        """
 
         class Response(_Response):
             owner = self
 
         class Connection(_Connection):
             owner = self
+            unix_socket = socket_path
             response_class = Response  # type: ignore[mutable-override]
 
         class TlsConnection(_TlsConnection):
@@ -194,6 +199,7 @@ class _Pool(HTTPConnectionPool):
 class _Connection(HTTPConnection):
     owner: Connections
     rests_since = (math.inf, math.inf)
+    unix_socket: str | None = None
     _began = 0
     _handle: _Handle | None = None
     _held: bytearray | None = None
@@ -306,7 +312,10 @@ class _Connection(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         until = self._until()
         try:
-            sock = super()._new_conn() if is_address(self.host) else self._looked_up(until)
+            if self.unix_socket is not None:
+                sock = self._to_unix_socket()
+            else:
+                sock = super()._new_conn() if is_address(self.host) else self._looked_up(until)
         except TimeoutError:
             raise self._out_of_time() from None
         try:
@@ -336,6 +345,16 @@ class _Connection(HTTPConnection):
         finally:
             self._dns_host = name
         raise failure
+
+    def _to_unix_socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self._until() - time.monotonic())
+            sock.connect(self.unix_socket or "")
+        except OSError as error:
+            sock.close()
+            raise NewConnectionError(self, f"no connection to {self.unix_socket}") from error
+        return sock
 
     def _claim(self, sock: socket.socket, until: float) -> None:
         self._handle = self.owner.handle(sock)

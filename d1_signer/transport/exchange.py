@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import ssl
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from urllib3 import HTTPConnectionPool, PoolManager, ProxyManager, Timeout
+from urllib3.exceptions import HTTPError
 
 from d1_signer.errors import IntegrityError
 from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
@@ -49,6 +52,7 @@ class Http:
         connect_timeout: float,
         read_timeout: float,
         proxy: Proxy | None = None,
+        socket_path: str | None = None,
     ) -> None:
         """Prepare connections; none is opened yet.
 
@@ -58,6 +62,7 @@ class Http:
             connect_timeout: Seconds for each attempt to connect.
             read_timeout: Seconds for each wait for bytes.
             proxy: For https, or None.
+            socket_path: The Unix socket that http goes to, or None.
         """
         self._what = what
         self._limits = (connect_timeout, read_timeout)
@@ -74,7 +79,7 @@ class Http:
         self._pools: dict[tuple[str, ...], HTTPConnectionPool] = {}
         self._connections = Connections(proxy=proxy)
         for manager in self._managers.values():
-            manager.pool_classes_by_scheme = self._connections.pools()
+            manager.pool_classes_by_scheme = self._connections.pools(socket_path)
 
     def exchange(
         self, method: str, url: str, *, headers: Mapping[str, Any], body: bytes | None, until: float
@@ -108,7 +113,7 @@ class Http:
             raise no_time_left()
         connect, read = (min(limit, left) for limit in self._limits)
         parts = urlsplit(url)
-        with self._connections.bounded(until):
+        with self._connections.bounded(until), self._forgetting():
             response = self._pool(parts).urlopen(
                 method,
                 f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}",
@@ -133,6 +138,25 @@ class Http:
                 )
             response.release_conn()
             return Answer(response.status, response.headers, told)
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        # Where one connection is dead, those that were kept beside it are: the next attempt, and
+        # those of other threads, shall not have to find that out one after the other.
+        try:
+            yield
+        except HTTPError:
+            self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Close the connections that are kept and not in use: what comes next opens new ones."""
+        for pool in list(self._pools.values()):
+            with contextlib.suppress(queue.Empty, AttributeError):  # None: the pool is closed
+                while True:
+                    connection = pool.pool.get(block=False)  # type: ignore[union-attr]
+                    if connection is not None:
+                        connection.close()
 
     def _pool(self, parts: SplitResult) -> HTTPConnectionPool:
         # Looking for it in the manager would take a twentieth of a call.

@@ -12,10 +12,10 @@ import os
 import threading
 import time
 import weakref
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from email.message import Message
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from urllib3.exceptions import ProxyError
 
@@ -32,6 +32,7 @@ _REST = 60.0
 # wait for each other.
 _GOOD_FOR = 60.0
 _WHAT = "proxy credentials"
+_BASIC = "Basic "
 
 
 class TunnelRefused(ProxyError):
@@ -50,6 +51,10 @@ class TunnelRefused(ProxyError):
         super().__init__(f"the proxy {proxy} answers HTTP {status}: {reason}. {hint}", None)  # type: ignore[arg-type]
         self.proxy, self.status, self.passes = proxy, status, passes
         self.reason, self.hint = reason, hint
+
+    def details(self) -> dict[str, str | int | float]:
+        """What a machine may want to know of it."""
+        return {"proxy": self.proxy, "status": self.status}
 
     def again(self) -> TunnelRefused:
         """The same, for another who asks."""
@@ -106,6 +111,15 @@ class Proxy:
 
     def _new_lock(self) -> None:
         self._one_at_a_time = threading.Lock()
+
+    def url_with_credentials(self) -> Secret:
+        """Its URL with what is given to it now, for a library that speaks CONNECT itself."""
+        credentials = self._credentials()
+        if credentials is None:
+            return Secret(self.url)
+        pair = b64decode(credentials.reveal().removeprefix(_BASIC)).decode()
+        user, _, password = pair.partition(":")
+        return Secret(f"http://{quote(user, safe='')}:{quote(password, safe='')}@{self.address}")
 
     def forget_refusals(self) -> None:
         """Ask again whatever was refused."""
@@ -200,13 +214,18 @@ class Proxy:
             if not any(scheme.lower().startswith("basic") for scheme in offered):
                 reason = "it asks for credentials, and not by Basic authentication"
                 hint = "Basic is what is spoken here; let this machine pass without, or by Basic."
-        elif status >= _BROKEN or status in {_TIMEOUT, _TOO_EARLY, _TOO_MANY}:
+        elif may_pass(status):
             passes, reason = True, "it does not reach the host now"
             hint = f"It is tried again; if it stays, ask who runs it whether it reaches {target}."
         else:
             reason = "it does not let this host pass"
             hint = f"Have {target} allowed there, and check that this is the proxy's address."
         return TunnelRefused(self.address, status, passes=passes, reason=reason, hint=hint)
+
+
+def may_pass(status: int) -> bool:
+    """Whether a proxy that answers CONNECT with this status may answer otherwise in a while."""
+    return status >= _BROKEN or status in {_TIMEOUT, _TOO_EARLY, _TOO_MANY}
 
 
 def optional_proxy(
@@ -260,7 +279,7 @@ def _basic(text: Secret) -> Secret | None:
     pair = text.reveal()
     if not pair.partition(":")[1] or not pair.isprintable():
         return None
-    return Secret(f"Basic {b64encode(pair.encode()).decode()}")
+    return Secret(f"{_BASIC}{b64encode(pair.encode()).decode()}")
 
 
 def _text(secret: Secret | None) -> str | None:

@@ -128,11 +128,12 @@ class VerifyingContext(ssl.SSLContext):
             return super()._wrap_bio(*args, **options)  # type: ignore[misc]
 
 
-def verifying_context(authorities: str | None) -> VerifyingContext:
+def verifying_context(authorities: str | None, *, pem: str | None = None) -> VerifyingContext:
     """A context that verifies the server.
 
     Args:
         authorities: PEM file of those that may sign its certificate; None: the system's.
+        pem: The same as text, instead of a file.
 
     Raises:
         OSError: The file cannot be read.
@@ -141,7 +142,9 @@ def verifying_context(authorities: str | None) -> VerifyingContext:
     # Not create_default_context(): it would log session keys where SSLKEYLOGFILE says so.
     context = VerifyingContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if authorities is None:
+    if pem is not None:
+        context.load_verify_locations(cadata=pem)
+    elif authorities is None:
         context.load_default_certs()
     else:
         context.load_verify_locations(authorities)

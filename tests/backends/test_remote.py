@@ -21,7 +21,7 @@ from d1_signer import errors
 from d1_signer.backends import remote
 from d1_signer.backends.aws_kms.failures import AWS_KMS
 from d1_signer.backends.gcp_kms.failures import CLOUD_KMS
-from d1_signer.backends.vault.http import VAULT
+from d1_signer.backends.vault.failures import service_at
 from d1_signer.custody.evidence import Evidence
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import SignatureEncoding
@@ -32,6 +32,7 @@ from tests.conftest import LeakWatch
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 TOKEN = "token-of-the-request"
+VAULT = service_at("vault.example.com")
 
 
 class SdkError(Exception):
@@ -209,7 +210,11 @@ def test_refused_certificate_stays_refused(
     assert refused.value.retryable is retryable
 
 
-@pytest.mark.parametrize("service", [AWS_KMS, CLOUD_KMS, VAULT], ids=lambda service: service.name)
+@pytest.mark.parametrize(
+    "service",
+    [AWS_KMS, CLOUD_KMS, service_at("vault.example.com")],
+    ids=lambda service: service.name,
+)
 def test_no_row_of_a_table_hides_behind_another(service: remote.Service) -> None:
     before: tuple[type[Exception], ...] = ()
     for kinds, _, hint in service.failures:

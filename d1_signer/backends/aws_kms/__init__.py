@@ -23,6 +23,7 @@ from d1_signer.backends.remote import RemoteBackend, client_for, facts_of
 from d1_signer.custody.evidence import Evidence, Fact
 from d1_signer.errors import D1SignerError, KeyMismatchError, KeyUriError, MissingExtraError
 from d1_signer.es256 import PublicKey
+from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 
 try:
@@ -131,6 +132,7 @@ def open_backend(
     endpoint: str | None = None,
     fips: bool | None = None,
     proxy: str | None = None,
+    proxy_credentials_source: SecretSource | None = None,
     ca_file: str | None = None,
     timeout: float = 10.0,
     connect_timeout: float = 2.0,
@@ -142,12 +144,14 @@ def open_backend(
 
     Args:
         uri: ``awskms:///`` and a key id, a key ARN, ``alias/NAME`` or an alias ARN; optionally
-            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``, ``ca_file=``.
+            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``,
+            ``proxy-credentials-source=``, ``ca_file=``.
         region: AWS region; None: the ARN's, else boto3's own search.
         profile: Profile in the AWS configuration files.
         endpoint: URL of a private endpoint; https, or http on loopback.
         fips: Use the region's FIPS endpoint, or do not; None: as the AWS configuration says.
         proxy: ``http://HOST:PORT`` of a proxy through which AWS KMS is reached.
+        proxy_credentials_source: Source of its ``USER:PASSWORD``, for Basic authentication.
         ca_file: PEM file of the authorities to trust for AWS KMS; None: certifi's.
         timeout: Seconds for one call with all its attempts, and for the opening. Where the profile
             demands an MFA code, the time in which it is typed does not count.
@@ -176,6 +180,7 @@ def open_backend(
             endpoint=endpoint,
             fips=fips,
             proxy=proxy,
+            proxy_credentials_source=proxy_credentials_source,
             ca_file=ca_file,
         ),
         connect_timeout=connect_timeout,
@@ -193,6 +198,7 @@ def generate_key(
     endpoint: str | None = None,
     fips: bool | None = None,
     proxy: str | None = None,
+    proxy_credentials_source: SecretSource | None = None,
     ca_file: str | None = None,
     description: str = "ES256 signing key for Thales D1",
     client: KMSClient | None = None,
@@ -217,6 +223,7 @@ def generate_key(
         endpoint=endpoint,
         fips=fips,
         proxy=proxy,
+        proxy_credentials_source=proxy_credentials_source,
         ca_file=ca_file,
     )
     if not settings.key_id.startswith("alias/"):

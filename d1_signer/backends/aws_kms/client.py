@@ -28,6 +28,7 @@ from d1_signer.transport.deadlines import within
 from d1_signer.transport.exchange import Http
 from d1_signer.transport.hosts import check_endpoint
 from d1_signer.transport.processes import PerProcess
+from d1_signer.transport.proxies import TunnelRefused
 from d1_signer.transport.tls import verifying_context
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class _Sender:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._proxy = settings.proxy
+        self._proxy = settings.proxy.url if settings.proxy else None
         self._only = ("", "")
         self.http = Http(
             "AWS KMS",
@@ -213,6 +214,8 @@ class _Sender:
                 until=this_call.until,
             )
         except http.HTTPError as error:
+            if isinstance(error, TunnelRefused) and not error.passes:
+                raise  # which botocore does not know, and does not repeat
             failure = next(failure for kind, failure in _FAILURES if isinstance(error, kind))
             raise failure(endpoint_url=url, proxy_url=self._proxy, error=error) from error
         return AWSResponse(url, told.status, told.headers, _Body(told.body))  # type: ignore[arg-type]

@@ -150,7 +150,6 @@ _BY_WORDS = {state.lower(): state for state in STATES}
 
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
-_PROXY_AUTHENTICATION = 407
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NOT_READ = (ResponseParserError, ValueError, TypeError, AttributeError, LookupError)
@@ -212,11 +211,11 @@ def of_connection(error: Exception, name: str, doing: str, details: Details) -> 
     where = f"{name} at {endpoint}" if endpoint else name
     via = ""
     if failed.stage is Stage.PROXY:
-        via = f" through the proxy {proxy}"
+        via = f" through the proxy {failed.refused.proxy if failed.refused else proxy}"
         hint = "Look at the proxy: what it logs of this, and whether it admits the endpoint."
-        if str(_PROXY_AUTHENTICATION) in failed.reason:
-            hint = "The proxy asks for a password: give a client of your own, made with it."
-            retryable = False
+        if failed.refused is not None:
+            hint, retryable = failed.refused.hint, failed.refused.passes
+            details = {**details, **failed.refused.details()}
     elif failed.stage is Stage.TLS and failed.tls is TlsFailure.UNTRUSTED:
         hint, retryable = _authorities(name), False
     elif failed.stage is Stage.TLS:

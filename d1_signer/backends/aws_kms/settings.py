@@ -7,12 +7,18 @@ import re
 from dataclasses import dataclass
 
 from d1_signer.errors import ConfigurationError, KeyUriError
+from d1_signer.secret import SecretSource
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.hosts import check_endpoint
-from d1_signer.transport.proxies import check_proxy
+from d1_signer.transport.proxies import Proxy, optional_proxy
 
 # An option's name may be written as other schemes write theirs.
-_QUERY = frozenset({"region", "endpoint", "profile", "fips", "proxy", "ca-file", "ca_file"})
+_QUERY = frozenset(
+    {
+        *("region", "endpoint", "profile", "fips", "ca-file", "ca_file"),
+        *("proxy", "proxy-credentials-source", "proxy_credentials_source"),
+    }
+)
 _KEY_ID = re.compile(r"[A-Za-z0-9/_:-]{1,2048}")
 _ARN = re.compile(r"arn:[a-z0-9-]+:kms:([a-z0-9-]+):\d{12}:(?:key|alias)/.+")
 
@@ -26,7 +32,7 @@ class Settings:
     profile: str | None
     endpoint: str | None
     fips: bool | None
-    proxy: str | None
+    proxy: Proxy | None
     ca_file: str | None
     connect_timeout: float = 2.0
     read_timeout: float = 5.0
@@ -48,8 +54,6 @@ class Settings:
                     "Both an endpoint and the FIPS endpoint are asked for.",
                     hint="Name the FIPS endpoint's URL as the endpoint, or leave it out.",
                 )
-        if self.proxy:
-            check_proxy(self.proxy, credentials=False)
 
 
 def read_settings(
@@ -60,6 +64,7 @@ def read_settings(
     endpoint: str | None,
     fips: bool | None,
     proxy: str | None,
+    proxy_credentials_source: SecretSource | None,
     ca_file: str | None,
 ) -> Settings:
     """Read a key URI; an argument that is not None wins over the URI's query.
@@ -86,6 +91,11 @@ def read_settings(
         profile=profile or parsed.query.get("profile"),
         endpoint=endpoint or parsed.query.get("endpoint"),
         fips=fips,
-        proxy=proxy or parsed.query.get("proxy"),
+        proxy=optional_proxy(
+            proxy or parsed.query.get("proxy"),
+            proxy_credentials_source
+            or parsed.query.get("proxy-credentials-source")
+            or parsed.query.get("proxy_credentials_source"),
+        ),
         ca_file=ca_file or parsed.query.get("ca-file") or parsed.query.get("ca_file"),
     )

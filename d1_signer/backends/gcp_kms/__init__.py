@@ -25,6 +25,7 @@ from d1_signer.backends.remote import RemoteBackend, client_for
 from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import KeyUriError, MissingExtraError
 from d1_signer.es256 import PublicKey
+from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 
 try:
@@ -112,6 +113,7 @@ def open_backend(
     *,
     endpoint: str | None = None,
     proxy: str | None = None,
+    proxy_credentials_source: SecretSource | None = None,
     ca_file: str | None = None,
     universe_domain: str | None = None,
     timeout: float = 10.0,
@@ -122,9 +124,10 @@ def open_backend(
     Args:
         uri: ``gcpkms://`` and the resource name of a key version, or of a key: then the newest
             enabled version is taken. Optionally ``?endpoint=HOST[:PORT]``, ``proxy=``,
-            ``ca_file=``, ``universe_domain=``.
+            ``proxy-credentials-source=``, ``ca_file=``, ``universe_domain=``.
         endpoint: A private or regional endpoint, as ``HOST[:PORT]``.
         proxy: ``http://HOST:PORT`` of a proxy through which Cloud KMS is reached.
+        proxy_credentials_source: Source of its ``USER:PASSWORD``, for Basic authentication.
         ca_file: PEM file of the authorities to trust for Cloud KMS; None: certifi's.
         universe_domain: The domain of another cloud than Google's own (Trusted Partner Cloud).
         timeout: Seconds for one call with all its attempts, and for the opening.
@@ -141,7 +144,14 @@ def open_backend(
         IntegrityError: An answer was altered on its way; retryable.
         SignerUnavailable: Cloud KMS cannot be reached, or throttles; retryable.
     """
-    place = read_uri(uri, endpoint, proxy, ca_file, universe_domain)
+    place = read_uri(
+        uri,
+        endpoint,
+        proxy,
+        ca_file,
+        universe_domain,
+        proxy_credentials_source=proxy_credentials_source,
+    )
     return GcpKmsBackend(place.name, clients(place, client), timeout)
 
 
@@ -150,6 +160,7 @@ def generate_key(
     *,
     endpoint: str | None = None,
     proxy: str | None = None,
+    proxy_credentials_source: SecretSource | None = None,
     ca_file: str | None = None,
     universe_domain: str | None = None,
     protection_level: str = "HSM",
@@ -169,7 +180,14 @@ def generate_key(
         ConfigurationError: An unknown protection level.
         SignerError: As for `open_backend`.
     """
-    place = read_uri(uri, endpoint, proxy, ca_file, universe_domain)
+    place = read_uri(
+        uri,
+        endpoint,
+        proxy,
+        ca_file,
+        universe_domain,
+        proxy_credentials_source=proxy_credentials_source,
+    )
     if place.version is not None:
         raise KeyUriError(
             "A new key is named without a version.", hint="Cloud KMS counts versions itself."

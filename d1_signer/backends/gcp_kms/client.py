@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.message import Message
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,10 +34,11 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
+from d1_signer.secret import SecretSource
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.processes import PerProcess, fork_gate
-from d1_signer.transport.proxies import check_proxy
+from d1_signer.transport.proxies import Proxy, TunnelRefused, optional_proxy
 
 R = TypeVar("R")
 
@@ -52,7 +54,10 @@ _ENDPOINT = re.compile(rf"{_HOST}(:[0-9]{{1,5}})?")
 _UNIVERSE = re.compile(_HOST)
 # An option's name may be written as other schemes write theirs.
 _QUERY = frozenset(
-    {"endpoint", "proxy", "ca-file", "ca_file", "universe-domain", "universe_domain"}
+    {
+        *("endpoint", "ca-file", "ca_file", "universe-domain", "universe_domain"),
+        *("proxy", "proxy-credentials-source", "proxy_credentials_source"),
+    }
 )
 
 _GOOGLE = "googleapis.com"
@@ -93,7 +98,7 @@ class Place:
         key: Name of the key in it.
         version: Number of the version, or None.
         endpoint: ``HOST[:PORT]``, or None.
-        proxy: URL of the proxy through which Cloud KMS is reached, or None.
+        proxy: The proxy through which Cloud KMS is reached, or None.
         ca_file: PEM file of the authorities to trust, or None.
         universe: The domain of the cloud.
     """
@@ -103,7 +108,7 @@ class Place:
     key: str
     version: str | None
     endpoint: str | None
-    proxy: str | None
+    proxy: Proxy | None
     ca_file: str | None
     universe: str
 
@@ -117,7 +122,7 @@ class Place:
         """The URI of a key version that is reached in the same way."""
         settings = {
             "endpoint": self.endpoint,
-            "proxy": self.proxy,
+            "proxy": self.proxy.url if self.proxy else None,
             "ca-file": self.ca_file,
             "universe-domain": None if self.universe == _GOOGLE else self.universe,
         }
@@ -131,6 +136,8 @@ def read_uri(
     proxy: str | None = None,
     ca_file: str | None = None,
     universe_domain: str | None = None,
+    *,
+    proxy_credentials_source: SecretSource | None = None,
 ) -> Place:
     """Read a key URI; an argument that is not None wins over the URI's query.
 
@@ -146,9 +153,8 @@ def read_uri(
     endpoint = endpoint or query.get("endpoint")
     if endpoint and not _ENDPOINT.fullmatch(endpoint):
         raise ConfigurationError("The Cloud KMS endpoint is not of the form HOST[:PORT].")
-    proxy = proxy or query.get("proxy")
-    if proxy:
-        check_proxy(proxy, credentials=False)
+    source = proxy_credentials_source or query.get("proxy-credentials-source")
+    through = optional_proxy(proxy or query.get("proxy"), source)
     universe = universe_domain or query.get("universe-domain") or _GOOGLE
     if not _UNIVERSE.fullmatch(universe):
         raise ConfigurationError("The universe domain is not a host name.")
@@ -158,7 +164,7 @@ def read_uri(
         key=name.group(2),
         version=name.group(3),
         endpoint=endpoint,
-        proxy=proxy,
+        proxy=through,
         ca_file=ca_file or query.get("ca-file"),
         universe=universe,
     )
@@ -170,13 +176,37 @@ class _Used:
     pid: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Client:
     """A client of google-cloud-kms; with its credentials, where it is one of ours."""
 
-    sdk: Sdk
-    credentials: GcpCredentials | None = None
-    proxy: str | None = None
+    def __init__(
+        self,
+        sdk: Sdk | None = None,
+        *,
+        place: Place | None = None,
+        credentials: GcpCredentials | None = None,
+    ) -> None:
+        """Take a client that stays the caller's; or make one where a key is.
+
+        Args:
+            sdk: The caller's.
+            place: The key, for one of ours.
+            credentials: For one of ours.
+        """
+        self._sdk = sdk
+        self._place = place
+        self._proxy = None if place is None else place.proxy
+        self.credentials = credentials
+
+    @property
+    def sdk(self) -> Sdk:
+        """The SDK's client."""
+        made = self._sdk
+        if made is None:
+            if self._place is None or self.credentials is None:
+                raise ConfigurationError("The Cloud KMS client that was given is none.")
+            made = self._sdk = _sdk_for(self._place, self.credentials)
+        return made
 
     def call(
         self,
@@ -201,13 +231,15 @@ class Client:
             request: The request's message.
             attempts: How often an unavailable service is asked.
         """
-        ask = partial(_attempts, until, doing, method, request, attempts)
+        attempt = partial(_attempts, until, doing, method, request, attempts)
+        ask = partial(CLOUD_KMS.ask, doing, self._through_proxy, until, attempt)
         try:
             _check_fork()
             if self.credentials is None:
                 return self._ask(until, ask)
             token = self.credentials.get(until)
-            this_call.sent, this_call.proxy = token.secrets(), self.proxy
+            this_call.sent = token.secrets()
+            this_call.proxy = self._proxy.url if self._proxy else None
             try:
                 return ask()
             except LoginError:
@@ -219,6 +251,32 @@ class Client:
             error.details = {**own, **error.details}
             raise
 
+    def _through_proxy(self, until: float, ask: Callable[[], R]) -> R:
+        if self._proxy is None or self._place is None:
+            return ask()
+        target = self._place.target
+        try:
+            with self._proxy.asking(target, until) as credentials:
+                try:
+                    answer = ask()
+                except D1SignerError as error:
+                    status = error.details.get("proxy_status")
+                    if isinstance(status, int):
+                        self._proxy.answered(target, credentials, status, Message())
+                    raise
+                self._proxy.answered(target, credentials, 200, Message())
+                return answer
+        except TunnelRefused as refused:
+            if not refused.passes:
+                self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        """Close the channel, which would ask a proxy that has refused again and again by itself."""
+        made, self._sdk = self._sdk, None
+        if made is not None:
+            made.transport.close()  # type: ignore[no-untyped-call]
+
     def _ask(self, until: float, ask: Callable[[], R]) -> R:
         this_call.sent, this_call.proxy = (), None
         # Over REST a time limit bounds each wait for bytes and not the call.
@@ -227,7 +285,7 @@ class Client:
     def close(self) -> None:
         """Close the channel; that of a client that was given stays open."""
         if self.credentials is not None:
-            self.sdk.transport.close()  # type: ignore[no-untyped-call]
+            self._let_go()
 
 
 def _check_fork() -> None:
@@ -284,8 +342,16 @@ def _client(place: Place, credentials: GcpCredentials | None = None) -> Client:
             hint="Unset it; or give a function that makes a client which shows one.",
         )
     credentials = credentials or GcpCredentials(place.universe, place.target)
+    client = Client(place=place, credentials=credentials)
+    client.sdk  # noqa: B018 (so that a wrong setting shows now)
+    return client
+
+
+def _sdk_for(place: Place, credentials: GcpCredentials) -> Sdk:
     # gRPC would use the proxies and the authorities that the environment names.
-    proxy = ("grpc.http_proxy", place.proxy) if place.proxy else ("grpc.enable_http_proxy", 0)
+    proxy: tuple[str, Any] = ("grpc.enable_http_proxy", 0)
+    if place.proxy is not None:
+        proxy = ("grpc.http_proxy", place.proxy.url_with_credentials().reveal())
     tls = grpc.ssl_channel_credentials(_authorities(place.ca_file))
     bearer = grpc.metadata_call_credentials(_Bearer(credentials))
     channel = grpc.secure_channel(
@@ -296,7 +362,7 @@ def _client(place: Place, credentials: GcpCredentials | None = None) -> Client:
     transport = Transport(channel=channel, host=place.target)
     # The transport has its endpoint already; the SDK would take one of the environment's here.
     settled = ClientOptions(universe_domain=Sdk._DEFAULT_UNIVERSE)  # noqa: SLF001
-    return Client(Sdk(transport=transport, client_options=settled), credentials, place.proxy)
+    return Sdk(transport=transport, client_options=settled)
 
 
 def _authorities(ca_file: str | None) -> bytes:

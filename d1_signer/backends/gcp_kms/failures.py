@@ -32,6 +32,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.transport.foreign import quoted
+from d1_signer.transport.proxies import may_pass
 
 
 class _ThisCall(threading.local):
@@ -137,7 +138,6 @@ _NOT_REACHED = re.compile(
 )
 _UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED|Hostname Verification|Peer name", re.IGNORECASE)
 _PROXY_SAYS = re.compile(r"proxy returned response code (\d{3})", re.IGNORECASE)
-_PROXY_AUTHENTICATION = 407
 
 
 def _refused(error: Exception, doing: str) -> D1SignerError | None:
@@ -199,9 +199,9 @@ def _not_reached(message: str, told: str, doing: str, details: Details) -> D1Sig
     if this_call.proxy:
         via = f" through the proxy {this_call.proxy}"
         hint = "Look at the proxy: whether it runs, what it logs of this, and whom it admits."
-        if (code := _PROXY_SAYS.search(message)) and int(code[1]) == _PROXY_AUTHENTICATION:
-            hint = "The proxy asks for a password: give a client of your own, made with it."
-            retryable = False
+        if code := _PROXY_SAYS.search(message):
+            details["proxy_status"] = int(code[1])
+            retryable = may_pass(int(code[1]))
     if _UNTRUSTED.search(message):
         hint = "Name the file with the authority as ca_file, and check the host name."
         retryable = False
