@@ -91,7 +91,8 @@ class BoundedResponse(http.client.HTTPResponse):
         lengths = {part.strip() for value in told for part in value.split(",")}
         closing = any("close" in value.lower() for value in self.msg.get_all("connection", []))
         one_length = len(lengths) == 1 and all(map(_LENGTH.fullmatch, lengths))
-        if self._method == "HEAD" or self.status in _WITHOUT_BODY:
+        tunnel = self._method == "CONNECT" and 200 <= self.status < 300  # noqa: PLR2004
+        if tunnel or self._method == "HEAD" or self.status in _WITHOUT_BODY:
             self.chunked, self.length = False, 0
             self._forget_framing(but_length=one_length)
             closing = closing or self.status == _SWITCHING_PROTOCOLS
