@@ -223,10 +223,12 @@ def test_a_paused_machine_gets_another_token(fetcher_of: FetcherOf) -> None:
 
 def test_a_token_that_is_dead_on_arrival_twice_is_worth_a_try_later(fetcher_of: FetcherOf) -> None:
     fetcher, server = fetcher_of(lambda _: answered("200 OK", GRANT.replace(b"900", b"1e-9")))
-    error = failure(fetcher)
-    assert isinstance(error, TokenUnavailable)
-    assert error.retryable
-    assert "paused" in error.hint
+    with pytest.raises(TokenUnavailable, match="before it arrived") as caught:
+        fetcher._renewal.obtain(
+            deadline=time.monotonic() + 20, stopped=threading.Event(), refused=None
+        )
+    assert caught.value.retryable
+    assert "paused" in caught.value.hint
     assert len(server.requests) == 2
 
 
