@@ -178,11 +178,11 @@ def session_of(url: str, context: ssl.SSLContext, proxy: str | None = None) -> I
 
 
 @contextmanager
-def token_connection(url: str, context: ssl.SSLContext, proxy: str | None = None) -> Iterator[Ask]:
+def token_connection(url: str, context: ssl.SSLContext) -> Iterator[Ask]:
     endpoint = TokenEndpoint(
         Environment.of(f"{url}/authz/v1"),
         ClientTls(context, None),
-        proxy=proxy,
+        proxy=None,
         connect_timeout=20.0,
         read_timeout=20.0,
     )
