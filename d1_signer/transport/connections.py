@@ -185,7 +185,7 @@ class _Connection(HTTPConnection):
 
         What came before a request is no answer to it (RFC 9112 section 9.2).
         """
-        # Once more, for what came since the pool looked. A key service's answers are verified anyway.
+        # Once more, for what came since the pool looked; key services' answers are verified anyway.
         if self._asked and self.owner.rest and self.sock is not None and not self.is_connected:
             self._close_for_another()
         if self.sock is None:
