@@ -247,7 +247,9 @@ class Client:
                     raise
             return ask()
         except D1SignerError as error:
-            own = {"phase": phase, "endpoint": str(self.sdk.transport.host)}
+            place = self._place
+            host = self.sdk.transport.host if place is None else place.target
+            own = {"phase": phase, "endpoint": str(host)}
             error.details = {**own, **error.details}
             raise
 
