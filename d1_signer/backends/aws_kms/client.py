@@ -87,8 +87,8 @@ class Client:
             keys = self.credentials.get(until)
             return self._ask(until, doing, keys, method, arguments, direct=direct)
         except D1SignerError as error:
-            own = {"phase": phase, "endpoint": self.kms.meta.endpoint_url}
-            error.details = {**own, **error.details}
+            if error.details.setdefault("phase", phase) == phase:  # else the source has its own
+                error.details["endpoint"] = self.kms.meta.endpoint_url
             raise
 
     def _ask(

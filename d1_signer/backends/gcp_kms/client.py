@@ -215,8 +215,8 @@ class Client:
                     raise
             return ask()
         except D1SignerError as error:
-            own = {"phase": phase, "endpoint": str(self.sdk.transport.host)}
-            error.details = {**own, **error.details}
+            if error.details.setdefault("phase", phase) == phase:  # else the source has its own
+                error.details["endpoint"] = str(self.sdk.transport.host)
             raise
 
     def _ask(self, until: float, ask: Callable[[], R]) -> R:
