@@ -110,7 +110,8 @@ class AwsCredentials(Renewed[Keys]):
             found: Keys = AWS_CREDENTIALS.ask("for credentials", self._find, ask, asked)
         except D1SignerError as error:
             if asked:
-                error.details.setdefault("endpoint", "{0}://{1}".format(*urlsplit(asked[-1])))
+                parts = urlsplit(asked[-1])
+                error.details.setdefault("endpoint", f"{parts.scheme}://{parts.netloc}")
             raise
         held = self.held()
         if held is not None and held.method != found.method:
@@ -124,7 +125,11 @@ class AwsCredentials(Renewed[Keys]):
     def _find(self, ask: Ask, asked: list[str]) -> Keys:
         with making:
             session = new_session(self._settings)
-        session.register("before-send", lambda request, **_: asked.append(str(request.url)))
+
+        def note(**event: Any) -> None:
+            asked.append(str(event["request"].url))
+
+        session.register("before-send", note)
         # botocore's own are a minute, and five attempts.
         session.set_default_client_config(
             Config(

@@ -171,7 +171,7 @@ _FAILURES: Failures = (
 
 
 def quotable(code: str) -> str:
-    """A code or a request id as it is where it looks like one and holds nothing that was sent, else quoted."""
+    """A code or an id as it is where it looks like one and repeats no secret, else quoted."""
     shown = quoted(code, this_call.sent)
     return code if _CODE.fullmatch(code) and shown[1:-1] == code else shown
 
