@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import certifi
 import grpc
@@ -121,7 +122,9 @@ class Place:
             "ca-file": self.ca_file,
             "universe-domain": None if self.universe == _GOOGLE else self.universe,
         }
-        query = "&".join(f"{name}={value}" for name, value in settings.items() if value)
+        query = "&".join(
+            f"{name}={quote(value, safe='/:')}" for name, value in settings.items() if value
+        )
         return f"gcpkms://{name}{'?' if query else ''}{query}"
 
 
