@@ -23,6 +23,7 @@ from d1_signer.transport.proxies import Proxy
 # More threads than connections would work too, but warn for each connection thrown away.
 _CONNECTIONS = 128
 _LARGEST_ANSWER = 1 << 20
+_DIGITS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ class Http:
             length = response.headers.get("Content-Length", "")
             # What is told counts for nothing where the body comes in chunks.
             told_length = length.isdecimal() and "Transfer-Encoding" not in response.headers
-            bounded = told_length and int(length) <= _LARGEST_ANSWER
+            # Python itself refuses to read a number of thousands of digits.
+            bounded = told_length and len(length) < _DIGITS and int(length) <= _LARGEST_ANSWER
             # A read with a limit of its own takes much longer: for answers of no known length.
             told = response.read() if bounded else response.read(_LARGEST_ANSWER + 1)
             if len(told) > _LARGEST_ANSWER:

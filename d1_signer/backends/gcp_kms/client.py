@@ -13,6 +13,7 @@ from email.message import Message
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import certifi
 import grpc
@@ -126,7 +127,9 @@ class Place:
             "ca-file": self.ca_file,
             "universe-domain": None if self.universe == _GOOGLE else self.universe,
         }
-        query = "&".join(f"{name}={value}" for name, value in settings.items() if value)
+        query = "&".join(
+            f"{name}={quote(value, safe='/:')}" for name, value in settings.items() if value
+        )
         return f"gcpkms://{name}{'?' if query else ''}{query}"
 
 
@@ -247,10 +250,9 @@ class Client:
                     raise
             return ask()
         except D1SignerError as error:
-            place = self._place
-            host = self.sdk.transport.host if place is None else place.target
-            own = {"phase": phase, "endpoint": str(host)}
-            error.details = {**own, **error.details}
+            if error.details.setdefault("phase", phase) == phase:  # else the source has its own
+                own = self._place  # whose channel may be closed
+                error.details["endpoint"] = own.target if own else str(self.sdk.transport.host)
             raise
 
     def _through_proxy(self, until: float, ask: Callable[[], R]) -> R:
