@@ -112,14 +112,14 @@ class Proxy:
     def _new_lock(self) -> None:
         self._one_at_a_time = threading.Lock()
 
-    def url_with_credentials(self) -> Secret:
-        """Its URL with what is given to it now, for a library that speaks CONNECT itself."""
+    def revealed_url(self) -> str:
+        """Its URL with the credentials in it, for a library that speaks CONNECT itself."""
         credentials = self._credentials()
         if credentials is None:
-            return Secret(self.url)
+            return self.url
         pair = b64decode(credentials.reveal().removeprefix(_BASIC)).decode()
         user, _, password = pair.partition(":")
-        return Secret(f"http://{quote(user, safe='')}:{quote(password, safe='')}@{self.address}")
+        return f"http://{quote(user, safe='')}:{quote(password, safe='')}@{self.address}"
 
     def forget_refusals(self) -> None:
         """Ask again whatever was refused."""

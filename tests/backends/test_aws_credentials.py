@@ -6,11 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import re
+import select
+import signal
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +28,6 @@ from tests.servers.credential_source import AWS_SECRET, Source, credential_sourc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.conftest import LeakWatch
     from tests.servers.fault_proxy import Answer, FaultProxy, Forward, Request
@@ -460,6 +463,88 @@ def test_mfa_without_a_terminal_is_a_clear_error(
         open_signer(f"awskms:///{key}")
     assert "terminal" in refused.value.hint
     assert source.asked == []
+
+
+_ON_A_TERMINAL = """
+import sys, termios, time
+from d1_signer.errors import D1SignerError
+from d1_signer.backends import renewal
+from d1_signer.signing.signer import open_signer
+renewal._PAUSE = 0.0
+try:
+    with open_signer(sys.argv[1], timeout=4) as signer:
+        signer.public_key.verify(signer.sign(b"m"), b"m")
+        print("SIGNED", flush=True)
+        try:
+            while True:
+                signer.sign(b"m")
+                time.sleep(0.05)
+        except D1SignerError as error:
+            print("ENDED", error.code, error, flush=True)
+except KeyboardInterrupt:
+    print("INTERRUPTED", flush=True)
+print("ECHO", bool(termios.tcgetattr(0)[3] & termios.ECHO), flush=True)
+"""
+
+
+def _on_a_terminal(uri: str, typed: bytes, pause: float) -> str:
+    """What a program prints on a terminal on which somebody answers the first question."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        program = [sys.executable, "-W", "ignore", "-c", _ON_A_TERMINAL, uri]
+        os.execv(sys.executable, program)  # noqa: S606
+    shown, asked, until = b"", None, time.monotonic() + 50
+    while time.monotonic() < until:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # the program has ended
+                break
+        if asked is None and b"MFA code" in shown:
+            asked = time.monotonic()
+        if asked and typed and time.monotonic() > asked + pause:
+            os.write(terminal, typed)
+            typed = b""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    return shown.decode()
+
+
+@pytest.fixture
+def mfa(source: Source, home: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    for name, value in _from_assumed_role(source, home).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    with (home / "config").open("a") as config:
+        config.write("mfa_serial = arn:aws:iam::000000000000:mfa/operator\n")
+    return source
+
+
+@pytest.mark.stress
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_time_in_which_an_mfa_code_is_typed_does_not_count(
+    mfa: Source, gate: FaultProxy, key: str
+) -> None:
+    mfa.lifetime = 10.0
+    told = _on_a_terminal(f"awskms:///{key}?endpoint={gate.url}", b"123456\n", pause=6.0)
+    assert "SIGNED" in told, told
+    # Nobody is asked again in the midst of a signature.
+    assert "ENDED login" in told, told
+    assert "MFA code" in told.partition("ENDED")[2]
+    assert "ECHO True" in told
+    assert "123456" not in told
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_interrupted_question_leaves_the_terminal_as_it_was(
+    mfa: Source, gate: FaultProxy, key: str
+) -> None:
+    told = _on_a_terminal(f"awskms:///{key}?endpoint={gate.url}", b"12\x03", pause=0.5)
+    assert "INTERRUPTED" in told, told
+    assert "ECHO True" in told
+    assert mfa.asked == []
 
 
 def test_no_thread_is_left_where_nothing_hangs(

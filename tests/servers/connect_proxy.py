@@ -30,7 +30,7 @@ class ConnectProxy:
         sent: Credentials that it got.
     """
 
-    credentials: str | None = None
+    credentials: str | None = field(default=None, repr=False)
     status: int | None = None
     headers: tuple[str, ...] = ()
     answer: bytes | None = None
@@ -38,7 +38,7 @@ class ConnectProxy:
     port: int = 0
     asked: list[str] = field(default_factory=list)
     refused: int = 0
-    sent: list[str] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property

@@ -65,8 +65,6 @@ class AwsKmsBackend(RemoteBackend[Client]):
             "to sign",
             "signature",
             client.kms.sign,
-            # A thread for each is saved where only a pause of the SDK could add to the limit.
-            direct=deadline is None,
             KeyId=self._key,
             Message=digest,
             MessageType="DIGEST",
@@ -157,7 +155,7 @@ def open_backend(
             demands an MFA code, the time in which it is typed does not count.
         connect_timeout: Seconds for each attempt to connect.
         read_timeout: Seconds for each wait for bytes.
-        max_attempts: Attempts of one call in all (boto3's standard retry mode).
+        max_attempts: Attempts of one call in all, where AWS KMS is busy or away.
         client: A KMS client that is used as it is and stays the caller's, or a function that makes
             one, called once in each process. Only the function also works after a fork. Of the
             settings above only ``timeout`` holds for it.

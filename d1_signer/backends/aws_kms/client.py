@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import io
+import random
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +25,8 @@ from d1_signer.backends.aws_kms.credentials import AwsCredentials, InHand, Keys,
 from d1_signer.backends.aws_kms.failures import AWS_KMS, this_call
 from d1_signer.backends.aws_kms.settings import Settings
 from d1_signer.backends.remote import clients_of
-from d1_signer.errors import ConfigurationError, D1SignerError, LoginError
-from d1_signer.transport.deadlines import within
+from d1_signer.errors import ConfigurationError, D1SignerError, LoginError, SignerUnavailable
+from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.exchange import Http
 from d1_signer.transport.hosts import check_endpoint
 from d1_signer.transport.processes import PerProcess
@@ -36,14 +38,25 @@ if TYPE_CHECKING:
 
 Method = Callable[..., Mapping[str, Any]]
 
+# Seconds, doubled with each attempt, between two attempts of a call.
+_PAUSE = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A client of boto3; with what sends its requests and its credentials, where it is ours."""
+    """A client of boto3; with what sends its requests and its credentials, where it is ours.
+
+    Attributes:
+        kms: The client.
+        http: What sends its requests.
+        credentials: What it signs them with.
+        attempts: How often a service that is busy or away is asked.
+    """
 
     kms: KMSClient
     http: Http | None = None
     credentials: AwsCredentials | None = None
+    attempts: int = 1
 
     def open(self, until: float) -> float:
         """Have credentials by a moment on ``time.monotonic()``.
@@ -59,8 +72,6 @@ class Client:
         doing: str,
         phase: str,
         method: Method,
-        *,
-        direct: bool = False,
         **arguments: object,
     ) -> Mapping[str, Any]:
         """Call a method of the SDK, and be back by a moment.
@@ -72,24 +83,23 @@ class Client:
             doing: What is asked for, such as ``"to sign"``.
             phase: The word for it in an error's details.
             method: The SDK's method.
-            direct: Whether a pause of the SDK may add to the limit; else, and with a client that
-                was given, the call is in a thread of its own, which is left behind.
             arguments: Those of the method.
         """
         try:
             if self.credentials is None:
+                # A client that was given may look for credentials and wait as long as it likes.
                 return within(until, partial(_call, until, doing, None, method, arguments))
             keys = self.credentials.get(until)
             try:
-                return self._ask(until, doing, keys, method, arguments, direct=direct)
+                return self._ask(until, doing, keys, method, arguments)
             except LoginError:
                 if not self.credentials.replaced(keys, until):
                     raise
             keys = self.credentials.get(until)
-            return self._ask(until, doing, keys, method, arguments, direct=direct)
+            return self._ask(until, doing, keys, method, arguments)
         except D1SignerError as error:
-            own = {"phase": phase, "endpoint": self.kms.meta.endpoint_url}
-            error.details = {**own, **error.details}
+            if error.details.setdefault("phase", phase) == phase:  # else the source has its own
+                error.details["endpoint"] = self.kms.meta.endpoint_url
             raise
 
     def _ask(
@@ -99,11 +109,18 @@ class Client:
         keys: Keys,
         method: Method,
         arguments: Mapping[str, object],
-        *,
-        direct: bool,
     ) -> Mapping[str, Any]:
-        call = partial(_call, until, doing, keys, method, arguments)
-        return call() if direct else within(until, call)
+        # Not by boto3: its pauses know no time limit.
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return _call(until, doing, keys, method, arguments)
+            except SignerUnavailable as error:
+                pause = _PAUSE * 2**attempt * random.uniform(0.5, 1)  # noqa: S311 (no secret)
+                late = time.monotonic() + pause >= until
+                if late or attempt == self.attempts or not error.retryable:
+                    raise
+            time.sleep(pause)
+        raise no_time_left()  # only where no attempt was allowed
 
     def close(self) -> None:
         """Close the connections; those of a client that was given stay open."""
@@ -145,7 +162,7 @@ def clients(
 def _client(settings: Settings, credentials: AwsCredentials) -> Client:
     sender = _Sender(settings)
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
+        retries={"mode": "standard", "total_max_attempts": 1},
         use_fips_endpoint=settings.fips,
         ignore_configured_endpoint_urls=True,  # type: ignore[call-arg]  # not in its stubs
     )
@@ -157,7 +174,7 @@ def _client(settings: Settings, credentials: AwsCredentials) -> Client:
         client: KMSClient = boto.client("kms", endpoint_url=settings.endpoint, config=config)
     sender.only_to(client.meta.endpoint_url)
     client.meta.events.register("before-send.kms", sender.send)  # type: ignore[arg-type]
-    return Client(client, sender.http, credentials)
+    return Client(client, sender.http, credentials, settings.max_attempts)
 
 
 # In this order: a class before the classes it derives from.

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import botocore.session
 from botocore.config import Config
@@ -20,7 +21,13 @@ from botocore.loaders import Loader
 from d1_signer.backends.aws_kms.settings import Settings
 from d1_signer.backends.aws_kms.sources import AWS_CREDENTIALS, no_credentials
 from d1_signer.backends.renewal import Ask, NobodyToAskError, Renewed
-from d1_signer.errors import ConfigurationError, LoginError, SecretSourceError, SignerTimeout
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    LoginError,
+    SecretSourceError,
+    SignerTimeout,
+)
 from d1_signer.secret import read_secret
 
 _PLUGINS = "BOTOCORE_EXPERIMENTAL__PLUGINS"
@@ -98,7 +105,14 @@ class AwsCredentials(Renewed[Keys]):
 
     def find(self, ask: Ask) -> Keys:
         """See `Renewed`; only the source that was found first is taken later on."""
-        found: Keys = AWS_CREDENTIALS.ask("for credentials", self._find, ask)
+        asked: list[str] = []
+        try:
+            found: Keys = AWS_CREDENTIALS.ask("for credentials", self._find, ask, asked)
+        except D1SignerError as error:
+            if asked:
+                parts = urlsplit(asked[-1])
+                error.details.setdefault("endpoint", f"{parts.scheme}://{parts.netloc}")
+            raise
         held = self.held()
         if held is not None and held.method != found.method:
             raise no_credentials(
@@ -108,9 +122,14 @@ class AwsCredentials(Renewed[Keys]):
             )
         return found
 
-    def _find(self, ask: Ask) -> Keys:
+    def _find(self, ask: Ask, asked: list[str]) -> Keys:
         with making:
             session = new_session(self._settings)
+
+        def note(**event: Any) -> None:
+            asked.append(str(event["request"].url))
+
+        session.register("before-send", note)
         # botocore's own are a minute, and five attempts.
         session.set_default_client_config(
             Config(

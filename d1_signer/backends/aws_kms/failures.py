@@ -150,7 +150,6 @@ _BY_WORDS = {state.lower(): state for state in STATES}
 
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
-_REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NOT_READ = (ResponseParserError, ValueError, TypeError, AttributeError, LookupError)
 
@@ -171,7 +170,7 @@ _FAILURES: Failures = (
 
 
 def quotable(code: str) -> str:
-    """A code as it is where it looks like one and holds nothing that was sent, else quoted."""
+    """A code or an id as it is where it looks like one and repeats no secret, else quoted."""
     shown = quoted(code, this_call.sent)
     return code if _CODE.fullmatch(code) and shown[1:-1] == code else shown
 
@@ -195,7 +194,7 @@ def details(answer: Mapping[str, Any]) -> Details:
     found: Details = {}
     request_id = str(metadata.get("RequestId"))
     if metadata.get("RequestId"):
-        found["request_id"] = request_id if _REQUEST_ID.fullmatch(request_id) else "(malformed)"
+        found["request_id"] = quotable(request_id)
     if isinstance(metadata.get("HTTPStatusCode"), int):
         found["status"] = metadata["HTTPStatusCode"]
     return found

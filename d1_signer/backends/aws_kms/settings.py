@@ -54,6 +54,8 @@ class Settings:
                     "Both an endpoint and the FIPS endpoint are asked for.",
                     hint="Name the FIPS endpoint's URL as the endpoint, or leave it out.",
                 )
+        if self.max_attempts < 1:
+            raise ConfigurationError("max_attempts is less than 1.")
 
 
 def read_settings(

@@ -90,6 +90,7 @@ _UNREADABLE = (
     "without them: look at it, and try again."
 )
 _SHAPES = (KeyError, TypeError, AttributeError)
+_CONTAINER = "AWS_CONTAINER_CREDENTIALS"
 _SERVER_ERROR = 500
 _STS_OPERATION = re.compile(r"(AssumeRole|GetSessionToken|GetFederationToken)")
 _RETRYABLE = True
@@ -131,7 +132,11 @@ def _of_file(error: OSError) -> D1SignerError:
 
 def _of_provider(error: sdk.CredentialRetrievalError) -> D1SignerError:
     provider, told = str(error.kwargs.get("provider")), str(error.kwargs.get("error_msg"))
+    details: Details = {"phase": _PHASE, "source": quotable(provider)}
     if provider == "container-role":
+        relative = os.environ.get(f"{_CONTAINER}_RELATIVE_URI")
+        whole = os.environ.get(f"{_CONTAINER}_FULL_URI", "")
+        details["endpoint"] = f"http://169.254.170.2{relative}" if relative else whole
         kind: type[SignerError] = SignerUnavailable
         hint = (
             "Look at the container's credential endpoint, which AWS_CONTAINER_CREDENTIALS_FULL_URI "
@@ -143,7 +148,7 @@ def _of_provider(error: sdk.CredentialRetrievalError) -> D1SignerError:
         f"{quotable(provider)} gave no AWS credentials: {quoted(told)}.",
         hint=hint,
         retryable=_RETRYABLE,
-        details={"phase": _PHASE, "source": quotable(provider)},
+        details=details,
     )
 
 

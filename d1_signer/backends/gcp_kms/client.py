@@ -13,6 +13,7 @@ from email.message import Message
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import certifi
 import grpc
@@ -126,7 +127,9 @@ class Place:
             "ca-file": self.ca_file,
             "universe-domain": None if self.universe == _GOOGLE else self.universe,
         }
-        query = "&".join(f"{name}={value}" for name, value in settings.items() if value)
+        query = "&".join(
+            f"{name}={quote(value, safe='/:')}" for name, value in settings.items() if value
+        )
         return f"gcpkms://{name}{'?' if query else ''}{query}"
 
 
@@ -247,8 +250,9 @@ class Client:
                     raise
             return ask()
         except D1SignerError as error:
-            own = {"phase": phase, "endpoint": str(self.sdk.transport.host)}
-            error.details = {**own, **error.details}
+            if error.details.setdefault("phase", phase) == phase:  # else the source has its own
+                own = self._place  # whose channel may be closed
+                error.details["endpoint"] = own.target if own else str(self.sdk.transport.host)
             raise
 
     def _through_proxy(self, until: float, ask: Callable[[], R]) -> R:
@@ -284,8 +288,8 @@ class Client:
 
     def close(self) -> None:
         """Close the channel; that of a client that was given stays open."""
-        if self.credentials is not None:
-            self._let_go()
+        if self.credentials is not None and self._sdk is not None:
+            self._sdk.transport.close()  # type: ignore[no-untyped-call]
 
 
 def _check_fork() -> None:
@@ -348,21 +352,25 @@ def _client(place: Place, credentials: GcpCredentials | None = None) -> Client:
 
 
 def _sdk_for(place: Place, credentials: GcpCredentials) -> Sdk:
-    # gRPC would use the proxies and the authorities that the environment names.
-    proxy: tuple[str, Any] = ("grpc.enable_http_proxy", 0)
-    if place.proxy is not None:
-        proxy = ("grpc.http_proxy", place.proxy.url_with_credentials().reveal())
     tls = grpc.ssl_channel_credentials(_authorities(place.ca_file))
     bearer = grpc.metadata_call_credentials(_Bearer(credentials))
     channel = grpc.secure_channel(
         place.target,
         grpc.composite_channel_credentials(tls, bearer),
-        options=[proxy, *_CONNECTION],
+        options=[*_way(place.proxy), *_CONNECTION],
     )
     transport = Transport(channel=channel, host=place.target)
     # The transport has its endpoint already; the SDK would take one of the environment's here.
     settled = ClientOptions(universe_domain=Sdk._DEFAULT_UNIVERSE)  # noqa: SLF001
     return Sdk(transport=transport, client_options=settled)
+
+
+def _way(proxy: Proxy | None) -> list[tuple[str, Any]]:
+    # gRPC would use the proxy that the environment names.
+    if proxy is None:
+        return [("grpc.enable_http_proxy", 0)]
+    # And a new channel would go on with the failures of a closed one, whatever its credentials.
+    return [("grpc.http_proxy", proxy.revealed_url()), ("grpc.use_local_subchannel_pool", 1)]
 
 
 def _authorities(ca_file: str | None) -> bytes:
