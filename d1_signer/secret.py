@@ -24,6 +24,7 @@ SecretSource = str | Callable[[], str | bytes]
 """``file:PATH``, ``env:NAME``, ``prompt``, or a callable that returns the secret."""
 
 _MAX_FILE_SIZE = 1 << 20
+_FORBIDDEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _LONGEST_PATH = 256
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
 _DER_IN_BASE64 = re.compile(r"M[A-Z][A-Za-z0-9+/_-]{62}", re.ASCII)
@@ -53,13 +54,14 @@ class Secret:
 
 
 @without_locals
-def read_secret(source: SecretSource, *, what: str) -> Secret:
+def read_secret(source: SecretSource, *, what: str, trusted_owner: int | None = None) -> Secret:
     """Read a secret from its source.
 
     Args:
         source: ``file:PATH`` (one trailing line end is dropped), ``env:NAME``, ``prompt`` (asks on
             the terminal without echo), or a callable without arguments.
         what: What the secret is, for error texts and the prompt: ``"PIN"``, ``"passphrase"``.
+        trusted_owner: Of a file; see `read_private_file`.
 
     Returns:
         The secret, never empty.
@@ -69,13 +71,13 @@ def read_secret(source: SecretSource, *, what: str) -> Secret:
             repeats a file's path at most: anything else may be the secret, put there by mistake.
     """
     # No local variable and no error under way holds the value where an error is raised.
-    secret = _wrapped(_value_from(source, what))
+    secret = _wrapped(_value_from(source, what, trusted_owner))
     if secret is None:
         raise SecretSourceError(f"The {what} is empty, or not UTF-8 text.")
     return secret
 
 
-def _value_from(source: SecretSource, what: str) -> object:
+def _value_from(source: SecretSource, what: str, trusted_owner: int | None) -> object:
     if callable(source):
         return _call(source, what)
     if source == "prompt":
@@ -84,7 +86,7 @@ def _value_from(source: SecretSource, what: str) -> object:
         return _from_environment(source.removeprefix("env:"), what)
     path = file_of(source)
     if path is not None:
-        value = read_private_file(path, what=f"{what} file")
+        value = read_private_file(path, what=f"{what} file", trusted_owner=trusted_owner)
         return value.removesuffix(b"\n").removesuffix(b"\r")
     raise SecretSourceError(f"The source of the {what} is not understood.", hint=_SOURCES)
 
@@ -119,24 +121,28 @@ def shown_path(path: object) -> str:
     return text
 
 
-def read_private_file(path: str, *, what: str) -> bytes:
-    """Read a file that only its owner may read.
+def read_private_file(path: str, *, what: str, trusted_owner: int | None = None) -> bytes:
+    """Read a file that is for its owner alone, or for its owner and a group that may read it.
 
-    A file that belongs to root may be readable by its group as well: that is how Kubernetes mounts
-    a secret for a process that is not root (``fsGroup``).
+    That is how Kubernetes mounts a secret for a process that is not root (``fsGroup``), and how an
+    agent beside this process leaves a token.
 
     Args:
-        path: The file; symbolic links are followed, the permissions are those of the target.
+        path: The file; symbolic links are followed, what counts is the file that they lead to.
         what: What the file is, for error texts.
+        trusted_owner: A user (uid) who may own it, beside root and the user of this process.
 
     Returns:
         The content, at most 1 MiB.
 
     Raises:
-        SecretSourceError: Unreadable, not a regular file, too large, or open to others.
+        SecretSourceError: Unreadable, not a regular file, too large, open to others, writable by
+            its group, or somebody else's.
     """
     try:
-        return _content(path, lambda status: _check_mode(status, path, what))
+        return _content(
+            path, lambda status: _check_owner_and_mode(status, path, what, trusted_owner)
+        )
     except (OSError, ValueError) as error:
         raise SecretSourceError(
             f"The {what} cannot be read: {shown_path(path)}: {unreadable(error)}.",
@@ -180,15 +186,20 @@ def _open_without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _check_mode(status: os.stat_result, path: str, what: str) -> None:
-    forbidden = stat.S_IRWXG | stat.S_IRWXO
-    if status.st_uid == 0:
-        forbidden &= ~stat.S_IRGRP
-    if status.st_mode & forbidden:
+def _check_owner_and_mode(
+    status: os.stat_result, path: str, what: str, trusted_owner: int | None
+) -> None:
+    if status.st_mode & _FORBIDDEN:
         mode = stat.S_IMODE(status.st_mode)
         raise SecretSourceError(
             f"The {what} is open to other users (mode {mode:04o}): {shown_path(path)}.",
-            hint="Run chmod 600 on it; a file owned by root may be 640.",
+            hint="Run chmod 600 on it, or 640 where a group is to read it.",
+        )
+    if status.st_uid not in {0, os.geteuid(), trusted_owner}:
+        raise SecretSourceError(
+            f"The {what} belongs to another user (uid {status.st_uid}): {shown_path(path)}.",
+            hint="Let root or this process's user own it; or name its uid as trusted_owner, where "
+            "there is that option.",
         )
 
 

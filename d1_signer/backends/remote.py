@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +25,14 @@ from d1_signer.errors import (
     IntegrityError,
     SignerClosedError,
     SignerError,
+    SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import Backend
 from d1_signer.transport.deadlines import within
-from d1_signer.transport.failures import is_untrusted
+from d1_signer.transport.failures import causes, drop_frames, is_untrusted
 from d1_signer.transport.processes import PerProcess
+from d1_signer.transport.proxies import TunnelRefused
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +71,7 @@ class Service:
         The SDK's exception is left behind altogether, also as a context: it, and the frames below,
         may hold the request with its credentials.
         """
+        outer = sys.exception()
         try:
             return function(*args, **kwargs)
         except D1SignerError as error:
@@ -76,11 +80,23 @@ class Service:
             if frames.of_signal_handler(error):
                 raise
             failure = self.refused(error, doing) or self._not_asked(error, doing)
+        except BaseException as error:  # such as a signal's handler raises
+            drop_frames(error, outer=outer)
+            raise
         failure.__context__ = None
         raise failure
 
     def _not_asked(self, error: Exception, doing: str) -> D1SignerError:
         name = type(error).__name__
+        by_proxy = next((link for link in causes(error) if isinstance(link, TunnelRefused)), None)
+        if by_proxy is not None:
+            return SignerUnavailable(
+                f"{self.name} could not be asked {doing}: the proxy {by_proxy.proxy} answers "
+                f"HTTP {by_proxy.status}, {by_proxy.reason}.",
+                hint=by_proxy.hint,
+                retryable=by_proxy.passes,
+                details=by_proxy.details(),
+            )
         kind, hint = self.meaning(error)
         return kind(
             f"{self.name} could not be asked {doing}: {name}.",

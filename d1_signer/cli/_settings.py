@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -15,7 +15,7 @@ from d1_signer.cli._callbacks import checked_keys, checked_path, checked_path_or
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.secret import Secret
+from d1_signer.secret import Secret, SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
 from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.signing.signer_set import SignerSet
@@ -195,7 +195,9 @@ class Connection:
         passphrase_source: Where the key's passphrase comes from.
         ca_file: Path of the authorities for D1's certificate.
         proxy: URL of a proxy.
+        proxy_credentials: Source of its credentials, which asks a person once.
         proxy_adds_certificate: Whether the proxy adds the client certificate.
+        request_format: How assertions are sent: form or json.
     """
 
     client_cert: str | None
@@ -203,7 +205,9 @@ class Connection:
     passphrase_source: str | None
     ca_file: str | None
     proxy: str | None
+    proxy_credentials: SecretSource | None
     proxy_adds_certificate: bool
+    request_format: Literal["form", "json"]
 
     def certificate(self, environment: Environment | None) -> ClientCertificate | None:
         """The client certificate; None where none is given and none is needed.
@@ -257,9 +261,19 @@ class Connection:
             client_certificate=tls.context() if tls else self.certificate(environment),
             ca_file=None if tls else self.ca_file,
             proxy=self.proxy,
+            proxy_credentials_source=self.proxy_credentials,
             proxy_adds_certificate=self.proxy_adds_certificate,
             audience=issuer.audience,
+            request_format=self.request_format,
         )
+
+
+def _asked_once(source: str | None) -> SecretSource | None:
+    if source != "prompt":
+        return source
+    # A command makes several connections, each with settings of its own.
+    ask = functools.cache(functools.partial(read_secret, source, what="proxy credentials"))
+    return lambda: ask().reveal()
 
 
 def with_keys(command: Command) -> Command:
@@ -353,9 +367,22 @@ def with_connection(command: Command) -> Command:
         help="An HTTP proxy that takes CONNECT: http://HOST:PORT.",
     )
     @click.option(
+        "--proxy-credentials-source",
+        metavar="SOURCE",
+        help="Where its USER:PASSWORD comes from: file:PATH, env:NAME or prompt.",
+    )
+    @click.option(
         "--proxy-adds-certificate",
         is_flag=True,
         help="State that the proxy adds the client certificate.",
+    )
+    @setting(
+        "--request-format",
+        "D1_REQUEST_FORMAT",
+        "How assertions are sent; json is for gateways that take only that.",
+        type=click.Choice(["form", "json"]),
+        default="form",
+        show_default=True,
     )
     @functools.wraps(command)
     def wrapper(
@@ -365,7 +392,9 @@ def with_connection(command: Command) -> Command:
         passphrase_source: str | None,
         ca_file: str | None,
         proxy: str | None,
+        proxy_credentials_source: str | None,
         proxy_adds_certificate: bool,
+        request_format: Literal["form", "json"],
         **options: Any,
     ) -> Any:
         connection = Connection(
@@ -374,7 +403,9 @@ def with_connection(command: Command) -> Command:
             passphrase_source=passphrase_source,
             ca_file=ca_file,
             proxy=proxy,
+            proxy_credentials=_asked_once(proxy_credentials_source),
             proxy_adds_certificate=proxy_adds_certificate,
+            request_format=request_format,
         )
         return command(*args, connection=connection, **options)
 

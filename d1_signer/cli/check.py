@@ -41,6 +41,7 @@ from d1_signer.errors import (
     D1SignerError,
     InvalidSignatureError,
     KeyUriError,
+    TokenError,
     TokenRefusedError,
     TokenResponseError,
 )
@@ -49,10 +50,11 @@ from d1_signer.signing.key_uri import scheme_of, without_secrets
 from d1_signer.signing.registry import load_backend_module
 from d1_signer.signing.signer import Signer
 from d1_signer.token.d1 import Environment
-from d1_signer.token.endpoint import Reply, TokenEndpoint
-from d1_signer.token.renewal import Limits
+from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
+from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
+from d1_signer.transport.proxies import optional_proxy
 
 _CERTIFICATE = "client-certificate"
 _ENDPOINT = "endpoint"
@@ -200,7 +202,7 @@ def _check_d1(
         checklist.skipped(_ENDPOINT, reason)
         checklist.skipped("access-token", reason)
         return
-    reached = _check_endpoint(checklist, environment, tls, connection.proxy)
+    reached = _check_endpoint(checklist, environment, tls, connection)
     for signer in signers:
         if signer is None or not reached or issuer.issuer_id is None:
             missing = (
@@ -261,17 +263,24 @@ def _tell_dates(checklist: Checklist, certificate: x509.Certificate, warn_days: 
 
 
 def _check_endpoint(
-    checklist: Checklist, environment: Environment, tls: ClientTls, proxy: str | None
+    checklist: Checklist, environment: Environment, tls: ClientTls, connection: Connection
 ) -> bool:
     """Let the endpoint refuse something that is no assertion; returns whether anything answers.
 
     How D1 words a refusal was never seen: other answers than an OAuth error are unclear.
     """
-    reply = _answer_to_no_assertion(environment, tls, proxy)
+    try:
+        reply = _answer_to_no_assertion(environment, tls, connection)
+    except ConfigurationError as error:  # of the proxy
+        checklist.failed(_ENDPOINT, error)
+        return False
     outcome = reply.outcome
     answered = reply.status is not None or isinstance(outcome, TokenResponseError)
     if isinstance(outcome, D1SignerError) and not answered:
         checklist.failed(_ENDPOINT, outcome)
+        return False
+    if abs(reply.clock_offset or 0.0) > MOST_SKEW:
+        checklist.failed(_ENDPOINT, _wrong_clock(reply.clock_offset or 0.0))
         return False
     if isinstance(outcome, TokenRefusedError) and outcome.error:
         checklist.ok(_ENDPOINT, f"HTTP {reply.status}{_clock(reply)}")
@@ -282,14 +291,17 @@ def _check_endpoint(
     return True
 
 
-def _answer_to_no_assertion(environment: Environment, tls: ClientTls, proxy: str | None) -> Reply:
+def _answer_to_no_assertion(
+    environment: Environment, tls: ClientTls, connection: Connection
+) -> Reply:
     limits = Limits()
     endpoint = TokenEndpoint(
         environment,
         tls,
-        proxy=proxy,
+        proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
         connect_timeout=limits.connect,
         read_timeout=limits.read,
+        request_format=RequestFormat.of(connection.request_format),
     )
     cut = threading.Timer(limits.total, endpoint.abort)
     cut.daemon = True
@@ -302,6 +314,16 @@ def _answer_to_no_assertion(environment: Environment, tls: ClientTls, proxy: str
         )
         cut.cancel()
     return reply
+
+
+def _wrong_clock(offset: float) -> TokenError:
+    side = "behind" if offset > 0 else "ahead of"
+    return TokenError(
+        f"This machine's clock is {abs(offset):.0f} seconds {side} D1's, as the Date of its answer "
+        "says: D1 refuses every assertion that is made here.",
+        hint="Set the clock of this machine right.",
+        details={"clock_offset": round(offset)},
+    )
 
 
 def _clock(reply: Reply) -> str:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from types import TracebackType
-from typing import NoReturn, Self, final
+from typing import Literal, NoReturn, Self, final
 
 import requests
 from cryptography import x509
@@ -34,20 +34,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from d1_signer.errors import ConfigurationError
 from d1_signer.events import Observer, checked
 from d1_signer.frames import without_locals
-from d1_signer.secret import Secret
+from d1_signer.secret import Secret, SecretSource
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.auth import D1Auth
 from d1_signer.token.clock import token_clock
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
-from d1_signer.token.endpoint import TokenEndpoint
+from d1_signer.token.endpoint import RequestFormat, TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.keeper import TokenKeeper
 from d1_signer.token.renewal import Limits, Renewal, seconds
 from d1_signer.token.stores import TokenStore
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.credentials import ClientCertificate
-from d1_signer.transport.proxies import check_proxy
+from d1_signer.transport.proxies import optional_proxy
 from d1_signer.transport.session import TlsAdapter, new_session
 
 _LEAST_INTERVAL = 0.01
@@ -64,8 +64,9 @@ class TokenFetcher(TokenKeeper):
     """Gives access tokens; caches, renews, shares. Safe in threads and after fork; not picklable.
 
     A fresh token is returned without a lock. A stale one is returned too, while one renewal runs in
-    the background. Only when no valid token is left do callers wait, all for the same renewal; its
-    failure is theirs as well, and nobody asks D1 again before a minimum interval is over.
+    the background. Only when no valid token is left do callers wait, all for the same renewal. Its
+    failure is theirs as well, but for an outage that may end within their patience; and nobody asks
+    D1 again before a minimum interval is over.
     """
 
     @without_locals
@@ -78,11 +79,13 @@ class TokenFetcher(TokenKeeper):
         client_certificate: ClientCertificate | ssl.SSLContext | None = None,
         ca_file: str | os.PathLike[str] | None = None,
         proxy: str | None = None,
+        proxy_credentials_source: SecretSource | None = None,
         proxy_adds_certificate: bool = False,
         audience: str | Audience | None = Audience.TOKEN_ENDPOINT,
         assertion_lifetime: int = DEFAULT_ASSERTION_LIFETIME,
         issued_at: bool = True,
         jwt_id: bool = True,
+        request_format: Literal["form", "json"] = "form",
         correlation_id: Callable[[], str] | None = None,
         limits: Limits | None = None,
         retry_interval: float = 1.0,
@@ -100,17 +103,20 @@ class TokenFetcher(TokenKeeper):
                 sockets are then looked at after the handshake, whoever makes them.
             ca_file: Authorities for the server's certificate instead of the public ones.
             proxy: URL of an HTTP proxy; proxy variables of the environment are not read.
+            proxy_credentials_source: Source of its ``USER:PASSWORD``, for Basic authentication.
             proxy_adds_certificate: State that an outgoing proxy adds the client certificate, so
                 that none is demanded here.
             audience: ``aud`` of the assertions; None leaves it out.
             assertion_lifetime: Seconds from now to ``exp``, 1 to 900.
             issued_at: Whether assertions carry ``iat``.
             jwt_id: Whether assertions carry ``jti``.
+            request_format: Whether they are sent as a form or in JSON, for a gateway that takes
+                only that.
             correlation_id: Gives the ``x-correlation-id`` of each request; D1 logs it in clear.
                 None: a random one.
             limits: Time limits of a renewal.
             retry_interval: Seconds between two renewals at least; after failures doubling to 15,
-                or what D1's ``Retry-After`` says, up to 60.
+                or what D1's ``Retry-After`` says, up to 60; and up to a quarter more.
             store: Shares tokens and one renewal among processes; None: each has its own.
             store_key: 32 bytes, the same in all of the fleet: tokens in the store are encrypted.
             observers: Told of each request and renewal, see `RequestEvent` and `RenewalEvent`.
@@ -123,6 +129,8 @@ class TokenFetcher(TokenKeeper):
         # Masked before anything can fail: the frame of an error shows its local variables.
         sealing_key = Secret(store_key.hex()) if isinstance(store_key, bytes) else None
         store_key_given, store_key = store_key is not None, None
+        proxy_url = Secret(proxy) if isinstance(proxy, str) and "@" in proxy else proxy
+        proxy = None
         self._environment = Environment.of(environment)
         if (
             self._environment.is_thales
@@ -148,9 +156,7 @@ class TokenFetcher(TokenKeeper):
             observers,
             accept=functools.partial(_require_another_key, signers),
         )
-        if proxy is not None:
-            check_proxy(proxy, credentials=True)
-        self._proxy = proxy
+        self._proxy = optional_proxy(proxy_url, proxy_credentials_source)
         limits = Limits() if limits is None else limits
         clock, wall = token_clock, time.time
         endpoint = TokenEndpoint(
@@ -159,6 +165,7 @@ class TokenFetcher(TokenKeeper):
             proxy=self._proxy,
             connect_timeout=limits.connect,
             read_timeout=limits.read,
+            request_format=RequestFormat.of(request_format),
         )
         if audience is Audience.TOKEN_ENDPOINT:
             audience = self._environment.token_endpoint
@@ -221,11 +228,14 @@ class TokenFetcher(TokenKeeper):
         """Take what the files of the client certificate, its key and the authorities hold now.
 
         They are looked at by themselves when a connection is made, and every few seconds when a
-        call begins; so this is for a program that wants the error.
+        call begins; so this is for a program that wants the error. What a proxy has refused is
+        asked of it again.
 
         Raises:
             D1SignerError: They cannot be used; the last good ones are used on.
         """
+        if self._proxy is not None:
+            self._proxy.forget_refusals()
         self._tls.reload()
 
     def session(self) -> requests.Session:
@@ -236,8 +246,8 @@ class TokenFetcher(TokenKeeper):
         without a ``timeout`` of its own has the `Limits` of this fetcher.
         """
         timeouts = (self._limits.connect, self._limits.read)
-        adapter = TlsAdapter(self._tls, timeouts=timeouts)
-        session = new_session(adapter, proxy=self._proxy, for_callers=True)
+        adapter = TlsAdapter(self._tls, timeouts=timeouts, proxy=self._proxy)
+        session = new_session(adapter, for_callers=True)
         session.auth = D1Auth(self)
         return session
 

@@ -23,13 +23,15 @@ from d1_signer.errors import (
     FetcherClosedError,
     TokenError,
     TokenTimeout,
+    TokenUnavailable,
 )
 from d1_signer.events import Observer, RenewalEvent, notify
 from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.renewal import Limits, Renewal, seconds
+from d1_signer.token.flight import Flight
+from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
 
 _log = logging.getLogger("d1_signer.token")
 
@@ -44,32 +46,6 @@ _NEVER = float("-inf")
 _NO_TOKEN: Final = AccessToken(value="", expires_at=_NEVER)
 
 _keepers: weakref.WeakSet[TokenKeeper] = weakref.WeakSet()
-
-
-class _Flight:
-    """One renewal under way, and those who wait for it."""
-
-    def __init__(self, *, starts_in: float, total: float) -> None:
-        self.starts_in = starts_in
-        self.deadline = time.monotonic() + starts_in + total
-        self.stopped = threading.Event()
-        self.worker: threading.Thread | None = None
-        self._ended = threading.Event()
-        self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
-
-    def end(self, result: HeldToken | D1SignerError) -> None:
-        if not self._ended.is_set():
-            self._result = result
-            self._ended.set()
-
-    def wait(self, timeout: float) -> bool:
-        return self._ended.wait(timeout)
-
-    def held(self) -> HeldToken:
-        if isinstance(self._result, D1SignerError):
-            # One object raised in many threads would collect all their tracebacks.
-            raise self._result.fresh()
-        return self._result
 
 
 class TokenKeeper:
@@ -119,15 +95,16 @@ class TokenKeeper:
 
     def _begin_without_flight(self) -> None:
         self._lock = threading.Lock()
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._worker: threading.Thread | None = None
-        self._hanging: list[threading.Thread] = []
+        self._hanging: list[Flight] = []
 
     def token(self, *, timeout: float | None = None) -> AccessToken:
         """Return a valid access token.
 
         Args:
-            timeout: Seconds to wait at most where there is none yet; None: the renewal's limit.
+            timeout: Seconds to wait at most where there is none yet; None: the renewal's limit. An
+                outage of D1 is waited for that long.
 
         Raises:
             TokenError: D1 gave none, and no earlier one is valid.
@@ -191,7 +168,7 @@ class TokenKeeper:
         """
         with self._lock:
             self._closed = True
-            self._held = None
+            self._held = self._refused = None
             self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
             flight, self._flight = self._flight, None
             worker, self._worker = self._worker, None
@@ -204,34 +181,55 @@ class TokenKeeper:
             worker.join(_EXIT_GRACE)
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
-        if timeout is not None:
-            seconds(timeout, "timeout", least=0)
-        patience = self._limits.total if timeout is None else timeout
+        patience = self._patience(timeout)
         until = time.monotonic() + patience
-        remaining = timeout
+        failure: D1SignerError | None = None
         while True:
             token = self.token_now()
             if token is not None:
                 return token
-            with self._lock:
-                self._require_open()
-                held = self._held
-                if held is not None and self._state(held) is not State.EXPIRED:
-                    return held.token
-                if self._flight is None and self._last_failure and self._clock() < self._not_before:
-                    raise self._last_failure.fresh()
-                flight = self._join_or_start()
-            self._wait(flight, remaining)
-            held = flight.held()
+            flight = self._awaited(until)
+            if isinstance(flight, AccessToken):
+                return flight
+            # A renewal that began at once ends in time by itself, and then has its error to tell.
+            bounded = timeout is not None or failure is not None or flight.starts_in > 0
+            if not self._ended(flight, until if bounded else None):
+                if failure is None and timeout is None:
+                    failure = self._last_failure
+                raise _not_in_time(patience, failure)
+            try:
+                held = flight.held()
+            except TokenUnavailable as error:
+                # Its patience is the caller's own: who came late has some left.
+                if not passes(error):
+                    raise
+                failure = error.fresh()
+                continue
             if self._state(held) is not State.EXPIRED:
                 return held.token
             # It lived for a moment only, or the wall clock was set: it died while we woke up.
-            remaining = until - time.monotonic()
-            if remaining <= 0:
+            if time.monotonic() >= until:
                 raise TokenTimeout(
                     f"No token that still lives within {patience:g} seconds.",
                     hint="D1's tokens live too short, or this machine's clock is being set.",
                 )
+
+    def _patience(self, timeout: float | None) -> float:
+        return self._limits.total if timeout is None else seconds(timeout, "timeout", least=0)
+
+    def _awaited(self, until: float) -> Flight | AccessToken:
+        """The flight to wait for; or a token that came just now."""
+        with self._lock:
+            self._require_open()
+            held = self._held
+            if held is not None and self._state(held) is not State.EXPIRED:
+                return held.token
+            failure, early = self._last_failure, self._not_before - self._clock()
+            if self._flight is None and failure is not None and early > 0:
+                nothing_will_come = early >= until - time.monotonic()
+                if nothing_will_come or not passes(failure):
+                    raise failure.fresh()
+            return self._join_or_start()
 
     def _state(self, held: HeldToken | None) -> State:
         if held is None or self._wall() >= held.token.expires_at:
@@ -254,20 +252,22 @@ class TokenKeeper:
         finally:
             self._lock.release()
 
-    def _join_or_start(self) -> _Flight:
+    def _join_or_start(self) -> Flight:
         """The flight under way, else a new one. The lock is held."""
         if self._flight is not None and time.monotonic() < self._flight.deadline:
             return self._flight
         if self._flight is not None:
             self._abandon(self._flight)
-        self._hanging = [worker for worker in self._hanging if worker.is_alive()]
+        self._hanging = [hanging for hanging in self._hanging if hanging.is_flying()]
         if len(self._hanging) >= _MOST_HANGING:
+            places = " and ".join(sorted({hanging.place for hanging in self._hanging}))
             raise TokenTimeout(
-                f"{len(self._hanging)} renewals hang in a signer that keeps no time limit.",
-                hint="Look at the device or service that holds the key; start the process anew.",
+                f"{len(self._hanging)} renewals hang in {places} and keep no time limit.",
+                hint="Look there, for a signer at its device or service; start the process anew.",
+                details={"hanging_in": places},
             )
         starts_in = max(0.0, self._not_before - self._clock())
-        flight = _Flight(starts_in=starts_in, total=self._limits.total)
+        flight = Flight(starts_in=starts_in, total=self._limits.total)
         worker = threading.Thread(
             target=self._fly, args=(flight,), name="d1-signer-renewal", daemon=True
         )
@@ -280,42 +280,41 @@ class TokenKeeper:
             raise TokenError("No thread can be started for the renewal.", retryable=True) from None
         return flight
 
-    def _wait(self, flight: _Flight, timeout: float | None) -> None:
+    def _ended(self, flight: Flight, until: float | None) -> bool:
+        """Wait for a flight, until a moment at most; or to its end, which it is brought to."""
         if threading.current_thread() is flight.worker:
             raise ConfigurationError(
                 "The renewal waits for itself: its observer, PIN source or correlation_id asked "
                 "this fetcher for a token.",
                 hint="Do not call the fetcher from what it calls.",
             )
-        patience = flight.deadline - time.monotonic() + _ABORT_GRACE
-        if timeout is not None and timeout < patience:
-            if not flight.wait(max(timeout, 0.0)):
-                raise TokenTimeout(
-                    f"No token within {timeout:g} seconds.",
-                    hint="The renewal goes on; call again.",
-                )
-        elif not flight.wait(max(patience, 0.0)):
+        last = flight.deadline + _ABORT_GRACE
+        if until is not None and until < last:
+            return flight.wait(max(until - time.monotonic(), 0.0))
+        if not flight.wait(max(last - time.monotonic(), 0.0)):
             with self._lock:
                 if self._flight is flight:
                     self._abandon(flight)
             flight.wait(_ABORT_GRACE)
+        return True
 
-    def _abandon(self, flight: _Flight) -> None:
+    def _abandon(self, flight: Flight) -> None:
         """Give up on a flight past its deadline: its thread hangs somewhere. The lock is held."""
         self._flight = self._worker = None
-        if flight.worker is not None:
-            self._hanging.append(flight.worker)
+        self._hanging.append(flight)
         flight.stopped.set()
         error = TokenTimeout(
-            f"No token within {self._limits.total:g} seconds.",
-            hint="The signer or D1 does not answer; look at the device and the network.",
+            f"No token within {self._limits.total:g} seconds: the renewal hangs in {flight.place}.",
+            hint="It is tried again by itself; where it stays, look there.",
+            details={"hanging_in": flight.place},
         )
         self._note_failure(error)
         flight.end(error)
         self._endpoint.abort()
 
-    def _fly(self, flight: _Flight) -> None:
+    def _fly(self, flight: Flight) -> None:
         result: HeldToken | D1SignerError
+        flight.is_mine()
         if flight.starts_in and flight.stopped.wait(flight.starts_in):
             return  # whoever stopped it has told those who wait
         started = time.perf_counter()
@@ -367,16 +366,22 @@ class TokenKeeper:
         self._last_failure = error
         back_off = min(self._retry_interval * 2.0 ** min(self._failures - 1, 10), _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
-        asked_for = error.details.get("retry_after")
-        if not isinstance(asked_for, int | float):  # a plug-in may say it in its own words
-            asked_for = 0.0
-        asked_for = min(asked_for, _MOST_RETRY_AFTER)
-        self._not_before = self._clock() + max(back_off * jitter, asked_for)
+        asked = min(asked_pause(error), _MOST_RETRY_AFTER)
+        self._not_before = self._clock() + max(back_off, asked) * jitter
         _log.warning("token.failed code=%s failures=%d: %s", error.code, self._failures, error)
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's flight, lock and connections are not ours."""
         self._begin_without_flight()
+
+
+def _not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError:
+    """The error for who waited for so long: why there is no token, where that is known."""
+    if failure is not None:
+        return failure.fresh()
+    return TokenTimeout(
+        f"No token within {patience:g} seconds.", hint="The renewal goes on; call again."
+    )
 
 
 def _after_fork_in_child() -> None:

@@ -7,10 +7,8 @@ should look for the fault in an assertion that D1 never saw.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from d1_signer.errors import (
     TlsError,
@@ -20,11 +18,13 @@ from d1_signer.errors import (
     TokenUnavailable,
 )
 from d1_signer.token.d1 import Environment, origin
+from d1_signer.token.response import TRANSIENT, read_object
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.failures import Failure, Stage, TlsFailure
+from d1_signer.transport.hosts import shown_address
+from d1_signer.transport.proxies import Proxy
 
-_TOO_MANY = 429
 # nginx, when it hands its own refusal of a client certificate to a page.
 _ABOUT_CERTIFICATE = frozenset({495, 496})
 _REFUSALS = frozenset({400, 401, 403})
@@ -81,6 +81,7 @@ _NOT_ABOUT_OURS = frozenset(
         TlsFailure.UNKNOWN_NAME,
     }
 )
+_ABOUT_PROXY = "Check the proxy's URL, and that it runs."
 
 Details = dict[str, str | int | float]
 
@@ -91,19 +92,19 @@ class Peer:
 
     Attributes:
         environment: Which D1.
-        proxy: URL of the proxy on the way, or None.
+        proxy: On the way, or None.
         tls: What is shown to it.
     """
 
     environment: Environment
-    proxy: str | None
+    proxy: Proxy | None
     tls: ClientTls
 
     @property
     def address(self) -> str:
         """Host and port."""
         _, host, port = origin(self.environment.token_endpoint)
-        return _shown(host, port)
+        return shown_address(host, port)
 
     def unreached(self, failure: Failure) -> TokenError:
         """The error for an exchange without an answer."""
@@ -118,16 +119,23 @@ class Peer:
                 hint=self._about_certificate(),
                 details=details,
             )
+        proxy = self.proxy.address if self.proxy else ""
+        refused = failure.refused
+        if failure.stage is Stage.PROXY:
+            details["proxy"] = proxy
+        if refused is not None:
+            details |= refused.details()
         where, hint = {
             Stage.NAME: ("its name", "Check the environment's URL and this machine's DNS."),
             Stage.CONNECTION: ("the connection", "Check network and firewall, and the port."),
-            Stage.PROXY: (f"the proxy {self._proxy_address()}", "Check the proxy's URL."),
+            Stage.PROXY: (f"the proxy {proxy}", refused.hint if refused else _ABOUT_PROXY),
             Stage.ANSWER: ("the answer", self._where_it_stays()),
         }[failure.stage]
         return TokenUnavailable(
             f"D1's token endpoint {self.address} cannot be reached; {where} failed: "
             f"{failure.reason}.",
             hint=hint,
+            retryable=refused is None or refused.passes,
             details=details,
         )
 
@@ -162,7 +170,8 @@ class Peer:
                 hint="Check the environment's URL: D1 does not redirect, something else answers.",
                 details=details,
             )
-        if _has_reason(body):
+        told = read_object(body)
+        if told is not None and told.get("error"):  # which D1 gives (RFC 6749 section 5.2)
             return None
         page = "html" in content_type.lower() or body.lstrip().startswith(b"<")
         refused = status in _ABOUT_CERTIFICATE or (
@@ -170,10 +179,10 @@ class Peer:
         )
         at_fault = self._dates()
         if refused or (page and status in _REFUSALS and at_fault):
-            told = at_fault or self._none_given() or ""
+            why = at_fault or self._none_given() or ""
             return TlsError(
                 f"{self.address} refuses the client certificate with a page of its own "
-                f"(HTTP {status}), which is not D1's answer. {told}".rstrip(),
+                f"(HTTP {status}), which is not D1's answer. {why}".rstrip(),
                 hint=self._about_certificate(),
                 details=details,
             )
@@ -185,7 +194,7 @@ class Peer:
                 hint="Check the client certificate; else ask who runs what stands before D1.",
                 details=details,
             )
-        if page and (status >= 500 or status == _TOO_MANY):  # noqa: PLR2004 (section 15.6)
+        if page and (status in TRANSIENT or status >= 500):  # noqa: PLR2004 (section 15.6)
             return TokenUnavailable(
                 f"{self.address} cannot give a token now: it answers with a page (HTTP {status}), "
                 "which is not D1's answer but that of a gateway.",
@@ -220,21 +229,3 @@ class Peer:
 
     def _where_it_stays(self) -> str:
         return f"Try again; where it stays, the likely cause is: {self._likely_cause()}"
-
-    def _proxy_address(self) -> str:
-        # Its URL may have a password in it.
-        parts = urlsplit(self.proxy or "")
-        return _shown(parts.hostname or "", parts.port or 0)
-
-
-def _shown(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _has_reason(body: bytes) -> bool:
-    """Whether it is a JSON object with an ``error``, which D1 gives (RFC 6749 section 5.2)."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and bool(value.get("error"))

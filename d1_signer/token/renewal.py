@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One renewal: as many attempts as it takes within one deadline, each with an assertion of its own.
 
+Pauses between them grow, so that a minute of an outage costs about fifteen requests.
+
 This is the only retry layer between a caller and D1's token endpoint.
 """
 
@@ -21,7 +23,6 @@ from d1_signer.errors import (
     InvalidInputError,
     SignerError,
     TokenRefusedError,
-    TokenResponseError,
     TokenTimeout,
     TokenUnavailable,
 )
@@ -34,18 +35,19 @@ from d1_signer.token.assertion import sign_assertion
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.token.endpoint import Reply, TokenEndpoint
+from d1_signer.token.flight import left_to
 from d1_signer.token.response import Grant
 
 _log = logging.getLogger("d1_signer.token")
 
-MAX_ATTEMPTS = 4
 _FIRST_PAUSE = 0.25
-_LONGEST_PAUSE = 4.0
-_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+_LONGEST_PAUSE = 5.0
+_TOO_MANY = 429
+_LEAST_AFTER_TOO_MANY = 1.0
 # Below the first a clock is right enough and D1 had another reason; beyond the second the machine
 # is so wrong that an operator must look at it.
 _LEAST_SKEW = float(ISSUED_AT_MARGIN)
-_MOST_SKEW = 600.0
+MOST_SKEW = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,16 +82,27 @@ def seconds(value: float, name: str, *, least: float) -> float:
     return value
 
 
-def pause_before(attempt: int, *, retry_after: float | None, chance: float) -> float:
-    """Seconds to wait before an attempt: exponential, capped, with full jitter.
+def pause_before(attempt: int, *, asked: float, chance: float) -> float:
+    """Seconds to wait before an attempt: twice as long each time, up to five, with jitter.
 
     Args:
         attempt: 1 for the first repetition.
-        retry_after: What the server asked for, which is the least.
-        chance: Random number from 0 to 1.
+        asked: What the server asked for, which is the least; see `asked_pause`.
+        chance: Random number from 0 to 1. The pause has a half of its length at least, so that
+            pauses grow; and a fleet that was asked to wait does not come back in one moment.
     """
-    jittered = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (attempt - 1)) * chance
-    return max(jittered, retry_after or 0.0)
+    # The power alone would be too large a number some day.
+    longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(attempt - 1, 10))
+    return max(longest * (1 + chance) / 2, asked * (1 + chance / 4))
+
+
+def asked_pause(error: D1SignerError) -> float:
+    """Seconds that whoever refused asks to wait: its ``Retry-After``, and a second after a 429."""
+    asked = error.details.get("retry_after")
+    if not isinstance(asked, int | float):  # a plug-in may say it in its own words
+        asked = 0.0
+    too_many = error.details.get("status") == _TOO_MANY
+    return max(asked, _LEAST_AFTER_TOO_MANY if too_many else 0.0)
 
 
 class Renewal:
@@ -137,6 +150,22 @@ class Renewal:
             TokenError: D1 gave no usable token.
             FetcherClosedError: ``stopped`` was set.
         """
+        held = self._obtain(deadline, stopped)
+        if held is None:
+            # A machine or process that was paused gives no sign; that time does not count.
+            _log.warning("token.expired_on_arrival: one more attempt")
+            now = time.monotonic()
+            again = deadline if now < deadline else now + self._limits.total
+            held = self._obtain(again, stopped)
+        if held is None:
+            raise TokenUnavailable(
+                "D1's token expired before it arrived.",
+                hint="Look at the network to D1, and whether this machine or process was paused.",
+            )
+        return held
+
+    def _obtain(self, deadline: float, stopped: threading.Event) -> HeldToken | None:
+        """A token; None for one that expired before it arrived."""
         refused_kids: frozenset[str] = frozenset()
         refusal: D1SignerError | None = None
         last: D1SignerError | None = None
@@ -168,11 +197,10 @@ class Renewal:
                 continue
             pause = pause_before(
                 attempt,
-                retry_after=reply.retry_after,
+                asked=asked_pause(reply.outcome),
                 chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
             )
-            in_time = time.monotonic() + pause < deadline
-            if attempt >= MAX_ATTEMPTS or not _is_retried(reply) or not in_time:
+            if not passes(reply.outcome) or time.monotonic() + pause >= deadline:
                 if skew_corrected and _is_invalid_grant(reply):
                     # The Date was not what D1 minded, under any kid: both can be wrong at once.
                     self._clock_offset = 0.0
@@ -207,14 +235,16 @@ class Renewal:
             )
             return signer.kid, assertion
 
+        left_to("a signer")
         kid, assertion = self._signers.attempt(sign, without=without, patience=patience)
         if stopped.is_set():
             raise FetcherClosedError("The token fetcher was closed during a renewal.")
-        correlation_id = (
-            secrets.token_hex(16)
-            if self._correlation_id is None
-            else checked_correlation_id(self._correlation_id())
-        )
+        if self._correlation_id is None:
+            correlation_id = secrets.token_hex(16)
+        else:
+            left_to("the function correlation_id")
+            correlation_id = checked_correlation_id(self._correlation_id())
+        left_to("the request to D1")
         started = time.perf_counter()
         reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
         event = RequestEvent(
@@ -223,14 +253,15 @@ class Renewal:
             status=reply.status,
             error=reply.outcome.code if isinstance(reply.outcome, D1SignerError) else None,
         )
+        left_to("an observer")
         notify(self._observers, event)
         return kid, reply
 
-    def _held(self, grant: Grant, requested_at: float, requested_at_wall: float) -> HeldToken:
+    def _held(
+        self, grant: Grant, requested_at: float, requested_at_wall: float
+    ) -> HeldToken | None:
         if grant.expires_in <= self._clock() - requested_at:
-            raise TokenResponseError(
-                "D1's token expired before it arrived.", hint="Look at the network to D1."
-            )
+            return None
         return hold(
             value=grant.value,
             scope=grant.scope,
@@ -244,7 +275,7 @@ class Renewal:
         offset = reply.clock_offset
         if offset is None or not _is_invalid_grant(reply):
             return False
-        if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > _MOST_SKEW:
+        if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > MOST_SKEW:
             return False
         _log.warning("token.clock_skew offset=%.0f: set this machine's clock right", offset)
         self._clock_offset = offset
@@ -257,16 +288,15 @@ class Renewal:
         return True
 
 
-def _is_retried(reply: Reply) -> bool:
-    if reply.status is None:
-        return isinstance(reply.outcome, TokenUnavailable)
-    return reply.status in _RETRIED_STATUS
+def passes(error: D1SignerError) -> bool:
+    """Whether an error is one that waiting ends, of D1's or of the way there."""
+    return isinstance(error, TokenUnavailable) and error.retryable
 
 
 def _is_invalid_grant(reply: Reply) -> bool:
     # The body of D1's 400 is not documented, so one without an error code counts as well.
     return (
         isinstance(reply.outcome, TokenRefusedError)
-        and reply.status == 400  # noqa: PLR2004 (RFC 6749 section 5.2)
+        and reply.status in {200, 400}  # RFC 6749 section 5.2, and some gateways
         and reply.outcome.error in {"", "invalid_grant"}
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
 import ssl
@@ -18,16 +19,24 @@ import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, ProxyError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    NameResolutionError,
+    NewConnectionError,
+    ProxyError,
+)
 
-from d1_signer.transport.deadlines import run_until
-from d1_signer.transport.hosts import is_address
+from d1_signer.secret import Secret
+from d1_signer.transport.hosts import is_address, shown_address
+from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
-from d1_signer.transport.response import BoundedResponse
+from d1_signer.transport.proxies import Proxy
+from d1_signer.transport.response import BoundedResponse, received
 from d1_signer.transport.tls import Lent
 from d1_signer.transport.verification import require_verified, require_verifying
 
@@ -35,6 +44,18 @@ from d1_signer.transport.verification import require_verified, require_verifying
 _HELD = 1 << 16
 # Seconds to connect, where a call has neither a moment by which it ends nor a limit.
 _LONGEST_CONNECT = 60.0
+# Of Linux (RFC 1122 section 4.2.3.2 lets others wait for half a second).
+_ACKNOWLEDGE: int | None = getattr(socket, "TCP_QUICKACK", None)
+
+# A firewall forgets idle connections without a word; each one that it forgot would cost a time-out.
+KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):  # Linux: after a minute, and not after two hours
+    KEEP_ALIVE += [
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ]
+SOCKET_OPTIONS = [*HTTPConnection.default_socket_options, *KEEP_ALIVE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +71,20 @@ _bounds: ContextVar[_Bounds | None] = ContextVar("d1_signer_bounds", default=Non
 class Connections:
     """The connections of one adapter or client."""
 
-    def __init__(self) -> None:
-        """There is none yet."""
+    def __init__(
+        self, *, proxy: Proxy | None = None, idle: float = math.inf, rest: float = 0.0
+    ) -> None:
+        """There is none yet.
+
+        Args:
+            proxy: Asked for a tunnel by those that are to use one.
+            idle: Seconds without a call after which a connection is not used again.
+            rest: Seconds that a connection rests between an answer and the next request, so that
+                what a server sends behind an answer is seen before that.
+        """
+        self.proxy = proxy
+        self.idle = idle
+        self.rest = rest
         # Reentrant: a pool that is collected as garbage closes its connections in whatever thread
         # and line that happens.
         self.lock = threading.RLock()
@@ -85,24 +118,29 @@ class Connections:
             self._handles.add(handle)
         return handle
 
-    def pools(self) -> dict[str, type[HTTPConnectionPool]]:
-        """Pool classes of urllib3 whose connections belong here."""
+    def pools(self, socket_path: str | None = None) -> dict[str, type[HTTPConnectionPool]]:
+        """Pool classes of urllib3 whose connections belong here.
+
+        Args:
+            socket_path: A Unix socket that connections without TLS go to; None: host and port.
+        """
 
         class Response(_Response):
             owner = self
 
         class Connection(_Connection):
             owner = self
+            unix_socket = socket_path
             response_class = Response  # type: ignore[mutable-override]
 
         class TlsConnection(_TlsConnection):
             owner = self
             response_class = Response  # type: ignore[mutable-override]
 
-        class Pool(HTTPConnectionPool):
+        class Pool(_Pool):
             ConnectionCls = Connection  # type: ignore[mutable-override]
 
-        class TlsPool(HTTPSConnectionPool):
+        class TlsPool(_Pool, HTTPSConnectionPool):
             ConnectionCls = TlsConnection  # type: ignore[mutable-override]
 
         return {"http": Pool, "https": TlsPool}
@@ -135,23 +173,87 @@ class _Response(BoundedResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         bounds = _bounds.get()
         super().__init__(sock, *args, until=None if bounds is None else bounds.until, **options)
-        self._sock = sock
 
     def begin(self) -> None:
         super().begin()
         # Then http.client closes the connection, and with it what that is cut by, before the body
         # is read.
-        if self.will_close and self.reader is not None and not self.reader.closed:
+        if self.will_close and not self.reader.closed:
             self.reader.held = self.owner.handle(self._sock)
+
+    def _close_conn(self) -> None:
+        super()._close_conn()
+        # A server may hold back what it has still to say until its answer is acknowledged, which
+        # would be with the next request.
+        if self.owner.rest and _ACKNOWLEDGE is not None:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, _ACKNOWLEDGE, 1)
+
+
+class _Pool(HTTPConnectionPool):
+    def _put_conn(self, conn: Any) -> None:
+        if isinstance(conn, _Connection):
+            conn.rests_since = (time.monotonic(), time.time())
+        super()._put_conn(conn)
 
 
 class _Connection(HTTPConnection):
     owner: Connections
+    rests_since = (math.inf, math.inf)
+    unix_socket: str | None = None
     _began = 0
     _handle: _Handle | None = None
     _held: bytearray | None = None
+    _asked = False
+    debuglevel = 0  # else whoever sets it on http.client's class prints assertions and tokens
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it can be used again; see urllib3."""
+        # urllib3 sees neither what TLS has read already nor an answer that nobody read to its end.
+        answer: BoundedResponse | None = getattr(self, "_HTTPConnection__response", None)
+        if self.sock is None or (answer is not None and not answer.isclosed()):
+            return False
+        # The wall clock as well: the other one stands still in a machine that is suspended.
+        since, wall = self.rests_since
+        if max(time.monotonic() - since, time.time() - wall) >= self.owner.idle:
+            return False
+        ended_at = answer.ended_at if answer is not None else 0.0
+        rest = max(0.0, ended_at + self.owner.rest - time.monotonic())
+        try:
+            return received(self.sock, within=rest) is None
+        except (OSError, ValueError):
+            return False
+
+    def _have_quiet(self) -> None:
+        """Have a connection that is at its beginning, or as its last answer left it.
+
+        What came before a request is no answer to it (RFC 9112 section 9.2).
+        """
+        # Once more, for what came since the pool looked; key services' answers are verified anyway.
+        if self._asked and self.owner.rest and self.sock is not None and not self.is_connected:
+            self._close_for_another()
+        if self.sock is None:
+            self.connect()
+        came = None
+        if not self._asked:
+            # One that has closed shows when it is written to.
+            with contextlib.suppress(ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                came = received(self.sock)
+        if came:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "it answered before it was asked")
+        self._asked = True
+
+    def _close_for_another(self) -> None:
+        # urllib3 forgets the tunnel with the connection.
+        host, port, scheme = self._tunnel_host, self._tunnel_port, self._tunnel_scheme
+        headers: dict[str, str] = dict(self._tunnel_headers)  # type: ignore[attr-defined]
+        self.close()
+        if host is not None:
+            self.set_tunnel(host, port, headers, scheme or "http")
 
     def request(self, *args: Any, **options: Any) -> None:
+        self._have_quiet()
         # urllib3 sends head and body apart, which costs a tenth of a call.
         self._held = bytearray()
         try:
@@ -189,6 +291,7 @@ class _Connection(HTTPConnection):
     def connect(self) -> None:
         bounds = _bounds.get()
         self._began = self.owner.cuts if bounds is None else bounds.cuts
+        self._asked = False
         self._let_go()
         with contextlib.ExitStack() as gate:
             try:
@@ -209,10 +312,11 @@ class _Connection(HTTPConnection):
 
     def _new_conn(self) -> socket.socket:
         until = self._until()
-        connect = super()._new_conn
         try:
-            # Names are resolved under no limit of time.
-            sock = connect() if is_address(self.host) else run_until(until, connect)
+            if self.unix_socket is not None:
+                sock = self._to_unix_socket()
+            else:
+                sock = super()._new_conn() if is_address(self.host) else self._looked_up(until)
         except TimeoutError:
             raise self._out_of_time() from None
         try:
@@ -220,6 +324,37 @@ class _Connection(HTTPConnection):
         except BaseException:
             sock.close()
             raise
+        return sock
+
+    def _looked_up(self, until: float) -> socket.socket:
+        """Connect to the first address of the host that takes it."""
+        name = self._dns_host
+        if isinstance(self.timeout, int | float):
+            until = min(until, time.monotonic() + self.timeout)
+        try:
+            addresses = addresses_of(name, self.port, until)
+        except socket.gaierror as error:
+            raise NameResolutionError(self.host, self, error) from error
+        failure: Exception = ConnectTimeoutError(self, f"{self.host} has no address")
+        try:
+            for address in addresses:
+                self._dns_host = address
+                try:
+                    return super()._new_conn()
+                except (NewConnectionError, ConnectTimeoutError) as error:
+                    failure = error
+        finally:
+            self._dns_host = name
+        raise failure
+
+    def _to_unix_socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self._until() - time.monotonic())
+            sock.connect(self.unix_socket or "")
+        except OSError as error:
+            sock.close()
+            raise NewConnectionError(self, f"no connection to {self.unix_socket}") from error
         return sock
 
     def _claim(self, sock: socket.socket, until: float) -> None:
@@ -262,7 +397,26 @@ class _TlsConnection(_Connection, HTTPSConnection):
             raise
 
     def _tunnel(self) -> None:
+        # Instead of http.client's, which has the credentials in its frames, prints them when it is
+        # told to debug, and forgets what the proxy says beside the status.
+        target = shown_address(str(self._tunnel_host), int(self._tunnel_port or 443))
+        proxy = self.owner.proxy
+        if proxy is None:  # pragma: no cover (whoever sets a tunnel gives the proxy)
+            raise ProxyError("no tunnel", ValueError("no proxy is set"))
         try:
-            super()._tunnel()
-        except ConnectionError as error:
+            with proxy.asking(target, self._until()) as credentials:
+                self.sock.sendall(_connect_to(target, credentials))
+                answer = self.response_class(self.sock, method="CONNECT")
+                with contextlib.closing(answer):
+                    answer.begin()
+                    proxy.answered(target, credentials, answer.status, answer.headers)
+        except (OSError, HTTPException) as error:
             raise ProxyError("no tunnel", error) from error
+
+
+def _connect_to(target: str, credentials: Secret | None) -> bytes:
+    """The request for a tunnel (RFC 9110 section 9.3.6)."""
+    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+    if credentials is None:
+        return f"{head}\r\n".encode()
+    return f"{head}Proxy-Authorization: {credentials.reveal()}\r\n\r\n".encode()

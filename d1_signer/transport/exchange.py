@@ -3,33 +3,28 @@
 
 from __future__ import annotations
 
-import socket
+import contextlib
+import queue
 import ssl
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from urllib3 import HTTPConnectionPool, PoolManager, ProxyManager, Timeout
-from urllib3.connection import HTTPConnection
+from urllib3.exceptions import HTTPError
 
 from d1_signer.errors import IntegrityError
-from d1_signer.transport.connections import Connections
+from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
 from d1_signer.transport.deadlines import no_time_left
+from d1_signer.transport.failures import drop_frames
+from d1_signer.transport.proxies import Proxy
 
 # More threads than connections would work too, but warn for each connection thrown away.
 _CONNECTIONS = 128
 _LARGEST_ANSWER = 1 << 20
-
-# A firewall forgets idle connections without a word; each one that it forgot would cost a time-out.
-_KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-if hasattr(socket, "TCP_KEEPIDLE"):  # Linux: after a minute, and not after two hours
-    _KEEP_ALIVE += [
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,8 @@ class Http:
         *,
         connect_timeout: float,
         read_timeout: float,
-        proxy: str | None = None,
+        proxy: Proxy | None = None,
+        socket_path: str | None = None,
     ) -> None:
         """Prepare connections; none is opened yet.
 
@@ -65,24 +61,25 @@ class Http:
             context: For every https connection.
             connect_timeout: Seconds for each attempt to connect.
             read_timeout: Seconds for each wait for bytes.
-            proxy: URL of the proxy for https, or None.
+            proxy: For https, or None.
+            socket_path: The Unix socket that http goes to, or None.
         """
         self._what = what
         self._limits = (connect_timeout, read_timeout)
         options: dict[str, Any] = {
             "maxsize": _CONNECTIONS,
             "ssl_context": context,
-            "socket_options": [*HTTPConnection.default_socket_options, *_KEEP_ALIVE],
+            "socket_options": SOCKET_OPTIONS,
         }
         direct = PoolManager(**options)
         self._managers = {
             "http": direct,
-            "https": direct if proxy is None else ProxyManager(proxy, **options),
+            "https": direct if proxy is None else ProxyManager(proxy.url, **options),
         }
         self._pools: dict[tuple[str, ...], HTTPConnectionPool] = {}
-        self._connections = Connections()
+        self._connections = Connections(proxy=proxy)
         for manager in self._managers.values():
-            manager.pool_classes_by_scheme = self._connections.pools()
+            manager.pool_classes_by_scheme = self._connections.pools(socket_path)
 
     def exchange(
         self, method: str, url: str, *, headers: Mapping[str, Any], body: bytes | None, until: float
@@ -101,12 +98,22 @@ class Http:
             IntegrityError: The answer is too large.
             urllib3.exceptions.HTTPError: Any other failure.
         """
+        outer = sys.exception()
+        try:
+            return self._exchange(method, url, headers, body, until)
+        except BaseException as error:  # such as a signal's handler raises
+            drop_frames(error, outer=outer)
+            raise
+
+    def _exchange(
+        self, method: str, url: str, headers: Mapping[str, Any], body: bytes | None, until: float
+    ) -> Answer:
         left = until - time.monotonic()
         if left <= 0:
             raise no_time_left()
         connect, read = (min(limit, left) for limit in self._limits)
         parts = urlsplit(url)
-        with self._connections.bounded(until):
+        with self._connections.bounded(until), self._forgetting():
             response = self._pool(parts).urlopen(
                 method,
                 f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}",
@@ -120,9 +127,7 @@ class Http:
                 timeout=Timeout(connect=connect, read=read),
             )
             length = response.headers.get("Content-Length", "")
-            # What is told counts for nothing where the body comes in chunks.
-            told_length = length.isdecimal() and "Transfer-Encoding" not in response.headers
-            bounded = told_length and int(length) <= _LARGEST_ANSWER
+            bounded = length.isdecimal() and int(length) <= _LARGEST_ANSWER
             # A read with a limit of its own takes much longer: for answers of no known length.
             told = response.read() if bounded else response.read(_LARGEST_ANSWER + 1)
             if len(told) > _LARGEST_ANSWER:
@@ -133,6 +138,25 @@ class Http:
                 )
             response.release_conn()
             return Answer(response.status, response.headers, told)
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        # Where one connection is dead, those that were kept beside it are: the next attempt, and
+        # those of other threads, shall not have to find that out one after the other.
+        try:
+            yield
+        except HTTPError:
+            self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Close the connections that are kept and not in use: what comes next opens new ones."""
+        for pool in list(self._pools.values()):
+            with contextlib.suppress(queue.Empty, AttributeError):  # None: the pool is closed
+                while True:
+                    connection = pool.pool.get(block=False)  # type: ignore[union-attr]
+                    if connection is not None:
+                        connection.close()
 
     def _pool(self, parts: SplitResult) -> HTTPConnectionPool:
         # Looking for it in the manager would take a twentieth of a call.

@@ -9,15 +9,17 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from http.client import HTTPException
 
 from urllib3.exceptions import (
     ConnectTimeoutError,
-    NameResolutionError,
     NewConnectionError,
     ProxyError,
     TimeoutError as HttpTimeout,
 )
 from urllib3.util.ssl_match_hostname import CertificateError
+
+from d1_signer.transport.proxies import TunnelRefused
 
 # What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
 _NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|PACKET_LENGTH|RECORD_LAYER_FAILURE")
@@ -36,7 +38,6 @@ _ABOUT_CERTIFICATE = re.compile(
 _ALERT = re.compile(r"ALERT|^TLSV1_")
 # What Python has no name for has OpenSSL's words at least.
 _WORDS = re.compile(r"\] ([^(:]+)")
-_TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 
 class Stage(Enum):
@@ -71,16 +72,23 @@ class Failure:
         stage: Where it failed.
         reason: Why, in a few words; nothing secret in them.
         tls: For the stage of that name, what the handshake came to.
+        refused: What a proxy answered, where it answered.
     """
 
     stage: Stage
     reason: str
     tls: TlsFailure | None = None
+    refused: TunnelRefused | None = None
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it was raised from or holds, innermost last; each once."""
-    seen: set[int] = set()
+def causes(error: BaseException, *, outer: BaseException | None = None) -> Iterator[BaseException]:
+    """The error, and what it was raised from or holds, innermost last; each once.
+
+    Args:
+        error: Where to begin.
+        outer: Where to end: what was being handled before, and has nothing to do with it.
+    """
+    seen = {id(outer)}
     todo: list[object] = [error]
     while todo:
         link = todo.pop(0)
@@ -91,6 +99,20 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
         # botocore keeps it as an argument of its message.
         todo.append(getattr(link, "kwargs", {}).get("error"))
+
+
+def drop_frames(error: BaseException, *, outer: BaseException | None) -> None:
+    """Leave no traceback to an error and to what it came from.
+
+    Their frames hold what was being sent. Whatever a signal's handler raises passes through them.
+    ``raise`` alone, which is to follow, does not add the frame that it stands in.
+
+    Args:
+        error: Any, before it is raised again.
+        outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
+    """
+    for link in causes(error, outer=outer):
+        link.__traceback__ = None
 
 
 def is_untrusted(error: BaseException) -> bool:
@@ -111,14 +133,21 @@ def failure_of(error: Exception, *, connect: float, read: float) -> Failure:
     in_tls = next((found for link in links if (found := _tls_failure(link))), None)
     if in_tls is not None:
         return in_tls
+    refused = next((link for link in links if isinstance(link, TunnelRefused)), None)
+    if refused is not None:
+        told = f"it answers HTTP {refused.status}, {refused.reason}"
+        return Failure(Stage.PROXY, told, refused=refused)
     # The order matters: to urllib3 a refused connection is a kind of connect timeout.
     by_proxy = any(isinstance(link, ProxyError) for link in links)
-    if any(isinstance(link, NameResolutionError | socket.gaierror) for link in links):
-        return Failure(Stage.PROXY if by_proxy else Stage.NAME, "the host name is not known here")
+    unknown = next((link for link in links if isinstance(link, socket.gaierror)), None)
+    if unknown is not None:
+        again = unknown.errno == socket.EAI_AGAIN
+        told = "the name servers gave no answer" if again else "the host name is not known here"
+        return Failure(Stage.PROXY if by_proxy else Stage.NAME, told)
     if by_proxy:
-        refused = next((m for link in links if (m := _TUNNEL.search(str(link)))), None)
-        reason = f"it answers HTTP {refused[1]}" if refused else _system_reason(links)
-        return Failure(Stage.PROXY, reason or f"no connection within {connect:.3g} seconds")
+        foreign = any(isinstance(link, HTTPException) for link in links)
+        reason = "what it answers is not HTTP" if foreign else _system_reason(links)
+        return Failure(Stage.PROXY, reason or f"no tunnel within {connect:.3g} seconds")
     connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
     reason = _system_reason(links)
     if reason is None and connecting:

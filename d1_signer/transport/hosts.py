@@ -18,6 +18,11 @@ def is_address(host: str) -> bool:
     return True
 
 
+def shown_address(host: str, port: int) -> str:
+    """Host and port as texts and CONNECT have them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine and nobody else's."""
     if host == "localhost":  # RFC 6761 section 6.3: it always means loopback

@@ -1,33 +1,286 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which proxies can be used. Pure."""
+"""A proxy on the way: which can be used, its credentials, and what it refused.
+
+What it refused is not asked again at each call: directories lock an account whose password is wrong
+three times, and who lets no host pass will not let it pass a second later.
+"""
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+import contextlib
+import os
+import threading
+import time
+import weakref
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from email.message import Message
+from urllib.parse import quote, unquote, urlsplit
 
-from d1_signer.errors import ConfigurationError
+from urllib3.exceptions import ProxyError
+
+from d1_signer.errors import ConfigurationError, SecretSourceError
+from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.transport.hosts import shown_address
+
+_AUTHENTICATE = 407  # RFC 9110 section 15.5.8
+_TIMEOUT, _TOO_EARLY, _TOO_MANY, _BROKEN = 408, 425, 429, 500
+_OK = range(200, 300)
+# Seconds: until a host that was not let pass is asked for again, and credentials that had worked.
+_REST = 60.0
+# Seconds after a success for which credentials are taken to be good, so that connections need not
+# wait for each other.
+_GOOD_FOR = 60.0
+_WHAT = "proxy credentials"
+_BASIC = "Basic "
 
 
-def check_proxy(url: object, *, credentials: bool) -> None:
-    """Refuse a proxy that is not ``http://HOST:PORT``.
+class TunnelRefused(ProxyError):
+    """A proxy answered CONNECT with something else than a tunnel.
 
-    A proxy that is itself reached by TLS would need a trust of its own.
+    Attributes:
+        proxy: Its host and port.
+        status: HTTP status code of its answer.
+        passes: Whether asking again may help.
+        reason: Why, in a few words.
+        hint: What to do.
+    """
 
-    Args:
-        url: What was given.
-        credentials: Whether ``http://USER:PASSWORD@HOST:PORT`` is taken too; never where the URL
-            stands in a key URI, which is logged.
+    def __init__(self, proxy: str, status: int, *, passes: bool, reason: str, hint: str) -> None:
+        """Tell what the proxy answered; nothing of it is text of the proxy's own."""
+        super().__init__(f"the proxy {proxy} answers HTTP {status}: {reason}. {hint}", None)  # type: ignore[arg-type]
+        self.proxy, self.status, self.passes = proxy, status, passes
+        self.reason, self.hint = reason, hint
+
+    def details(self) -> dict[str, str | int | float]:
+        """What a machine may want to know of it."""
+        return {"proxy": self.proxy, "status": self.status}
+
+    def again(self) -> TunnelRefused:
+        """The same, for another who asks."""
+        return TunnelRefused(
+            self.proxy, self.status, passes=self.passes, reason=self.reason, hint=self.hint
+        )
+
+
+class Proxy:
+    """An HTTP proxy that takes CONNECT, for one fetcher or backend. Thread-safe.
+
+    Attributes:
+        url: Its URL, without credentials.
+        address: Its host and port, for error texts.
+    """
+
+    def __init__(self, url: Secret | str, credentials_source: SecretSource | None = None) -> None:
+        """Look at the settings, and read the credentials so that a wrong source shows now.
+
+        A proxy that is itself reached by TLS would need a trust of its own.
+
+        Args:
+            url: ``http://HOST:PORT``; in a `Secret` also ``http://USER:PASSWORD@HOST:PORT``.
+            credentials_source: Source of ``USER:PASSWORD``, for Basic authentication. A file and a
+                variable are read for each connection; what a person types, or a function gives, is
+                kept.
+
+        Raises:
+            ConfigurationError: Another form of URL, or credentials both in it and by a source.
+            SecretSourceError: The credentials cannot be read, or are not ``USER:PASSWORD``.
+        """
+        place, given = _parts(url)
+        masked = isinstance(url, Secret)
+        del url  # a frame that raises holds no secret
+        if place is None or (given is not None and not masked):
+            raise ConfigurationError(
+                "The proxy cannot be used.",
+                hint="Give http://HOST:PORT, and credentials by their source.",
+            )
+        if given is not None and credentials_source is not None:
+            raise ConfigurationError(
+                "The proxy's credentials are given twice.", hint="Leave them out of its URL."
+            )
+        self.address = shown_address(*place)
+        self.url = f"http://{self.address}"
+        self._source = credentials_source
+        self._kept = given
+        self._new_lock()
+        _all.add(self)
+        self.forget_refusals()
+        self._good_until = float("-inf")
+        self._had_worked = False
+        self._credentials()
+
+    def _new_lock(self) -> None:
+        self._one_at_a_time = threading.Lock()
+
+    def revealed_url(self) -> str:
+        """Its URL with the credentials in it, for a library that speaks CONNECT itself."""
+        credentials = self._credentials()
+        if credentials is None:
+            return self.url
+        pair = b64decode(credentials.reveal().removeprefix(_BASIC)).decode()
+        user, _, password = pair.partition(":")
+        return f"http://{quote(user, safe='')}:{quote(password, safe='')}@{self.address}"
+
+    def forget_refusals(self) -> None:
+        """Ask again whatever was refused."""
+        self._refused: tuple[Secret | None, TunnelRefused] | None = None
+        self._asked_again_at = float("inf")
+        self._closed_to: dict[str, tuple[float, TunnelRefused]] = {}
+
+    @contextlib.contextmanager
+    def asking(self, target: str, until: float) -> Iterator[Secret | None]:
+        """Ask for a tunnel; gives the value of ``Proxy-Authorization``, or None.
+
+        Credentials of which it is not known that they are good are sent by one thread at a time.
+
+        Args:
+            target: Host and port.
+            until: Moment on ``time.monotonic()``.
+
+        Raises:
+            TunnelRefused: It was refused before, and is not asked for again yet.
+            TimeoutError: Other threads were being answered until then.
+        """
+        credentials = self._credentials()
+        with contextlib.ExitStack() as alone:
+            if credentials is not None and time.monotonic() >= self._good_until:
+                lock = self._one_at_a_time
+                if not lock.acquire(timeout=max(until - time.monotonic(), 0.0)):
+                    raise TimeoutError
+                alone.callback(lock.release)
+            if time.monotonic() < self._good_until:
+                alone.close()
+            self._require_not_refused(target, credentials)
+            yield credentials
+
+    def answered(
+        self, target: str, credentials: Secret | None, status: int, headers: Message
+    ) -> None:
+        """Take note of an answer to CONNECT.
+
+        Raises:
+            TunnelRefused: It is no tunnel.
+        """
+        now = time.monotonic()
+        if status in _OK:
+            self._good_until, self._had_worked = now + _GOOD_FOR, credentials is not None
+            self._refused = None
+            return
+        refused = self._refusal(target, status, headers, known=credentials is not None)
+        if status == _AUTHENTICATE and credentials is not None:
+            self._good_until = float("-inf")
+            # A proxy whose directory is away for a moment refuses good ones too.
+            self._refused = (credentials, refused)
+            self._asked_again_at = now + _REST if self._had_worked else float("inf")
+            self._had_worked = False
+        elif not refused.passes:
+            resting = {host: kept for host, kept in self._closed_to.items() if now < kept[0]}
+            self._closed_to = {**resting, target: (now + _REST, refused)}
+        raise refused
+
+    def _require_not_refused(self, target: str, credentials: Secret | None) -> None:
+        now = time.monotonic()
+        if self._refused is not None and now < self._asked_again_at:
+            sent, refused = self._refused
+            if _text(sent) == _text(credentials):
+                raise refused.again()
+        until, closed = self._closed_to.get(target, (0.0, None))
+        if closed is not None and now < until:
+            raise closed.again()
+
+    def _credentials(self) -> Secret | None:
+        if self._kept is not None or self._source is None:
+            return self._kept
+        text = read_secret(self._source, what=_WHAT)
+        credentials = _basic(text)
+        if credentials is None:
+            raise SecretSourceError(
+                "The proxy credentials are not of the form USER:PASSWORD.",
+                hint="One line of text, with a colon after the user's name.",
+            )
+        if callable(self._source) or self._source == "prompt":
+            self._kept = credentials
+        return credentials
+
+    def _refusal(self, target: str, status: int, headers: Message, *, known: bool) -> TunnelRefused:
+        passes = False
+        if status == _AUTHENTICATE and known:
+            reason = "it refuses the credentials"
+            hint = "Correct what their source holds; until then they are not sent again."
+        elif status == _AUTHENTICATE:
+            reason = "it asks for credentials, and none are given"
+            hint = "Give --proxy-credentials-source (proxy_credentials_source)."
+            offered = headers.get_all("Proxy-Authenticate", ["basic"])
+            if not any(scheme.lower().startswith("basic") for scheme in offered):
+                reason = "it asks for credentials, and not by Basic authentication"
+                hint = "Basic is what is spoken here; let this machine pass without, or by Basic."
+        elif may_pass(status):
+            passes, reason = True, "it does not reach the host now"
+            hint = f"It is tried again; if it stays, ask who runs it whether it reaches {target}."
+        else:
+            reason = "it does not let this host pass"
+            hint = f"Have {target} allowed there, and check that this is the proxy's address."
+        return TunnelRefused(self.address, status, passes=passes, reason=reason, hint=hint)
+
+
+def may_pass(status: int) -> bool:
+    """Whether a proxy that answers CONNECT with this status may answer otherwise in a while."""
+    return status >= _BROKEN or status in {_TIMEOUT, _TOO_EARLY, _TOO_MANY}
+
+
+def optional_proxy(
+    url: Secret | str | None, credentials_source: SecretSource | None
+) -> Proxy | None:
+    """The proxy of these settings; None where none is named.
 
     Raises:
-        ConfigurationError: Another form.
+        ConfigurationError: As for `Proxy`; or credentials for no proxy.
+        SecretSourceError: As for `Proxy`.
     """
-    try:
-        parts = urlsplit(url)  # type: ignore[call-overload]  # whatever a caller gives
-        good = parts.scheme == "http" and bool(parts.hostname) and bool(parts.port)
-    except (ValueError, AttributeError, TypeError):
-        good = False
-    if not good or ("@" in str(url) and not credentials):
+    if url is not None:
+        return Proxy(url, credentials_source)
+    if credentials_source is not None:
         raise ConfigurationError(
-            "The proxy cannot be used.",
-            hint=f"Give http://HOST:PORT{'' if credentials else ', without credentials'}.",
+            "Credentials for a proxy are given, and no proxy.", hint="Give its URL as well."
         )
+    return None
+
+
+_all: weakref.WeakSet[Proxy] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The parent's lock may have been held at the moment of the fork. What was refused stays so.
+    for proxy in list(_all):
+        proxy._new_lock()  # noqa: SLF001 (this module's own class)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _parts(url: object) -> tuple[tuple[str, int] | None, Secret | None]:
+    """Host and port, and credentials, of a URL; None for a URL that cannot be used."""
+    try:
+        parts = urlsplit(url.reveal() if isinstance(url, Secret) else url)  # type: ignore[call-overload]  # whatever a caller gives
+        host, port = parts.hostname, parts.port
+    except (ValueError, AttributeError, TypeError):
+        return None, None
+    if parts.scheme != "http" or not host or not port:
+        return None, None
+    if "@" not in parts.netloc:
+        return (host, port), None
+    pair = Secret(f"{unquote(parts.username or '')}:{unquote(parts.password or '')}")
+    credentials = _basic(pair)
+    return (None if credentials is None else (host, port)), credentials
+
+
+def _basic(text: Secret) -> Secret | None:
+    """The value of ``Proxy-Authorization`` (RFC 7617); None for what is not ``USER:PASSWORD``."""
+    pair = text.reveal()
+    if not pair.partition(":")[1] or not pair.isprintable():
+        return None
+    return Secret(f"{_BASIC}{b64encode(pair.encode()).decode()}")
+
+
+def _text(secret: Secret | None) -> str | None:
+    return None if secret is None else secret.reveal()

@@ -7,9 +7,11 @@ Verification of the server cannot be switched off by what a caller does to a ses
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from contextlib import AbstractContextManager
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 import requests
@@ -17,8 +19,18 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 
 from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.transport.client import ClientTls
-from d1_signer.transport.connections import Connections
+from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
+from d1_signer.transport.failures import drop_frames
 from d1_signer.transport.hosts import is_loopback
+from d1_signer.transport.proxies import Proxy
+
+# Seconds. The first servers close an idle connection after five, and a POST that meets the close is
+# lost; firewalls forget it after a minute and more, and then a call waits for its time-out.
+_IDLE = 4.0
+
+# Seconds between an answer and the next request on its connection. What a server sends right behind
+# an answer comes within that, and would be taken for the answer to that request.
+_REST = 0.001
 
 
 class TlsAdapter(HTTPAdapter):
@@ -29,7 +41,13 @@ class TlsAdapter(HTTPAdapter):
     """
 
     def __init__(
-        self, tls: ClientTls, *, timeouts: tuple[float, float], pool_size: int = 10
+        self,
+        tls: ClientTls,
+        *,
+        timeouts: tuple[float, float],
+        pool_size: int = 10,
+        idle: float = _IDLE,
+        proxy: Proxy | None = None,
     ) -> None:
         """Prepare; nothing is connected yet.
 
@@ -38,12 +56,16 @@ class TlsAdapter(HTTPAdapter):
             timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
                 nothing else.
             pool_size: Connections to keep.
+            idle: Seconds without a call after which a connection is not used again.
+            proxy: On the way of https, or None.
         """
         self._tls: Final = tls
         self._context = tls.context()
         self._generation = tls.generation
         self._timeouts: Final = timeouts
-        self._connections = Connections()
+        self.proxy: Final = proxy
+        self._idle: Final = idle
+        self._connections = Connections(proxy=proxy, idle=idle, rest=_REST)
         self._owner = os.getpid()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
         _adapters.add(self)
@@ -86,12 +108,12 @@ class TlsAdapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Create the pools; see `HTTPAdapter`."""
-        super().init_poolmanager(*args, **kwargs)
+        super().init_poolmanager(*args, socket_options=SOCKET_OPTIONS, **kwargs)
         self.poolmanager.pool_classes_by_scheme = self._connections.pools()
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         """Create the pools behind a proxy; see `HTTPAdapter`."""
-        manager = super().proxy_manager_for(proxy, **kwargs)
+        manager = super().proxy_manager_for(proxy, socket_options=SOCKET_OPTIONS, **kwargs)
         manager.pool_classes_by_scheme = self._connections.pools()
         return manager
 
@@ -128,7 +150,7 @@ class TlsAdapter(HTTPAdapter):
         self._owner = os.getpid()
         # Dropping the pools closes their connections, and the lock may be a thread's of the parent.
         self._connections.lock = threading.RLock()
-        self._connections = Connections()
+        self._connections = Connections(proxy=self.proxy, idle=self._idle, rest=_REST)
         self.proxy_manager.clear()
         self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
 
@@ -163,6 +185,7 @@ class _CallersSession(_Session):
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         """Send one request; see `requests.Session`."""
+        outer = sys.exception()
         failure: requests.RequestException | D1SignerError
         try:
             return super().send(request, **kwargs)
@@ -171,6 +194,9 @@ class _CallersSession(_Session):
             failure = type(error)(str(error), request=request, response=error.response)
         except D1SignerError as error:
             failure = error.fresh()
+        except BaseException as error:  # such as a signal's handler raises
+            drop_frames(error, outer=outer)
+            raise
         failure.__context__ = None
         raise failure
 
@@ -202,15 +228,13 @@ class _CallersSession(_Session):
         super().mount(prefix, adapter)
 
 
-def new_session(
-    adapter: TlsAdapter, *, proxy: str | None, for_callers: bool = False
-) -> requests.Session:
+def new_session(adapter: TlsAdapter, *, for_callers: bool = False) -> requests.Session:
     """A requests session that takes nothing from the process environment and follows no redirect.
 
     Args:
         adapter: Used for https and, where the environment is a loopback address, for http.
-        proxy: URL of a proxy, or None.
-        for_callers: Whether it is given out; else its errors keep what they came from.
+        for_callers: Whether it is given out; else its errors keep what they came from, and it keeps
+            no cookie.
     """
     session = _CallersSession() if for_callers else _Session()
     # No proxy variables, no netrc, no REQUESTS_CA_BUNDLE: what is used is what was configured.
@@ -219,6 +243,8 @@ def new_session(
     session.mount("http://", adapter)
     if isinstance(session, _CallersSession):
         session.complete = True
-    if proxy is not None:
-        session.proxies = {"https": proxy}
+    else:
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    if adapter.proxy is not None:
+        session.proxies = {"https": adapter.proxy.url}
     return session

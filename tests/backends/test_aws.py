@@ -87,7 +87,7 @@ def proxy(endpoint: aws.Aws) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def signer(proxy: FaultProxy, key: str) -> Iterator[Signer]:
-    # One attempt: boto3's pauses between attempts would only make the tests slow.
+    # One attempt: pauses between attempts would only make the tests slow.
     with open_signer(f"awskms:///{key}", endpoint=proxy.url, max_attempts=1) as opened:
         yield opened
 
@@ -188,7 +188,7 @@ def test_fips_endpoint_is_the_regions(
     monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", configured)
     with pytest.raises(errors.SignerUnavailable, match="seen enough"):
         open_signer(f"awskms:///{key}{query}")
-    assert asked == [f"https://{host}.eu-central-1.amazonaws.com/"]
+    assert set(asked) == {f"https://{host}.eu-central-1.amazonaws.com/"}
 
 
 # -- the environment does not redirect ------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_endpoint_of_the_environment_is_not_used(
     monkeypatch.setenv(name, "http://kms.example.com")
     with pytest.raises(errors.SignerUnavailable, match="seen enough"):
         open_signer(f"awskms:///{key}")
-    assert asked == ["https://kms.eu-central-1.amazonaws.com/"]
+    assert set(asked) == {"https://kms.eu-central-1.amazonaws.com/"}
 
 
 def test_proxy_authorities_and_key_log_of_the_environment_are_not_used(
@@ -424,6 +424,8 @@ def test_refusal_keeps_code_and_request_id_and_drops_what_quotes_the_request(
     with pytest.raises(errors.LoginError) as refused:
         signer.sign(b"m")
     assert refused.value.details == {
+        "phase": "signature",
+        "endpoint": proxy.url,
         "aws_code": "InvalidSignatureException",
         "request_id": "request-17",
         "status": 400,
@@ -458,7 +460,7 @@ def test_message_never_leaves_and_digest_is_declared(signer: Signer, proxy: Faul
     assert b'"SigningAlgorithm": "ECDSA_SHA_256"' in body
 
 
-def test_throttled_call_is_repeated_by_the_sdk(proxy: FaultProxy, key: str) -> None:
+def test_throttled_call_is_repeated(proxy: FaultProxy, key: str) -> None:
     with open_signer(f"awskms:///{key}?endpoint={proxy.url}") as signer:
         refusals = iter([True])
         throttle = aws.refusal(400, "ThrottlingException")
@@ -529,7 +531,7 @@ def test_credentials_that_are_not_renewed_in_time_end_the_signature(
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
-    soon = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=5)  # boto3 renews these at once
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=5)
     told = json.dumps(
         {
             "AccessKeyId": aws.ACCESS_KEY,
@@ -552,10 +554,13 @@ def test_credentials_that_are_not_renewed_in_time_end_the_signature(
         with open_signer(f"awskms:///{key}?endpoint={endpoint.url}", timeout=3.0) as signer:
             signer.public_key.verify(signer.sign(b"m"), b"m")
             hangs.set()
+            while dt.datetime.now(dt.UTC) < soon:
+                time.sleep(0.1)
             started = time.monotonic()
-            with pytest.raises(errors.SignerTimeout):
+            with pytest.raises(errors.SignerTimeout, match="search for AWS credentials") as late:
                 signer.sign(b"m")
             assert time.monotonic() - started < 8.0
+            assert late.value.details["phase"] == "credentials"
 
 
 def test_answer_without_an_end_is_refused(key: str) -> None:
@@ -566,8 +571,10 @@ def test_answer_without_an_end_is_refused(key: str) -> None:
 def test_deadline_ends_the_repeats_as_well(proxy: FaultProxy, key: str) -> None:
     with open_signer(f"awskms:///{key}", endpoint=proxy.url, max_attempts=50) as signer:
         proxy.fault = on_sign(aws.refusal(500, "KMSInternalException"))
-        with pytest.raises(errors.SignerTimeout):
+        started = time.monotonic()
+        with pytest.raises(errors.SignerUnavailable):
             signer.sign(b"m", timeout=0.3)
+        assert time.monotonic() - started < 2.0
         for thread in threading.enumerate():
             if thread.name == "d1-signer-call":
                 thread.join(timeout=10)
@@ -667,7 +674,7 @@ def test_key_left_without_its_alias_is_named(proxy: FaultProxy) -> None:
     )
     with pytest.raises(errors.AccessDeniedError) as refused:
         generate_key(f"awskms:///alias/unnamed?endpoint={proxy.url}")
-    assert str(refused.value.details["key_without_alias"]).startswith("arn:aws:kms:")
+    assert str(refused.value.details["made"]).startswith("arn:aws:kms:")
 
 
 def test_repr_names_the_key_only(signer: Signer, key: str) -> None:

@@ -170,7 +170,7 @@ FAULTS = {
     "DATA_LOSS:oops": (errors.SignerUnavailable, True),
     "ABORTED:oops": (errors.SignerUnavailable, True),
     "CANCELLED:oops": (errors.SignerUnavailable, True),
-    "UNIMPLEMENTED:oops": (errors.SignerUnavailable, True),
+    "UNIMPLEMENTED:oops": (errors.ConfigurationError, False),
     "OUT_OF_RANGE:oops": (errors.InvalidKeyError, False),
 }
 

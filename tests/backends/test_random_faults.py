@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from d1_signer import errors
 from d1_signer.signing.signer import Signer, open_signer
-from tests.backends import test_aws, test_vault
+from tests.backends import test_aws
+from tests.backends.vault import test_signing as test_vault
 from tests.servers import aws, gcp, vault
 
 if TYPE_CHECKING:
@@ -69,7 +70,11 @@ def gcp_signer() -> Iterator[Signer]:
 
 
 @pytest.fixture
-def vault_signer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signer]:
+def vault_signer(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Signer]:
+    # One attempt, as above.
+    monkeypatch.setattr("d1_signer.backends.vault.http._PAUSES", (1000.0,))
     with vault.vault(tmp_path_factory.mktemp("vault")) as server, server.proxy() as proxy:
         server.make_key("d1")
         server.make_key("other")

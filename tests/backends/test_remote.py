@@ -9,6 +9,7 @@ import os
 import ssl
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from d1_signer import errors
 from d1_signer.backends import remote
 from d1_signer.backends.aws_kms.failures import AWS_KMS
 from d1_signer.backends.gcp_kms.failures import CLOUD_KMS
-from d1_signer.backends.vault.http import VAULT
+from d1_signer.backends.vault.failures import service_at
 from d1_signer.custody.evidence import Evidence
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import SignatureEncoding
@@ -32,6 +33,7 @@ from tests.conftest import LeakWatch
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 TOKEN = "token-of-the-request"
+VAULT = service_at("vault.example.com")
 
 
 class SdkError(Exception):
@@ -209,7 +211,11 @@ def test_refused_certificate_stays_refused(
     assert refused.value.retryable is retryable
 
 
-@pytest.mark.parametrize("service", [AWS_KMS, CLOUD_KMS, VAULT], ids=lambda service: service.name)
+@pytest.mark.parametrize(
+    "service",
+    [AWS_KMS, CLOUD_KMS, service_at("vault.example.com")],
+    ids=lambda service: service.name,
+)
 def test_no_row_of_a_table_hides_behind_another(service: remote.Service) -> None:
     before: tuple[type[Exception], ...] = ()
     for kinds, _, hint in service.failures:
@@ -360,3 +366,21 @@ def test_facts_are_plain_values() -> None:
     facts = {fact.name: fact for fact in remote.facts_of("a source", told)}
     assert {name: fact.value for name, fact in facts.items()} == {**told, "made": str(day)}
     assert {fact.source for fact in facts.values()} == {"a source"}
+
+
+class Stop(BaseException):
+    """What a signal's handler raises."""
+
+
+def test_an_interrupted_call_leaves_its_request_in_no_frame(leak_watch: LeakWatch) -> None:
+    leak_watch.note(TOKEN)
+
+    def send() -> None:
+        # A local variable, as of an SDK; this function counts as the test's, so it is looked for.
+        headers = {"X-Token": TOKEN}
+        raise Stop(len(headers))
+
+    with pytest.raises(Stop) as caught:
+        CLOUD.ask("to sign", send)
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    assert "send" not in frames

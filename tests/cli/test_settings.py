@@ -10,6 +10,7 @@ import pytest
 
 from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import ISSUER, Run
+from tests.servers.connect_proxy import ConnectProxy
 
 PIN = "7391-never-shown"
 MISTAKE = "a secret where its source should stand"
@@ -149,6 +150,49 @@ def test_a_proxy_is_asked(run: Run, settings: dict[str, str], host: str) -> None
         f"the proxy {proxy[7:]} failed: connection refused"
         in result.document["stopped_at"]["detail"]
     )
+
+
+@pytest.mark.parametrize("command", ["token", "check"])
+def test_a_proxy_is_given_its_credentials(
+    run: Run, settings: dict[str, str], tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "proxy"
+    file.touch(mode=0o600)
+    with ConnectProxy(credentials=f"d1:{PIN}").running() as proxy:
+        flags = ["--proxy", proxy.url, "--proxy-credentials-source", f"file:{file}"]
+        file.write_text(f"d1:{PIN}\n")
+        assert run(command, "--json", *flags, **settings).status == 0
+        used = len(proxy.sent)
+        assert used == (2 if command == "check" else 1)
+        file.write_text("d1:another-pass-word\n")
+        result = run(command, "--json", *flags, **settings)
+        assert result.status == 1
+        assert "it answers HTTP 407, it refuses the credentials" in result.out
+        assert len(proxy.sent) == used + 1
+
+
+@pytest.mark.parametrize("command", ["token", "check"])
+@pytest.mark.parametrize(
+    ("proxy", "source", "words"),
+    [
+        ("http://127.0.0.1:1", f"d1:{PIN}", "is not understood"),
+        ("http://127.0.0.1:1", "env:D1_NOT_SET", "variable that is not set"),
+        ("http://127.0.0.1:1", "env:D1_NO_COLON", "not of the form USER:PASSWORD"),
+        (None, "env:D1_NO_COLON", "and no proxy"),
+    ],
+)
+def test_credentials_that_cannot_be_used_are_told(
+    run: Run, settings: dict[str, str], command: str, proxy: str | None, source: str, words: str
+) -> None:
+    flags = ["--proxy", proxy] if proxy else []
+    result = run(
+        *(command, "--json", *flags, "--proxy-credentials-source", source),
+        **settings,
+        D1_NO_COLON=PIN,
+    )
+    assert result.status != 0
+    assert words in result.out
+    assert PIN not in result.out + result.err
 
 
 def encrypted_client(sandbox: Sandbox) -> dict[str, str]:

@@ -123,20 +123,25 @@ def test_open_file_is_refused_with_its_mode(tmp_path: Path, mode: int) -> None:
     assert "chmod 600" in error.hint
 
 
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700])
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700, 0o440, 0o640])
 def test_private_file_is_taken(tmp_path: Path, mode: int) -> None:
     path = secret_file(tmp_path, b"1234", mode)
     assert read_private_file(str(path), what="file") == b"1234"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_group_may_read_what_root_owns_only(tmp_path: Path) -> None:
-    path = secret_file(tmp_path, b"1234", 0o440)
-    assert read_private_file(str(path), what="file") == b"1234"
-    os.chown(path, 65534, 65534)
-    refuse(f"file:{path}", match="0440")
-    path.chmod(0o400)
-    assert read_private_file(str(path), what="file") == b"1234"
+def test_file_of_another_user_is_taken_from_one_who_is_named(tmp_path: Path) -> None:
+    path = secret_file(tmp_path, b"1234", 0o640)
+    os.chown(path, 100, 1000)
+    refuse(f"file:{path}", match="another user .uid 100.")
+    with pytest.raises(SecretSourceError):
+        read_private_file(str(path), what="file", trusted_owner=101)
+    assert read_private_file(str(path), what="file", trusted_owner=100) == b"1234"
+    assert read_secret(f"file:{path}", what="PIN", trusted_owner=100).reveal() == "1234"
+    for mode in (0o660, 0o644):
+        path.chmod(mode)
+        with pytest.raises(SecretSourceError, match=f"{mode:04o}"):
+            read_private_file(str(path), what="file", trusted_owner=100)
 
 
 def test_symbolic_link_counts_by_its_target(tmp_path: Path) -> None:

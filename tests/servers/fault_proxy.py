@@ -179,7 +179,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_RDWR)
 
 
-def _join(one: socket.socket, other: socket.socket) -> None:
+def join(one: socket.socket, other: socket.socket) -> None:
     back = threading.Thread(target=_copy, args=(other, one), daemon=True)
     back.start()
     _copy(one, other)
@@ -195,7 +195,7 @@ def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
             context.wrap_socket(connection, server_side=True) as tls,
             socket.create_connection(("127.0.0.1", port)) as server,
         ):
-            _join(tls, server)
+            join(tls, server)
 
     with listening(serve) as own:
         yield own
@@ -214,7 +214,7 @@ def tunnel() -> Iterator[tuple[int, list[str]]]:
         host, _, port = asked[-1].split()[1].rpartition(":")
         with socket.create_connection((host, int(port))) as server:
             connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-            _join(connection, server)
+            join(connection, server)
 
     with listening(serve) as own:
         yield own, asked

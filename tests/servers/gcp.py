@@ -94,10 +94,16 @@ class _Kms:
         self.released = threading.Event()
         self.random: random.Random | None = None
         self.metadata: list[str] = []
+        self.tokens: list[str] = []
+        self.refused_tokens: set[str] = set()
 
     def answer(self, method: str, request: Any, context: grpc.ServicerContext) -> Any:
         self.calls[method] += 1
-        self.metadata = [item[0] for item in context.invocation_metadata()]
+        metadata = {item[0]: str(item[1]) for item in context.invocation_metadata()}
+        self.metadata = list(metadata)
+        self.tokens.append(metadata.get(METADATA_TOKEN, "").removeprefix("Bearer "))
+        if self.tokens[-1] in self.refused_tokens:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the access token has expired")
         faults = self.faults.get(method, [])
         fault = faults.pop(0) if faults else ""
         if fault == "always" and faults:
@@ -201,9 +207,12 @@ class _Kms:
         if "state" in order:
             name, state = order["state"]
             self.versions[name].state = getattr(_State, state)
+        if "refuse" in order:
+            self.refused_tokens = set(order["refuse"])
         if order.get("release"):
             self.released.set()
-        return {"calls": dict(self.calls), "metadata": self.metadata}
+        tokens = self.tokens[-20:]
+        return {"calls": dict(self.calls), "metadata": self.metadata, "tokens": tokens}
 
 
 def _version(name: str, **settings: Any) -> kms.CryptoKeyVersion:

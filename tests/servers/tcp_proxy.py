@@ -36,6 +36,7 @@ class TcpProxy:
     def __init__(self, upstream: int) -> None:
         self.wire = Wire.GOOD
         self.connections = 0
+        self._forgotten = 0
         self._upstream = upstream
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,6 +56,10 @@ class TcpProxy:
         """Reset all connections that are open."""
         self._loop.call_soon_threadsafe(self._reset_all)
 
+    def forget_all(self) -> None:
+        """Let nothing pass any more through the connections that are open, as a firewall does."""
+        self._forgotten = self.connections
+
     def _reset_all(self) -> None:
         for writer in self._writers:
             _reset(writer)
@@ -71,6 +76,7 @@ class TcpProxy:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        number = self.connections
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -84,17 +90,24 @@ class TcpProxy:
             writers = {writer, upstream[1]}
             self._writers |= writers
             await asyncio.gather(
-                self._pump(reader, upstream[1], answers=False),
-                self._pump(upstream[0], writer, answers=True),
+                self._pump(reader, upstream[1], number, answers=False),
+                self._pump(upstream[0], writer, number, answers=True),
                 return_exceptions=True,
             )
             self._writers -= writers
 
     async def _pump(
-        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, answers: bool
+        self,
+        source: asyncio.StreamReader,
+        target: asyncio.StreamWriter,
+        number: int,
+        *,
+        answers: bool,
     ) -> None:
         try:
             while block := await source.read(_FEW if self.wire is Wire.THROTTLED else _BLOCK):
+                if number <= self._forgotten:
+                    continue
                 while self.wire is Wire.SILENT and not self._ended.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 if self.wire in {Wire.DELAYED, Wire.THROTTLED}:

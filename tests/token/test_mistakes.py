@@ -15,7 +15,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -36,19 +36,26 @@ from d1_signer import (
     open_signer,
 )
 from d1_signer.sandbox import Sandbox
-from d1_signer.token import renewal
 from d1_signer.transport import connections
 from tests.cli.conftest import Run, no_settings, run
 from tests.servers.certificates import Authority
+from tests.servers.connect_proxy import ConnectProxy
 from tests.servers.nginx import Nginx
 from tests.servers.process import free_port
 from tests.token.conftest import ISSUER, KID
 
 __all__ = ["no_settings", "run"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_attempt")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tls.md").read_text()
 SECRET = "proxy-pass-word"
 Pair = tuple[Path, Path]
+
+PROXIES = {
+    "proxy with a password": ConnectProxy(credentials="user:another-one"),
+    "proxy that allows nothing": ConnectProxy(status=403),
+    "proxy without a way": ConnectProxy(status=502),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory, pem_uri: str) -> Iterator[Sc
             "redirect": gateway.serve("return 302 https://login.example/;", tls=here),
             "closed": free_port(),
         }
-        with gateway.running():
+        with gateway.running(), ExitStack() as stack:
+            for name, proxy in PROXIES.items():
+                ports[name] = stack.enter_context(proxy.running()).port
             yield Scene(
                 ports=ports,
                 audience=f"{sandbox.base_url}/oauth2/token",
@@ -142,7 +151,8 @@ class Mistake:
         certificate: Which certificate and which key; None for none.
         host: That is asked for.
         ca_file: Attribute of `Scene`.
-        proxied: Whether a proxy is given, which is away.
+        proxy: Of `Scene.ports`; empty for none.
+        credentials: Whether the proxy is given a user and a password.
     """
 
     name: str
@@ -154,7 +164,8 @@ class Mistake:
     certificate: tuple[str, str] | None = ("client", "client")
     host: str = "127.0.0.1"
     ca_file: str = "ca_file"
-    proxied: bool = False
+    proxy: str = ""
+    credentials: bool = True
 
     def environment(self, scene: Scene) -> str:
         return f"https://{self.host}:{scene.ports[self.port]}/authz/v1"
@@ -165,8 +176,9 @@ class Mistake:
         certificate, key = self.certificate
         return getattr(scene, certificate)[0], getattr(scene, key)[1]
 
-    def proxy(self, scene: Scene) -> str | None:
-        return f"http://user:{SECRET}@127.0.0.1:{scene.ports['closed']}" if self.proxied else None
+    def proxy_url(self, scene: Scene) -> str | None:
+        user = f"user:{SECRET}@" if self.credentials else ""
+        return f"http://{user}127.0.0.1:{scene.ports[self.proxy]}" if self.proxy else None
 
     def row(self, error: D1SignerError, scene: Scene) -> str:
         """The row of the page: what is told, without what differs from run to run."""
@@ -232,7 +244,35 @@ MISTAKES = [
         words="is not trusted: ",
         ca_file="foreign_ca",
     ),
-    Mistake(name="proxy away", words="the proxy 127.0.0.1:", proxied=True, **AWAY),  # type: ignore[arg-type]
+    Mistake(name="proxy away", words="the proxy 127.0.0.1:", proxy="closed", **AWAY),  # type: ignore[arg-type]
+    Mistake(
+        name="proxy: wrong password",
+        code="token_unavailable",
+        step="endpoint",
+        words="it answers HTTP 407, it refuses the credentials",
+        proxy="proxy with a password",
+    ),
+    Mistake(
+        name="proxy: no password given",
+        code="token_unavailable",
+        step="endpoint",
+        words="it answers HTTP 407, it asks for credentials, and none are given",
+        proxy="proxy with a password",
+        credentials=False,
+    ),
+    Mistake(
+        name="proxy: host not allowed",
+        code="token_unavailable",
+        step="endpoint",
+        words="it answers HTTP 403, it does not let this host pass",
+        proxy="proxy that allows nothing",
+    ),
+    Mistake(
+        name="proxy: cannot reach D1",
+        words="it answers HTTP 502, it does not reach the host now",
+        proxy="proxy without a way",
+        **AWAY,  # type: ignore[arg-type]
+    ),
     Mistake(name="name unknown", words="its name failed", host="d1.invalid", **AWAY),  # type: ignore[arg-type]
     Mistake(name="port closed", words="the connection failed", port="closed", **AWAY),  # type: ignore[arg-type]
     Mistake(
@@ -303,11 +343,6 @@ MISTAKES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renewal, "_FIRST_PAUSE", 0.001)
-
-
 def fetcher_of(mistake: Mistake, scene: Scene, signer: Signer) -> TokenFetcher:
     pair = mistake.pair(scene)
     return TokenFetcher(
@@ -316,7 +351,7 @@ def fetcher_of(mistake: Mistake, scene: Scene, signer: Signer) -> TokenFetcher:
         environment=mistake.environment(scene),
         client_certificate=ClientCertificate(*pair) if pair else None,
         ca_file=getattr(scene, mistake.ca_file),
-        proxy=mistake.proxy(scene),
+        proxy=mistake.proxy_url(scene),
         audience=scene.audience,
     )
 
@@ -332,9 +367,10 @@ def arguments_of(mistake: Mistake, scene: Scene, key: str) -> list[str]:
     pair = mistake.pair(scene)
     if pair:
         options["--client-cert"], options["--client-key"] = map(str, pair)
-    if mistake.proxied:
-        # On the command line a proxy has no password.
-        options["--proxy"] = f"http://127.0.0.1:{scene.ports['closed']}"
+    if mistake.proxy:
+        options["--proxy"] = f"http://127.0.0.1:{scene.ports[mistake.proxy]}"
+        if mistake.credentials:
+            options["--proxy-credentials-source"] = "env:PROXY_CREDENTIALS"
     return [word for option in options.items() for word in option]
 
 
@@ -357,9 +393,11 @@ def test_a_mistake_is_told_as_what_it_is(
     run: Run,
     pem_uri: str,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     mistake: Mistake,
 ) -> None:
     caplog.set_level(logging.WARNING, "d1_signer.token")
+    monkeypatch.setenv("PROXY_CREDENTIALS", f"user:{SECRET}")
 
     def get() -> None:
         with fetcher_of(mistake, scene, signer) as fetcher:

@@ -178,7 +178,7 @@ def test_a_multipart_answer_has_no_malformed_header(
         )
 
     adapter = fetcher._endpoint._adapter
-    with answering(answer) as place, new_session(adapter, proxy=None) as session:
+    with answering(answer) as place, new_session(adapter) as session:
         assert session.get(f"http://{place}").status_code == 200
     assert "tls.malformed_headers" not in caplog.text
 
@@ -187,7 +187,7 @@ def test_nothing_is_sent_by_who_connects_while_the_calls_are_cut(
     fetcher: TokenFetcher, sandbox: Sandbox
 ) -> None:
     adapter = fetcher._endpoint._adapter
-    with new_session(adapter, proxy=None) as session, adapter.bounded(time.monotonic() + 30):
+    with new_session(adapter) as session, adapter.bounded(time.monotonic() + 30):
         adapter.abort()
         with pytest.raises(requests.ConnectionError):
             session.post(sandbox.token_endpoint)
@@ -240,7 +240,7 @@ def test_a_child_of_a_fork_that_python_was_not_told_of_has_its_own_connection() 
         logging.disable()
         try:
             adapter = TlsAdapter(ClientTls(context, None), timeouts=(10.0, 10.0))
-            with new_session(adapter, proxy=None) as session:
+            with new_session(adapter) as session:
                 url = f"{sandbox.banking_url}/ping"
                 assert session.get(url).status_code == 401
                 child = ctypes.PyDLL(None).fork()

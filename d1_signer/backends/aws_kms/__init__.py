@@ -15,46 +15,28 @@ another key, signing stops with `KeyMismatchError`: D1 knows only the key that w
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from d1_signer.backends.remote import RemoteBackend, client_for, facts_of
 from d1_signer.custody.evidence import Evidence, Fact
-from d1_signer.errors import (
-    D1SignerError,
-    InvalidKeyError,
-    KeyDisabledError,
-    KeyExistsError,
-    KeyMismatchError,
-    KeyNotFoundError,
-    KeyUriError,
-    MissingExtraError,
-)
+from d1_signer.errors import D1SignerError, KeyMismatchError, KeyUriError, MissingExtraError
 from d1_signer.es256 import PublicKey
+from d1_signer.secret import SecretSource
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 
 try:
-    from d1_signer.backends.aws_kms.client import (
-        Client,
-        call,
-        call_within,
-        clients,
-        read_settings,
-    )
+    from d1_signer.backends.aws_kms.client import Client, clients
     from d1_signer.backends.aws_kms.failures import AWS_KMS, details
+    from d1_signer.backends.aws_kms.keys import ALGORITHM, describe, make, public_key, shown_arn
+    from d1_signer.backends.aws_kms.settings import read_settings
 except ModuleNotFoundError:
     raise MissingExtraError.of("boto3", "aws") from None
 
 if TYPE_CHECKING:
     from mypy_boto3_kms import KMSClient
 
-_ALGORITHM: Final = "ECDSA_SHA_256"
-_KEY_SPEC: Final = "ECC_NIST_P256"
-_KEY_USAGE: Final = "SIGN_VERIFY"
-# The states in which KMS signs (AWS KMS Developer Guide, "Key states of AWS KMS keys").
-_USABLE_STATES = frozenset({"Enabled", "Updating"})
 _TIME_TO_GENERATE = 60.0  # seconds
 # What cannot change in a key's life.
 _FACTS = (
@@ -70,34 +52,35 @@ class AwsKmsBackend(RemoteBackend[Client]):
     encoding = SignatureEncoding.DER
 
     def _open(self, client: Client, until: float) -> tuple[str, PublicKey]:
-        self._metadata = _describe(client.kms, self._key, until)
-        self._arn = str(self._metadata["Arn"])
-        return self._arn, _public_key(client.kms, self._key, self._arn, until)
+        until += client.open(until)
+        self._metadata = describe(client, self._key, until)
+        self._arn: str = self._metadata["Arn"]
+        return self._arn, public_key(client, self._key, self._arn, until)
 
     def sign_digest(self, digest: bytes, deadline: float | None) -> bytes:
         """Sign a digest of 32 bytes with one call of ``Sign``; the answer is DER."""
         client, until = self._begin(deadline)
-        # A thread for each signature is saved where only a pause of the SDK could add to the limit.
-        direct = deadline is None and client.is_bounded()
-        answer = (call if direct else call_within)(
+        answer = client.call(
             until,
             "to sign",
+            "signature",
             client.kms.sign,
             KeyId=self._key,
             Message=digest,
             MessageType="DIGEST",
-            SigningAlgorithm=_ALGORITHM,
+            SigningAlgorithm=ALGORITHM,
         )
         arn, signature = answer.get("KeyId"), answer.get("Signature")
         if arn != self._arn and isinstance(arn, str):
-            raise self._other_key(arn, answer)
+            raise self._other_key(shown_arn(arn), answer)
         if (
-            arn is None
-            or answer.get("SigningAlgorithm") != _ALGORITHM
+            not isinstance(arn, str)
+            or answer.get("SigningAlgorithm") != ALGORITHM
             or not isinstance(signature, bytes)
         ):
             raise AWS_KMS.altered(
-                "answered without the signature that was asked for.", details(answer)
+                "answered without the signature that was asked for.",
+                {"phase": "signature", **details(answer)},
             )
         return signature
 
@@ -109,7 +92,9 @@ class AwsKmsBackend(RemoteBackend[Client]):
             text = f"AWS KMS signed with {arn} and not with {self._arn}."
             hint = AWS_KMS.altered_hint
         return KeyMismatchError(
-            f"{text} The signature was not used.", hint=hint, details=details(answer)
+            f"{text} The signature was not used.",
+            hint=hint,
+            details={"phase": "signature", **details(answer)},
         )
 
     def custody(self) -> Evidence:
@@ -145,6 +130,8 @@ def open_backend(
     endpoint: str | None = None,
     fips: bool | None = None,
     proxy: str | None = None,
+    proxy_credentials_source: SecretSource | None = None,
+    ca_file: str | None = None,
     timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
@@ -155,16 +142,20 @@ def open_backend(
 
     Args:
         uri: ``awskms:///`` and a key id, a key ARN, ``alias/NAME`` or an alias ARN; optionally
-            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``.
+            ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``,
+            ``proxy-credentials-source=``, ``ca_file=``.
         region: AWS region; None: the ARN's, else boto3's own search.
         profile: Profile in the AWS configuration files.
         endpoint: URL of a private endpoint; https, or http on loopback.
         fips: Use the region's FIPS endpoint, or do not; None: as the AWS configuration says.
         proxy: ``http://HOST:PORT`` of a proxy through which AWS KMS is reached.
-        timeout: Seconds for one call with all its attempts, and for the opening.
+        proxy_credentials_source: Source of its ``USER:PASSWORD``, for Basic authentication.
+        ca_file: PEM file of the authorities to trust for AWS KMS; None: certifi's.
+        timeout: Seconds for one call with all its attempts, and for the opening. Where the profile
+            demands an MFA code, the time in which it is typed does not count.
         connect_timeout: Seconds for each attempt to connect.
         read_timeout: Seconds for each wait for bytes.
-        max_attempts: Attempts of one call in all (boto3's standard retry mode).
+        max_attempts: Attempts of one call in all, where AWS KMS is busy or away.
         client: A KMS client that is used as it is and stays the caller's, or a function that makes
             one, called once in each process. Only the function also works after a fork. Of the
             settings above only ``timeout`` holds for it.
@@ -181,7 +172,14 @@ def open_backend(
     """
     settings = replace(
         read_settings(
-            uri, region=region, profile=profile, endpoint=endpoint, fips=fips, proxy=proxy
+            uri,
+            region=region,
+            profile=profile,
+            endpoint=endpoint,
+            fips=fips,
+            proxy=proxy,
+            proxy_credentials_source=proxy_credentials_source,
+            ca_file=ca_file,
         ),
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
@@ -198,6 +196,8 @@ def generate_key(
     endpoint: str | None = None,
     fips: bool | None = None,
     proxy: str | None = None,
+    proxy_credentials_source: SecretSource | None = None,
+    ca_file: str | None = None,
     description: str = "ES256 signing key for Thales D1",
     client: KMSClient | None = None,
 ) -> GeneratedKey:
@@ -206,78 +206,30 @@ def generate_key(
     ``uri`` is ``awskms:///alias/NAME``, since key ids are AWS KMS's to choose; ``description`` is
     shown in the AWS console; the other options are those of `open_backend`.
 
+    What AWS KMS does not know yet of the new key is asked for again, for a minute. Where it fails
+    after that, ``details["made"]`` of the error is the ARN of the key that was made.
+
     Raises:
         KeyExistsError: The alias exists.
         KeyUriError: The URI names no alias.
         SignerError: As for `open_backend`.
     """
     settings = read_settings(
-        uri, region=region, profile=profile, endpoint=endpoint, fips=fips, proxy=proxy
+        uri,
+        region=region,
+        profile=profile,
+        endpoint=endpoint,
+        fips=fips,
+        proxy=proxy,
+        proxy_credentials_source=proxy_credentials_source,
+        ca_file=ca_file,
     )
     if not settings.key_id.startswith("alias/"):
         raise KeyUriError(
             "A new AWS KMS key is named by an alias.", hint="Write awskms:///alias/NAME."
         )
-    with client_for(clients(settings, client), _TIME_TO_GENERATE) as (made, until):
-        with contextlib.suppress(KeyNotFoundError):
-            alias = settings.key_id
-            call_within(until, f"to look for {alias}", made.kms.describe_key, KeyId=alias)
-            raise KeyExistsError(
-                f"{alias} exists.", hint="It is not pointed at another key; choose another alias."
-            )
-        public_key = _make(made.kms, settings.key_id, description, until)
-    return GeneratedKey(uri=uri, public_key=public_key)
-
-
-def _make(client: KMSClient, alias: str, description: str, until: float) -> PublicKey:
-    made = call_within(
-        until,
-        "to make a key",
-        client.create_key,
-        KeySpec=_KEY_SPEC,
-        KeyUsage=_KEY_USAGE,
-        Description=description,
-    )
-    arn = made["KeyMetadata"]["Arn"]
-    try:
-        call_within(
-            until, f"to make {alias}", client.create_alias, AliasName=alias, TargetKeyId=arn
-        )
-    except D1SignerError as error:
-        error.hint = f"{error.hint} The key {arn} was made before that and has no alias: delete it."
-        error.details["key_without_alias"] = arn
-        raise
-    return _public_key(client, arn, arn, until)  # a new alias is not seen at once everywhere
-
-
-def _describe(client: KMSClient, key_id: str, until: float) -> Mapping[str, Any]:
-    answer = call_within(until, "to describe the key", client.describe_key, KeyId=key_id)
-    metadata: Mapping[str, Any] = answer.get("KeyMetadata", {})
-    arn, spec, usage = (metadata.get(name) for name in ("Arn", "KeySpec", "KeyUsage"))
-    if not arn:
-        raise AWS_KMS.altered("gave an answer that is not complete.", details(answer))
-    if spec != _KEY_SPEC or usage != _KEY_USAGE:
-        raise InvalidKeyError(
-            f"The key {arn} is of spec {spec} for {usage}.",
-            hint=f"D1 takes ES256 only: use a key of spec {_KEY_SPEC} for {_KEY_USAGE}.",
-        )
-    state = metadata.get("KeyState")
-    if state not in _USABLE_STATES:
-        raise KeyDisabledError(
-            f"The key {arn} is in the state {state}.",
-            hint="Enable the key, or cancel its deletion, in AWS KMS.",
-        )
-    return metadata
-
-
-def _public_key(client: KMSClient, key_id: str, arn: str, until: float) -> PublicKey:
-    answer = call_within(until, "to give the public key", client.get_public_key, KeyId=key_id)
-    der, answered = answer.get("PublicKey"), answer.get("KeyId")
-    if not isinstance(der, bytes) or not answered:
-        raise AWS_KMS.altered("gave an answer that is not complete.", details(answer))
-    if answered != arn:
-        raise KeyMismatchError(
-            f"{key_id} was {arn} and is {answered} a moment later.",
-            hint="The alias was pointed at another key just now; open the signer anew.",
-        )
-    return PublicKey.from_der(der)
+    # One attempt: where the answer to CreateKey is lost, another would make a second key.
+    own = replace(settings, max_attempts=1)
+    with client_for(clients(own, client), _TIME_TO_GENERATE) as (opened, until):
+        made = make(opened, settings.key_id, description, until + opened.open(until))
+    return GeneratedKey(uri=uri, public_key=made)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of an AWS KMS client, the client itself, and how it is called."""
+"""The client of AWS KMS in one process, and how it is called."""
 
 from __future__ import annotations
 
 import io
-import os
-import re
-import threading
-from collections.abc import Callable, Iterator
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 import certifi
@@ -18,115 +20,107 @@ from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from urllib3 import exceptions as http
 
-from d1_signer.backends.aws_kms.failures import AWS_KMS
+from d1_signer.backends.aws_kms import credentials as in_hand
+from d1_signer.backends.aws_kms.credentials import AwsCredentials, InHand, Keys, ask_on_terminal
+from d1_signer.backends.aws_kms.failures import AWS_KMS, this_call
+from d1_signer.backends.aws_kms.settings import Settings
 from d1_signer.backends.remote import clients_of
-from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.signing.key_uri import KeyUri
-from d1_signer.transport.deadlines import within
+from d1_signer.errors import ConfigurationError, D1SignerError, LoginError, SignerUnavailable
+from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.exchange import Http
 from d1_signer.transport.hosts import check_endpoint
 from d1_signer.transport.processes import PerProcess
-from d1_signer.transport.proxies import check_proxy
+from d1_signer.transport.proxies import TunnelRefused
 from d1_signer.transport.tls import verifying_context
 
 if TYPE_CHECKING:
-    from botocore.credentials import Credentials
     from mypy_boto3_kms import KMSClient
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Method = Callable[..., Mapping[str, Any]]
 
-_QUERY = frozenset({"region", "endpoint", "profile", "fips", "proxy"})
-_KEY_ID = re.compile(r"[A-Za-z0-9/_:-]{1,2048}")
-_ARN = re.compile(r"arn:[a-z0-9-]+:kms:([a-z0-9-]+):\d{12}:(?:key|alias)/.+")
-
-# Until when the call of this thread may take; botocore passes nothing of ours on to its hooks.
-_call = threading.local()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """Which key, and how to reach AWS KMS: the options of `open_backend`, put together."""
-
-    key_id: str
-    region: str | None
-    profile: str | None
-    endpoint: str | None
-    fips: bool | None
-    proxy: str | None
-    connect_timeout: float = 2.0
-    read_timeout: float = 5.0
-    max_attempts: int = 3
-
-    def __post_init__(self) -> None:
-        """Refuse settings that contradict each other."""
-        arn = _ARN.fullmatch(self.key_id)
-        if self.key_id.startswith("arn:") and not arn:
-            raise KeyUriError(f"{self.key_id} is not the ARN of a KMS key or alias.")
-        if arn and self.region != arn.group(1):
-            raise ConfigurationError(
-                f"The region is {self.region}, and the key's ARN says {arn.group(1)}."
-            )
-        if self.endpoint:
-            check_endpoint(self.endpoint, "AWS KMS endpoint")
-            if self.fips:
-                raise ConfigurationError(
-                    "Both an endpoint and the FIPS endpoint are asked for.",
-                    hint="Name the FIPS endpoint's URL as the endpoint, or leave it out.",
-                )
-        if self.proxy:
-            check_proxy(self.proxy, credentials=False)
-
-
-def read_settings(
-    uri: str,
-    *,
-    region: str | None,
-    profile: str | None,
-    endpoint: str | None,
-    fips: bool | None,
-    proxy: str | None,
-) -> Settings:
-    """Read a key URI; an argument that is not None wins over the URI's query.
-
-    Raises:
-        KeyUriError: The URI names no key.
-        ConfigurationError: Settings that contradict each other.
-    """
-    parsed = KeyUri.parse(uri, query_names=_QUERY)
-    key_id = parsed.path.removeprefix("/")
-    if parsed.authority or not _KEY_ID.fullmatch(key_id):
-        raise KeyUriError(
-            "The awskms: URI names no key.",
-            hint="Write awskms:///alias/NAME, awskms:///KEY-ID or awskms:///ARN.",
-        )
-    if fips is None and "fips" in parsed.query:
-        if parsed.query["fips"] not in {"true", "false"}:
-            raise KeyUriError("fips in the awskms: URI is neither true nor false.")
-        fips = parsed.query["fips"] == "true"
-    arn = _ARN.fullmatch(key_id)
-    return Settings(
-        key_id=key_id,
-        region=region or parsed.query.get("region") or (arn.group(1) if arn else None),
-        profile=profile or parsed.query.get("profile"),
-        endpoint=endpoint or parsed.query.get("endpoint"),
-        fips=fips,
-        proxy=proxy or parsed.query.get("proxy"),
-    )
+# Seconds, doubled with each attempt, between two attempts of a call.
+_PAUSE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A client of boto3; with what sends its requests, where it is one of ours."""
+    """A client of boto3; with what sends its requests and its credentials, where it is ours.
+
+    Attributes:
+        kms: The client.
+        http: What sends its requests.
+        credentials: What it signs them with.
+        attempts: How often a service that is busy or away is asked.
+    """
 
     kms: KMSClient
     http: Http | None = None
-    credentials: Credentials | None = None
+    credentials: AwsCredentials | None = None
+    attempts: int = 1
 
-    def is_bounded(self) -> bool:
-        """Whether a call is over by its limit by itself, the SDK's pauses apart."""
-        refresh_needed = getattr(self.credentials, "refresh_needed", None)
-        return self.http is not None and not (refresh_needed and refresh_needed())
+    def open(self, until: float) -> float:
+        """Have credentials by a moment on ``time.monotonic()``.
+
+        Returns:
+            Seconds in which a person typed: they count against no limit.
+        """
+        return self.credentials.open(until, ask_on_terminal) if self.credentials else 0.0
+
+    def call(
+        self,
+        until: float,
+        doing: str,
+        phase: str,
+        method: Method,
+        **arguments: object,
+    ) -> Mapping[str, Any]:
+        """Call a method of the SDK, and be back by a moment.
+
+        Where AWS KMS refuses the credentials, it is asked once more with others, if there are any.
+
+        Args:
+            until: The moment, on ``time.monotonic()``.
+            doing: What is asked for, such as ``"to sign"``.
+            phase: The word for it in an error's details.
+            method: The SDK's method.
+            arguments: Those of the method.
+        """
+        try:
+            if self.credentials is None:
+                # A client that was given may look for credentials and wait as long as it likes.
+                return within(until, partial(_call, until, doing, None, method, arguments))
+            keys = self.credentials.get(until)
+            try:
+                return self._ask(until, doing, keys, method, arguments)
+            except LoginError:
+                if not self.credentials.replaced(keys, until):
+                    raise
+            keys = self.credentials.get(until)
+            return self._ask(until, doing, keys, method, arguments)
+        except D1SignerError as error:
+            if error.details.setdefault("phase", phase) == phase:  # else the source has its own
+                error.details["endpoint"] = self.kms.meta.endpoint_url
+            raise
+
+    def _ask(
+        self,
+        until: float,
+        doing: str,
+        keys: Keys,
+        method: Method,
+        arguments: Mapping[str, object],
+    ) -> Mapping[str, Any]:
+        # Not by boto3: its pauses know no time limit.
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return _call(until, doing, keys, method, arguments)
+            except SignerUnavailable as error:
+                pause = _PAUSE * 2**attempt * random.uniform(0.5, 1)  # noqa: S311 (no secret)
+                late = time.monotonic() + pause >= until
+                if late or attempt == self.attempts or not error.retryable:
+                    raise
+            time.sleep(pause)
+        raise no_time_left()  # only where no attempt was allowed
 
     def close(self) -> None:
         """Close the connections; those of a client that was given stay open."""
@@ -135,62 +129,52 @@ class Client:
             self.http.close()
 
 
+def _call(
+    until: float,
+    doing: str,
+    keys: Keys | None,
+    method: Method,
+    arguments: Mapping[str, object],
+) -> Mapping[str, Any]:
+    this_call.until = until
+    this_call.sent = keys.secrets() if keys else ()
+    answer = AWS_KMS.ask(doing, method, **arguments)
+    if not isinstance(answer, Mapping):
+        raise AWS_KMS.altered("gave an answer of another kind.")
+    return answer
+
+
 def clients(
-    settings: Settings, client: KMSClient | Callable[[], KMSClient] | None
+    settings: Settings, given: KMSClient | Callable[[], KMSClient] | None
 ) -> PerProcess[Client]:
-    """The client of each process: the caller's, the caller's function's, or one of our own."""
-    return clients_of(
-        client, "KMS client", Client, lambda: AWS_KMS.ask("to be set up", _client, settings)
-    )
+    """The client of each process: the caller's, the caller's function's, or one of our own.
 
-
-def call(
-    until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-) -> R:
-    """Call a function of the SDK, which sends nothing after a moment; see `Service.ask`."""
-    _call.until = until
-    return AWS_KMS.ask(doing, function, *args, **kwargs)
-
-
-def call_within(
-    until: float, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-) -> R:
-    """Call a function of the SDK and be back by a moment.
-
-    botocore looks for credentials, and waits between its attempts, under no limit of ours: so it
-    does that in a thread of its own.
+    Our own have their credentials in common: a child of a fork goes on with what its parent held.
     """
-    return within(until, lambda: call(until, doing, function, *args, **kwargs))
+    credentials = AwsCredentials(settings)
+
+    def make() -> Client:
+        return AWS_KMS.ask("to be set up", _client, settings, credentials)
+
+    return clients_of(given, "KMS client", Client, make)
 
 
-# Making boto3 clients in two threads at once is not safe, whatever the session.
-_making = threading.Lock()
-
-
-def _new_lock() -> None:
-    global _making  # noqa: PLW0603 (the parent's lock may have been held at the moment of the fork)
-    _making = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
-
-
-def _client(settings: Settings) -> Client:
+def _client(settings: Settings, credentials: AwsCredentials) -> Client:
+    sender = _Sender(settings)
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
+        retries={"mode": "standard", "total_max_attempts": 1},
         use_fips_endpoint=settings.fips,
         ignore_configured_endpoint_urls=True,  # type: ignore[call-arg]  # not in its stubs
     )
-    # A session of its own: boto3's default session is shared, and sessions are not thread-safe.
-    with _making:
-        session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
-    # Kept by the session. This may ask a server that hangs, which must hold up nobody else.
-    credentials = session.get_credentials()
-    with _making:
-        client: KMSClient = session.client("kms", endpoint_url=settings.endpoint, config=config)
-    sender = _Sender(settings)
+    with in_hand.making:
+        session = in_hand.new_session(settings)
+        session.register_component("credential_provider", InHand(credentials))
+        # A session of its own: boto3's default one is shared, and sessions are not thread-safe.
+        boto = boto3.Session(botocore_session=session)
+        client: KMSClient = boto.client("kms", endpoint_url=settings.endpoint, config=config)
+    sender.only_to(client.meta.endpoint_url)
     client.meta.events.register("before-send.kms", sender.send)  # type: ignore[arg-type]
-    return Client(client, sender.http, credentials)
+    return Client(client, sender.http, credentials, settings.max_attempts)
 
 
 # In this order: a class before the classes it derives from.
@@ -213,27 +197,55 @@ class _Sender:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._proxy = settings.proxy
+        self._proxy = settings.proxy.url if settings.proxy else None
+        self._only = ("", "")
         self.http = Http(
             "AWS KMS",
-            verifying_context(certifi.where()),
+            _context(settings.ca_file),
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
             proxy=settings.proxy,
         )
+        self._limits = (settings.connect_timeout, settings.read_timeout)
+
+    def only_to(self, endpoint: str) -> None:
+        """Send to this endpoint and to no other."""
+        check_endpoint(endpoint, "AWS KMS endpoint")
+        self._only = urlsplit(endpoint)[:2]
 
     def send(self, request: Any, **_: object) -> AWSResponse:
         """Answer the event ``before-send``; what it raises is what botocore knows to repeat."""
         url = str(request.url)
-        check_endpoint(url, "AWS KMS endpoint")
+        if urlsplit(url)[:2] != self._only:
+            raise ConfigurationError(
+                f"botocore would send a request to another endpoint than {'://'.join(self._only)}.",
+                hint="Look at what changes clients of botocore in this process.",
+            )
+        this_call.limits = self._limits
         try:
             told = self.http.exchange(
-                request.method, url, headers=request.headers, body=request.body, until=_call.until
+                request.method,
+                url,
+                headers=request.headers,
+                body=request.body,
+                until=this_call.until,
             )
         except http.HTTPError as error:
+            if isinstance(error, TunnelRefused) and not error.passes:
+                raise  # which botocore does not know, and does not repeat
             failure = next(failure for kind, failure in _FAILURES if isinstance(error, kind))
             raise failure(endpoint_url=url, proxy_url=self._proxy, error=error) from error
         return AWSResponse(url, told.status, told.headers, _Body(told.body))  # type: ignore[arg-type]
+
+
+def _context(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return verifying_context(ca_file or certifi.where())
+    except (OSError, ssl.SSLError):
+        raise ConfigurationError(
+            f"The CA file for AWS KMS cannot be read: {ca_file or 'that of certifi'}.",
+            hint="ca_file names a file with certificates in PEM.",
+        ) from None
 
 
 class _Body(io.BytesIO):

@@ -8,129 +8,96 @@ it. Proxies and ``.netrc`` of the environment are not used. TLS is verified alwa
 from __future__ import annotations
 
 import json
-import os
-import ssl
-from collections.abc import Callable, Mapping
+import random
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    ProtocolError,
-    ReadTimeoutError,
-    SSLError,
+from d1_signer.backends.vault.failures import (
+    Again,
+    Failure,
+    OnTheWay,
+    Purpose,
+    on_the_way,
+    refused,
+    service_at,
 )
-
-from d1_signer.backends.remote import Failures, Meaning, Service
-from d1_signer.errors import (
-    AccessDeniedError,
-    ConfigurationError,
-    D1SignerError,
-    KeyDisabledError,
-    KeyNotFoundError,
-    LoginError,
-    SignerError,
-    SignerThrottled,
-    SignerTimeout,
-    SignerUnavailable,
-)
+from d1_signer.backends.vault.settings import Settings
+from d1_signer.errors import D1SignerError
 from d1_signer.secret import Secret
+from d1_signer.transport.deadlines import no_time_left
 from d1_signer.transport.exchange import Answer, Http
-from d1_signer.transport.hosts import check_endpoint
-from d1_signer.transport.tls import verifying_context
-
-# In this order: a class before the classes it derives from.
-_FAILURES: Failures = (
-    ((SSLError,), SignerUnavailable, "TLS failed: check VAULT_CACERT and the name in VAULT_ADDR."),
-    ((ConnectTimeoutError, ReadTimeoutError), SignerTimeout, "Check that Vault can be reached."),
-    ((HTTPError, OSError), SignerUnavailable, "Check VAULT_ADDR and the network."),
-    ((ValueError,), SignerError, "Check the settings; a token is plain ASCII text."),
-)
-
-VAULT = Service(
-    name="Vault",
-    packages="d1-signer and urllib3",
-    altered_hint="Something between this process and Vault alters answers, or it is not Vault.",
-    failures=_FAILURES,
-)
 
 _OK = range(200, 300)
-_REDIRECTS = range(300, 400)
-# A standby that lags behind (412, 472, 473), sealed, in maintenance, or broken.
-_PASSING = frozenset({412, 472, 473, 500, 502, 503, 504})
+# Seconds before a request is sent again; the last for all that follow. A leader that was lost is
+# replaced within a few seconds.
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 
-_LOCATION = "Check the key's name, its mount and the namespace."
-# What a status means, by a text in its message where only that tells the causes apart.
-_TEXTS: dict[int, tuple[tuple[str, type[D1SignerError], str], ...]] = {
-    400: (
-        ("not found", KeyNotFoundError, _LOCATION),
-        ("invalid role", LoginError, "Check the AppRole's role id."),
-        ("secret id", LoginError, "Check the AppRole's secret id: wrong, used up or expired."),
-    ),
-    403: (
-        ("invalid token", LoginError, "The token has expired or was revoked."),
-        ("", AccessDeniedError, "Check the token, and its policy on keys/NAME and sign/NAME."),
-    ),
-    404: (("", KeyNotFoundError, _LOCATION),),
-    429: (("", SignerThrottled, "Raise the rate limit quota, or reuse tokens longer."),),
-    500: (("minimum", KeyDisabledError, "The version is below the key's min_encryption_version."),),
-}
+
+class Told(dict[str, Any]):
+    """The JSON object of an answer; it may hold a token."""
+
+    def __repr__(self) -> str:
+        return "<an answer of Vault>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """Where Vault is: the options of `open_backend`, put together."""
+class _Call:
+    purpose: Purpose
+    method: str
+    path: str
+    until: float
+    token: Secret | None
+    fields: Mapping[str, object] | None
+    secrets: Mapping[str, Secret]
 
-    address: str
-    namespace: str | None
-    ca_file: str | None
-    connect_timeout: float
-    read_timeout: float
+    def headers(self, namespace: str | None) -> dict[str, str]:
+        # X-Vault-Request is what a Vault Agent may ask for, against request forgery.
+        headers = {"X-Vault-Request": "true", "Content-Type": "application/json"}
+        if namespace:
+            headers["X-Vault-Namespace"] = namespace
+        if self.token is not None:
+            headers["X-Vault-Token"] = self.token.reveal()
+        return headers
 
+    def body(self) -> bytes | None:
+        if self.fields is None and not self.secrets:
+            return None
+        revealed = {name: secret.reveal() for name, secret in self.secrets.items()}
+        return json.dumps({**(self.fields or {}), **revealed}).encode()
 
-def read_settings(
-    address: str | None,
-    namespace: str | None,
-    ca_file: str | None,
-    *,
-    connect_timeout: float = 2.0,
-    read_timeout: float = 5.0,
-) -> Settings:
-    """Fill in from the environment what is None, as Vault's command line does.
-
-    Raises:
-        ConfigurationError: The address is not https, nor http on loopback.
-    """
-    address = address or os.environ.get("VAULT_ADDR") or "https://127.0.0.1:8200"
-    check_endpoint(address, "address of Vault")
-    return Settings(
-        address=address,
-        namespace=namespace or os.environ.get("VAULT_NAMESPACE"),
-        ca_file=ca_file or os.environ.get("VAULT_CACERT"),
-        connect_timeout=connect_timeout,
-        read_timeout=read_timeout,
-    )
+    def sent(self) -> list[str]:
+        token = [] if self.token is None else [self.token]
+        return [secret.reveal() for secret in [*token, *self.secrets.values()]]
 
 
 class HttpClient:
-    """Sends requests to one Vault server. Thread-safe; one for each process."""
+    """Sends requests to one Vault server. Thread-safe; one for each process.
+
+    Attributes:
+        settings: Where it is.
+        service: Its name and its failures.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Prepare connections; none is opened yet."""
-        self._namespace = settings.namespace
-        self._base = f"{settings.address.rstrip('/')}/v1/"
+        self.settings = settings
+        self.service = service_at(settings.endpoint)
+        path = settings.socket_path
+        self._base = f"{'http://localhost' if path else settings.address.rstrip('/')}/v1/"
         self._http = Http(
             "Vault",
-            _ssl_context(settings.ca_file),
+            settings.context(),
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
+            proxy=settings.proxy,
+            socket_path=path,
         )
 
     def request(
         self,
-        doing: str,
+        purpose: Purpose,
         method: str,
         path: str,
         *,
@@ -138,102 +105,120 @@ class HttpClient:
         token: Secret | None = None,
         fields: Mapping[str, object] | None = None,
         secrets: Mapping[str, Secret] | None = None,
-    ) -> dict[str, Any]:
-        """Send one request; again, once, where a kept connection turned out to be closed.
+        counted: bool = False,
+    ) -> Told:
+        """Send a request; again, until the time is over, where what failed may pass.
+
+        That is what Vault's own client does (connections that break, 412, 429 and 5xx), which
+        gives up after three attempts.
 
         Args:
-            doing: What is asked for, such as ``"to sign"``.
+            purpose: What is asked for.
             method: HTTP method.
             path: Path below ``/v1/``.
             until: Moment on ``time.monotonic()`` by which to answer or raise.
             token: Sent as ``X-Vault-Token``.
             fields: Members of the JSON body.
             secrets: More members of it, which no error may show.
+            counted: Vault counts attempts: nothing is sent again that it may have dealt with.
 
         Returns:
             The answer's JSON object; empty for an answer without a body.
         """
+        call = _Call(
+            purpose=purpose,
+            method=method,
+            path=path,
+            until=until,
+            token=token,
+            fields=fields,
+            secrets=secrets or {},
+        )
+        if counted:
+            self._http.forget()  # a kept connection that is dead would leave it open what happened
+        attempts, silences = 0, 0
+        while True:
+            told = self._told(call)
+            if isinstance(told, Told):
+                return told
+            attempts += 1
+            silences += told.silent
+            told.error.details.setdefault("attempts", attempts)
+            pause = _pause(attempts, told)
+            # A second silence says that it is not the connection.
+            final = told.again is Again.NEVER or silences > 1
+            if final or (counted and told.again is not Again.UNSEEN):
+                raise told.error
+            now = time.monotonic()
+            if now >= until:
+                raise self._named(no_time_left(), purpose)
+            if now + pause >= until:
+                raise told.error
+            time.sleep(pause)
+
+    def _told(self, call: _Call) -> Told | Failure:
+        """The answer, or why there is none; whatever holds a secret is over when this returns."""
+        went_wrong = [OnTheWay(Again.NEVER)]
 
         def send() -> Answer:
             # The secrets are in the frames below this one, which `ask` leaves behind.
-            return self._http.exchange(
-                method,
-                self._base + path,
-                headers=_headers(self._namespace, token),
-                body=_body(fields, secrets),
-                until=until,
-            )
+            try:
+                return self._http.exchange(
+                    call.method,
+                    self._base + call.path,
+                    headers=call.headers(self.settings.namespace),
+                    body=call.body(),
+                    until=call.until,
+                )
+            except Exception as error:
+                went_wrong.append(on_the_way(error))
+                raise
 
-        answer = VAULT.ask(doing, _again, send)
         try:
-            told = json.loads(answer.body) if answer.body else {}
-        except ValueError:
-            told = None
-        if answer.status not in _OK:
-            raise _refused(answer.status, told, doing, answer.headers.get("Location", ""))
-        if not isinstance(told, dict):
-            raise VAULT.altered(f"answered {doing} without JSON.")
-        return told
+            answer = self.service.ask(call.purpose.doing, send)
+        except D1SignerError as error:
+            return Failure.on_the_way(self._named(error, call.purpose), went_wrong[-1])
+        told = _object(answer.body)
+        if answer.status in _OK and told is not None:
+            return told
+        if answer.status in _OK:
+            altered = self.service.altered(f"gave no JSON when asked {call.purpose.doing}.")
+            return Failure(self._named(altered, call.purpose), Again.NEVER)
+        failure = refused(
+            self.service,
+            call.purpose,
+            answer.status,
+            told,
+            headers=answer.headers,
+            sent=call.sent(),
+        )
+        self._named(failure.error, call.purpose)
+        return failure
+
+    def altered(self, purpose: Purpose, what: str) -> D1SignerError:
+        """The error for an answer that is not one to what was asked; ``what`` follows the name."""
+        return self._named(self.service.altered(what), purpose)
+
+    def _named(self, error: D1SignerError, purpose: Purpose) -> D1SignerError:
+        error.details["phase"] = str(purpose.phase)
+        error.details["endpoint"] = self.settings.endpoint
+        return error
 
     def close(self) -> None:
         """Close the connections that are kept."""
         self._http.close()
 
 
-def _again(send: Callable[[], Answer]) -> Answer:
+def _pause(attempts: int, failure: Failure) -> float:
+    if attempts == 1 and failure.again is Again.HARMLESS and "status" not in failure.error.details:
+        return 0.0  # most often a kept connection that the other side had closed
+    pause = _PAUSES[min(attempts, len(_PAUSES)) - 1] * random.uniform(0.75, 1.25)  # noqa: S311
+    return max(pause, failure.after)
+
+
+def _object(body: bytes) -> Told | None:
     try:
-        return send()
-    except ProtocolError:  # as where a kept connection turned out to be closed
-        return send()
-
-
-def _body(
-    fields: Mapping[str, object] | None, secrets: Mapping[str, Secret] | None
-) -> bytes | None:
-    if fields is None and secrets is None:
+        value = json.loads(body) if body else {}
+    except (ValueError, RecursionError):
         return None
-    revealed = {name: secret.reveal() for name, secret in (secrets or {}).items()}
-    return json.dumps({**(fields or {}), **revealed}).encode()
-
-
-def _headers(namespace: str | None, token: Secret | None) -> dict[str, str]:
-    # X-Vault-Request is what a Vault Agent may ask for, against request forgery.
-    headers = {"X-Vault-Request": "true", "Content-Type": "application/json"}
-    if namespace:
-        headers["X-Vault-Namespace"] = namespace
-    if token is not None:
-        headers["X-Vault-Token"] = token.reveal()
-    return headers
-
-
-def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
-    try:
-        return verifying_context(ca_file)
-    except (OSError, ssl.SSLError):
-        raise ConfigurationError(
-            f"The CA file for Vault cannot be read: {ca_file}.",
-            hint="It holds certificates in PEM; see VAULT_CACERT.",
-        ) from None
-
-
-def _refused(status: int, told: object, doing: str, location: str) -> D1SignerError:
-    if status in _REDIRECTS:
-        host = urlsplit(location).hostname or "nowhere"
-        return SignerUnavailable(
-            f"Vault redirects to {host}; this is not followed, since the token would go there.",
-            hint="Name the active node or its load balancer in VAULT_ADDR.",
-            details={"status": status},
-        )
-    errors = told.get("errors") if isinstance(told, dict) else None
-    message = " ".join(" ".join(map(str, errors)).split()) if isinstance(errors, list) else ""
-    meaning = _meaning(status, message.lower())
-    return VAULT.refusal(doing, f"status {status}", message, meaning, {"status": status})
-
-
-def _meaning(status: int, message: str) -> Meaning:
-    for text, kind, hint in _TEXTS.get(status, ()):
-        if text in message:
-            return kind, hint
-    if status in _PASSING:
-        return SignerUnavailable, "Look at the state of Vault: sealed, a standby, failing over."
-    return SignerError, "See the status in the documentation of Vault's API."
+    return Told(value) if isinstance(value, dict) else None

@@ -1,132 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where Vault's tokens come from, what to do when one is refused, and requests with them."""
+"""The token that a process holds: renewed ahead of its end, replaced where it is refused."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import replace
 
-from d1_signer.backends.vault.http import VAULT, HttpClient, Settings
-from d1_signer.errors import AccessDeniedError, LoginError
-from d1_signer.secret import Secret, SecretSource, read_secret
-from d1_signer.transport.deadlines import no_time_left, within
+from d1_signer.backends.vault.failures import TO_RENEW, Purpose
+from d1_signer.backends.vault.held import RENEW_SHARE, Held, Source
+from d1_signer.backends.vault.http import HttpClient, Told
+from d1_signer.backends.vault.settings import Settings
+from d1_signer.errors import AccessDeniedError, D1SignerError, LoginError
+from d1_signer.secret import Secret
+from d1_signer.transport.deadlines import no_time_left
 from d1_signer.transport.processes import PerProcess
 
-# A token is replaced when this share of its life is over, so that none expires on its way.
-_USABLE_SHARE = 0.9
-# Seconds between two logins on a refusal: a policy that lacks a line must not become a login storm.
-_LOGIN_INTERVAL = 10.0
+_log = logging.getLogger(__name__)
+
+_TIME_TO_RENEW = 10.0  # seconds
+# Seconds between two tries to renew: a quarter of the life that is left, within these.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 
 
-class Tokens(Protocol):
-    """Gives the token for a request."""
+class Tokens:
+    """The token of a process, from one source."""
 
-    def current(self, http: HttpClient, until: float) -> Secret:
-        """The token to send."""
-        ...
-
-    def after_refusal(self, http: HttpClient, until: float, refused: Secret) -> Secret | None:
-        """Another token than the one that was refused, or None where there is none."""
-        ...
-
-
-class GivenTokens:
-    """A token that somebody else renews: an operator, or a Vault Agent that writes a file."""
-
-    def __init__(self, source: SecretSource | None) -> None:
-        """Read from ``source``; None: ``VAULT_TOKEN``, else ``~/.vault-token``, as Vault's CLI."""
+    def __init__(self, source: Source, held: Held | None = None) -> None:
+        """Hold ``held``, the parent's of a forked child, or nothing yet."""
         self._source = source
-        self._token: Secret | None = None
+        self._held = held
+        self._lock = threading.Lock()
+        self._failed: tuple[float, D1SignerError] | None = None
+        self.changed = threading.Event()
 
-    def for_this_process(self) -> GivenTokens:
-        """The same, its token read."""
-        if self._token is None:
-            self._token = self._read()
-        return self
-
-    def current(self, http: HttpClient, until: float) -> Secret:  # noqa: ARG002 (see the protocol)
-        """The token as it was read last."""
-        return self._token or within(until, self._read)
-
-    def after_refusal(
-        self,
-        http: HttpClient,  # noqa: ARG002 (see the protocol)
-        until: float,
-        refused: Secret,
-    ) -> Secret | None:
-        """The token as its source gives it now, where that is another one."""
-        token = self._token = within(until, self._read)
-        return token if token.reveal() != refused.reveal() else None
-
-    def _read(self) -> Secret:
-        if self._source is not None:
-            return read_secret(self._source, what="Vault token")
-        if os.environ.get("VAULT_TOKEN"):
-            return read_secret("env:VAULT_TOKEN", what="Vault token")
-        file = Path.home() / ".vault-token"
-        if not file.exists():
-            raise LoginError(
-                "There is no Vault token.",
-                hint="Set VAULT_TOKEN, run vault login, or name a token source or an AppRole.",
-            )
-        return read_secret(f"file:{file}", what="Vault token")
-
-
-@dataclass
-class _Held:
-    """The token of the last login; a forked child goes on with its parent's."""
-
-    token: Secret | None = None
-    usable_until: float = 0.0
-    logged_in_at: float = float("-inf")
-
-
-@dataclass
-class AppRoleTokens:
-    """Tokens by AppRole login, made anew before they expire.
-
-    Attributes:
-        role_id: The role id, which is no secret.
-        secret_id: Where the secret id comes from, read at each login.
-        mount: Where the auth method is mounted.
-    """
-
-    role_id: str
-    secret_id: SecretSource = field(repr=False)
-    mount: str
-    _held: _Held = field(default_factory=_Held)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def for_this_process(self) -> AppRoleTokens:
+    def for_this_process(self) -> Tokens:
         """The same with a lock of its own: the parent's may have been held when it forked."""
-        return AppRoleTokens(self.role_id, self.secret_id, self.mount, self._held)
-
-    def current(self, http: HttpClient, until: float) -> Secret:
-        """The token of the last login, or of a new one where its life is nearly over."""
         held = self._held
-        if held.token is not None and time.monotonic() < held.usable_until:
-            return held.token
-        with self._alone(until):
-            held = self._held
-            if held.token is not None and time.monotonic() < held.usable_until:
-                return held.token
-            return self._login(http, until)
+        if held is None:
+            self._source.prepare()
+        # Two processes would each count the uses that are left.
+        limited = held is not None and held.uses is not None
+        return Tokens(self._source, None if limited else held)
 
-    def after_refusal(self, http: HttpClient, until: float, refused: Secret) -> Secret | None:
-        """The token of a new login, unless the last one was a moment ago."""
+    def current(self, http: HttpClient, until: float) -> Secret | None:
+        """The token to send; None where an agent or a proxy adds it.
+
+        It is what is held, renewed or obtained anew where its life is over or nothing is held.
+        """
+        held = self._held
+        if held is not None and held.may_be_sent(time.monotonic()):
+            return held.token
+        asked = time.monotonic()
+        with self._alone(until):
+            if self._held is not held and self._held is not None:
+                held = self._held
+                if held.may_be_sent(time.monotonic()):
+                    return held.token
+            # Who waited while another one failed would fail in the same way: none of them sends
+            # the same credentials once more.
+            if self._failed is not None and self._failed[0] >= asked:
+                raise self._failed[1].fresh()
+            held = self._anew(http, held, until)
+            held.may_be_sent(time.monotonic())
+            return held.token
+
+    def after_refusal(self, http: HttpClient, until: float, refused: Secret | None) -> Held | None:
+        """Another token than the one that was refused; None where there is none now."""
+        asked = time.monotonic()
         with self._alone(until):
             held = self._held
-            if held.token is not None and held.token is not refused:
-                return held.token
-            if time.monotonic() - held.logged_in_at < _LOGIN_INTERVAL:
+            if held is not None and held.token is not refused and held.may_be_sent(asked):
+                return held
+            if held is not None and asked - held.obtained < self._source.interval:
                 return None
-            return self._login(http, until)
+            if self._failed is not None and self._failed[0] >= asked:
+                raise self._failed[1].fresh()
+            new = self._obtained(http, until)
+            if _text(new.token) == _text(refused):
+                return None
+            self._take(new)
+            return new if new.may_be_sent(asked) else None
+
+    def _anew(self, http: HttpClient, held: Held | None, until: float) -> Held:
+        if held is not None and held.renewable and held.uses is None:
+            # In a forked child, whose parent may have renewed it since.
+            with contextlib.suppress(LoginError):
+                return self._take(self._renewed(http, held, until))
+        return self._take(self._obtained(http, until))
+
+    def _obtained(self, http: HttpClient, until: float) -> Held:
+        try:
+            return self._source.obtain(http, until)
+        except D1SignerError as error:
+            self._failed = (time.monotonic(), error.fresh())
+            raise
+
+    def _take(self, held: Held) -> Held:
+        self._held = held
+        self.changed.set()
+        return held
 
     @contextlib.contextmanager
     def _alone(self, until: float) -> Iterator[None]:
@@ -139,63 +116,157 @@ class AppRoleTokens:
         finally:
             self._lock.release()
 
-    def _login(self, http: HttpClient, until: float) -> Secret:
-        started = time.monotonic()
-        secret_id = within(until, lambda: read_secret(self.secret_id, what="AppRole secret id"))
-        auth = http.request(
-            "to log in",
-            "POST",
-            f"auth/{self.mount}/login",
-            until=until,
-            fields={"role_id": self.role_id},
-            secrets={"secret_id": secret_id},
-        ).pop("auth", None)
-        token = auth.pop("client_token", None) if isinstance(auth, dict) else None
-        if not isinstance(token, str) or not token:
-            raise VAULT.altered("answered a login without a token.")
-        life = auth.get("lease_duration")
-        # 0 is a token that does not expire.
-        seconds = life * _USABLE_SHARE if isinstance(life, int) and life > 0 else float("inf")
-        secret = Secret(token)
-        self._held = _Held(secret, started + seconds, started)
-        return secret
+    def freshen(self, http: HttpClient) -> float | None:
+        """Renew or replace the token where that is due.
+
+        Returns:
+            Seconds until there is something to do again; None: nothing before it changes.
+        """
+        held = self._held
+        if held is None or held.due == float("inf"):
+            return None
+        now = time.monotonic()
+        if now < held.due:
+            return held.due - now
+        try:
+            with self._alone(now + _TIME_TO_RENEW):
+                if self._held is held:
+                    self._freshen(http, held, now + _TIME_TO_RENEW)
+                return 0.0
+        except D1SignerError as error:
+            left = held.ends - time.monotonic()
+            _log.warning("vault.token_not_renewed life_left=%.0f %s", left, error)
+        if left <= 0:
+            return None  # a caller who needs it obtains it, or is told why not
+        return min(max(left / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+
+    def _freshen(self, http: HttpClient, held: Held, until: float) -> None:
+        if held.renewable is None:
+            self._held = self._looked_up(http, held, until)
+            return
+        renewed = held
+        if held.renewable:
+            try:
+                renewed = self._take(self._renewed(http, held, until))
+            except LoginError as error:
+                _log.info("vault.token_not_renewable %s", error)
+        if renewed.ends <= held.ends + 1.0:
+            left = renewed.ends - time.monotonic()
+            _log.info("vault.token_is_not_prolonged life_left=%.0f", left)
+            self._take(self._source.obtain(http, until))
+
+    def _renewed(self, http: HttpClient, held: Held, until: float) -> Held:
+        began = time.monotonic()
+        new = Held.of(self._about_itself(http, "POST", "renew", held, until), began)
+        if new is None or _text(new.token) != _text(held.token):
+            raise http.altered(TO_RENEW, "answered a renewal without the token.")
+        return replace(new, token=held.token)
+
+    def _looked_up(self, http: HttpClient, held: Held, until: float) -> Held:
+        """A token that somebody gave, with what Vault says of its life."""
+        began = time.monotonic()
+        try:
+            data = self._about_itself(http, "GET", "lookup", held, until).get("data")
+        except LoginError as error:
+            _log.info("vault.token_not_looked_up it is not renewed: %s", error)
+            return replace(held, due=float("inf"))
+        life, renewable, uses = (
+            data.get(name) if isinstance(data, dict) else None
+            for name in ("ttl", "renewable", "num_uses")
+        )
+        if renewable is not True or not isinstance(life, int) or life <= 0 or uses != 0:
+            return replace(held, due=float("inf"))
+        ends = began + life
+        return replace(held, due=began + life * RENEW_SHARE, ends=ends, renewable=True)
+
+    def _about_itself(
+        self, http: HttpClient, method: str, what: str, held: Held, until: float
+    ) -> Told:
+        path = f"auth/token/{what}-self"
+        fields: dict[str, object] | None = {} if method == "POST" else None
+        return http.request(TO_RENEW, method, path, until=until, token=held.token, fields=fields)
+
+
+def _text(token: Secret | None) -> str:
+    return "" if token is None else token.reveal()
 
 
 class Client:
     """A server and the token for it; one for each process."""
 
     def __init__(self, http: HttpClient, tokens: Tokens) -> None:
+        """Begin to look after the token, in a thread that ends with the client."""
         self.http = http
         self._tokens = tokens
+        self._closed = threading.Event()
+        arguments = (weakref.ref(self), self._closed, tokens.changed)
+        keeper = threading.Thread(
+            target=_look_after, args=arguments, name="d1-signer-vault-token", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # the limit of threads: callers log in anew then
+            keeper.start()
 
     def ask(
         self,
-        doing: str,
+        purpose: Purpose,
         method: str,
         path: str,
         *,
         until: float,
         fields: dict[str, object] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Told:
         """Send a request; again, once, where its token was refused and another one is there."""
-        token = self._tokens.current(self.http, until)
+        http, token = self.http, self._tokens.current(self.http, until)
         try:
-            return self.http.request(doing, method, path, until=until, token=token, fields=fields)
+            return http.request(purpose, method, path, until=until, token=token, fields=fields)
         except (AccessDeniedError, LoginError) as error:
             refusal = error
-        token_now = self._tokens.after_refusal(self.http, until, token)
-        if token_now is None:
+        try:
+            held = self._tokens.after_refusal(http, until, token)
+        except LoginError as error:
+            refusal.hint = f"{refusal.hint} A new login failed as well: {error}"
+            held = None
+        if held is None and token is None:
+            raise LoginError(
+                f"{refusal.message} None was sent: there is no Vault token here.",
+                hint="Set VAULT_TOKEN, run vault login, or name a token source or a login.",
+                details=refusal.details,
+            )
+        if held is None:
             raise refusal
-        return self.http.request(doing, method, path, until=until, token=token_now, fields=fields)
+        token = held.token
+        return http.request(purpose, method, path, until=until, token=token, fields=fields)
+
+    def freshen(self) -> float | None:
+        """See `Tokens.freshen`."""
+        return self._tokens.freshen(self.http)
 
     def close(self) -> None:
         """Close the connections that are kept."""
+        self._closed.set()
+        self._tokens.changed.set()
         self.http.close()
 
 
-def clients(settings: Settings, tokens: GivenTokens | AppRoleTokens) -> PerProcess[Client]:
+def _look_after(
+    client: weakref.ref[Client], closed: threading.Event, changed: threading.Event
+) -> None:
+    pause: float | None = None
+    while True:
+        changed.wait(pause)
+        changed.clear()
+        alive = client()
+        if alive is None or closed.is_set():
+            return
+        pause = alive.freshen()
+        del alive
+        if pause is None:
+            pause = _LONGEST_PAUSE  # to notice that the client is gone
+
+
+def clients(settings: Settings, source: Source) -> PerProcess[Client]:
     """The client of each process; a child's goes on with the token of its parent's login."""
-    latest = tokens
+    latest = Tokens(source)
 
     def make() -> Client:
         nonlocal latest

@@ -6,13 +6,14 @@ one lease, never a hang, never an error while a token is valid; and all recovers
 from __future__ import annotations
 
 import json
+import random
 import ssl
 import subprocess
 import sys
 
 import pytest
 
-from d1_signer import Signer, SignerSet, TokenFetcher
+from d1_signer import Signer, SignerSet, TokenFetcher, TokenUnavailable
 from tests.token.fleet.member import ROOT
 from tests.token.fleet.simulation.doubles import D1, Device, Plan, SimulatedEndpoint, Trouble
 from tests.token.fleet.simulation.schedule import simulated
@@ -86,3 +87,47 @@ def test_an_outage_of_four_fifths_of_a_tokens_life_is_not_noticed(kind: str) -> 
     # Recovered by itself, soon after the end of the outage.
     renewed = min(moment for moment, value in values if value != values[0][1])
     assert 0.8 * 900 < renewed < 0.8 * 900 + 50
+
+
+@pytest.mark.parametrize("kind", ["d1-unreachable", "d1-silent", "d1-busy", "d1-throttles"])
+def test_callers_who_wait_through_an_outage_do_not_hammer_d1(kind: str) -> None:
+    """The figures of record 23: requests of one process in a minute, whatever its callers do."""
+    world = World(seed=11)
+    random.seed(11)
+    ends = 1200.0
+    plan = Plan(world, [Trouble(kind, 0.0, ends)])
+    SimulatedEndpoint.d1 = d1 = D1(world, plan, kids={"k0"}, life=900.0)
+    process = world.process("p")
+    recovered: list[float] = []
+
+    def caller(fetcher: TokenFetcher) -> None:
+        while True:
+            try:
+                fetcher.token()
+            except TokenUnavailable:
+                continue  # at once, again and again
+            recovered.append(world.now)
+            return
+
+    def main() -> None:
+        signer = Signer(Device(world, plan, 0), kid="k0")
+        fetcher = TokenFetcher(
+            SignerSet([signer], clock=world.monotonic),
+            issuer_id="issuer",
+            environment="https://d1.invalid/authz/v1",
+            client_certificate=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        )
+        callers = [world.spawn(process, caller, fetcher) for _ in range(4)]
+        world.block(lambda: all(task.done for task in callers), None)
+        fetcher.close()
+
+    with simulated(world):
+        world.spawn(process, main)
+        world.run()
+    assert world.problems == []
+    at = d1.moments
+    worst = max(sum(1 for other in at if one <= other < one + 60) for one in at)
+    assert 3 <= worst <= 28
+    assert len(at) / (ends / 60) < 17
+    # The longest pause between two renewals, the longest within one, and the request.
+    assert max(recovered) < ends + 15 * 1.25 + 5 + 1

@@ -68,8 +68,12 @@ class D1:
         self.dies_at: dict[str, float] = {}
         self.identifiers: set[str] = set()
         self.under_way: list[SimulatedEndpoint] = []
-        self.requests = 0
+        self.moments: list[float] = []
         self.most_at_once = 0
+
+    @property
+    def requests(self) -> int:
+        return len(self.moments)
 
     def is_valid(self, token: str) -> bool:
         return self.dies_at[token] > self.world.now
@@ -110,8 +114,9 @@ class SimulatedEndpoint:
         proxy: str | None,
         connect_timeout: float,
         read_timeout: float,
+        request_format: object,
     ) -> None:
-        del environment, context, proxy
+        del environment, context, proxy, request_format
         self._limits = (connect_timeout, read_timeout)
         self._aborts = 0
 
@@ -121,7 +126,7 @@ class SimulatedEndpoint:
         remaining = deadline - world.time.monotonic()
         if remaining <= 0:
             return Reply(outcome=TokenUnavailable("too late"))
-        d1.requests += 1
+        d1.moments.append(world.now)
         d1.under_way.append(self)
         d1.most_at_once = max(d1.most_at_once, len(d1.under_way))
         if d1.under_way.count(self) > 1:
@@ -153,11 +158,11 @@ class SimulatedEndpoint:
     def _answer(self, assertion: Secret) -> Reply:
         d1, plan = self.d1, self.d1.plan
         offset = d1.world.true_wall - d1.world.wall()
-        busy = plan.now("d1-busy")
+        busy = plan.now("d1-busy", "d1-throttles")
         if busy:
-            wait = busy.value or None
-            error = error_from(503, b"", assertion=assertion, retry_after=wait)
-            return Reply(outcome=error, status=503, clock_offset=offset, retry_after=wait)
+            wait, status = busy.value or None, 429 if busy.kind == "d1-throttles" else 503
+            error = error_from(status, b"", assertion=assertion, retry_after=wait)
+            return Reply(outcome=error, status=status, clock_offset=offset, retry_after=wait)
         if plan.now("d1-garbles"):
             return Reply(outcome=TokenResponseError("no JSON"), status=200, clock_offset=offset)
         refusal = d1.reads(assertion.reveal())

@@ -17,11 +17,10 @@ import pytest
 
 from d1_signer import errors
 from d1_signer.backends.vault import VaultBackend
-from d1_signer.backends.vault.http import HttpClient, read_settings
-from d1_signer.backends.vault.tokens import AppRoleTokens
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.signing.signer import Signer, generate_key, open_signer
 from d1_signer.transport.processes import fork_gate
+from tests.backends.vault.conftest import signs
 from tests.servers import vault
 from tests.servers.aws import cut_short, dropped, held, page
 from tests.servers.certificates import self_signed
@@ -38,50 +37,10 @@ from tests.servers.fault_proxy import (
 from tests.servers.vault import asking, calls, on_sign, refusal, signature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import LeakWatch
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vault.Vault]:
-    with vault.vault(tmp_path_factory.mktemp("vault")) as running:
-        running.make_key("d1")
-        running.make_key("other")
-        yield running
-
-
-@pytest.fixture(scope="module")
-def token(server: vault.Vault) -> str:
-    return server.make_token()
-
-
-@pytest.fixture(autouse=True)
-def environment(
-    server: vault.Vault, token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("VAULT_ADDR", server.url)
-    monkeypatch.setenv("VAULT_TOKEN", token)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("VAULT_NAMESPACE", "VAULT_CACERT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def proxy(server: vault.Vault) -> Iterator[FaultProxy]:
-    with server.proxy() as running:
-        yield running
-
-
-@pytest.fixture
-def signer(proxy: FaultProxy) -> Iterator[Signer]:
-    with open_signer("hashivault://d1", address=proxy.url) as opened:
-        yield opened
-
-
-def _signs(signer: Signer) -> None:
-    signer.public_key.verify(signer.sign(b"m"), b"m")
 
 
 # -- naming a key and a server --------------------------------------------------------------------
@@ -133,22 +92,20 @@ def test_mount_and_namespace(server: vault.Vault, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(errors.KeyNotFoundError):
         open_signer("hashivault://main?mount=keys/d1")
     with open_signer("hashivault://main?mount=keys/d1", namespace="bank") as signer:
-        _signs(signer)
+        signs(signer)
     monkeypatch.setenv("VAULT_NAMESPACE", "bank")
     with open_signer("hashivault://main?mount=keys/d1") as signer:
-        _signs(signer)
+        signs(signer)
 
 
 def test_tls_is_verified(server: vault.Vault, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Vault's own switch for it is not obeyed.
-    monkeypatch.setenv("VAULT_SKIP_VERIFY", "true")
     monkeypatch.setenv("VAULT_ADDR", server.tls_url)
     with pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
         open_signer("hashivault://d1")
     assert not refused.value.retryable
     monkeypatch.setenv("VAULT_CACERT", str(server.ca_file))
     with open_signer("hashivault://d1") as signer:
-        _signs(signer)
+        signs(signer)
 
 
 def test_certificate_for_another_name_is_refused(tmp_path: Path) -> None:
@@ -170,6 +127,7 @@ def test_certificate_for_another_name_is_refused(tmp_path: Path) -> None:
     assert not refused.value.retryable
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_handshake_that_breaks_off_may_succeed_later() -> None:
     with listening(drop) as port, pytest.raises(errors.SignerUnavailable, match="TLS") as refused:
         open_signer("hashivault://d1", address=f"https://127.0.0.1:{port}")
@@ -184,7 +142,7 @@ def test_environment_of_requests_is_not_used(
     for name in ("http_proxy", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, proxy.url)
     with open_signer("hashivault://d1") as signer:
-        _signs(signer)
+        signs(signer)
     assert not proxy.requests
     assert not keys.exists()
 
@@ -197,7 +155,7 @@ def test_session_keys_of_tls_are_not_logged(
     with open_signer(
         "hashivault://d1", address=server.tls_url, ca_file=str(server.ca_file)
     ) as signer:
-        _signs(signer)
+        signs(signer)
     assert not keys.exists()
 
 
@@ -212,7 +170,7 @@ def test_kept_connections_are_kept_alive(server: vault.Vault) -> None:
                 assert vars(connection)["sock"].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             finally:
                 pool._put_conn(connection)
-            _signs(signer)
+            signs(signer)
 
 
 # -- keys that are refused, versions that are pinned ----------------------------------------------
@@ -238,15 +196,15 @@ def test_new_version_changes_nothing_for_a_running_signer(server: vault.Vault) -
     server.make_key("rotated")
     with open_signer("hashivault://rotated") as signer:
         server.api("POST", "transit/keys/rotated/rotate")
-        _signs(signer)
+        signs(signer)
         assert isinstance(signer._backend, VaultBackend)
         assert signer._backend.version == 1
         with open_signer("hashivault://rotated") as newer:
             assert newer.public_key != signer.public_key
-            _signs(newer)
+            signs(newer)
         with open_signer("hashivault://rotated?version=1") as older:
             assert older.public_key == signer.public_key
-            _signs(older)
+            signs(older)
         server.api("POST", "transit/keys/rotated/config", min_encryption_version=2)
         with pytest.raises(errors.KeyDisabledError):
             signer.sign(b"m")
@@ -266,134 +224,6 @@ def test_key_that_is_deleted_or_made_anew_under_way(server: vault.Vault) -> None
             signer.sign(b"m")
         with pytest.raises(errors.KeyMismatchError):
             signer.custody()
-
-
-# -- tokens ---------------------------------------------------------------------------------------
-
-
-def test_token_from_the_users_file(
-    token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("VAULT_TOKEN")
-    with pytest.raises(errors.LoginError, match="no Vault token"):
-        open_signer("hashivault://d1")
-    file = tmp_path / ".vault-token"
-    file.touch(mode=0o600)
-    file.write_text(token)
-    with open_signer("hashivault://d1") as signer:
-        _signs(signer)
-    file.chmod(0o644)
-    with pytest.raises(errors.SecretSourceError):
-        open_signer("hashivault://d1")
-
-
-def test_time_in_which_a_token_is_typed_does_not_count(
-    token: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offset = 0.0
-    monotonic = time.monotonic
-
-    def typed() -> str:
-        nonlocal offset
-        offset = 100.0
-        return token
-
-    monkeypatch.setattr(
-        "d1_signer.transport.deadlines.time.monotonic", lambda: monotonic() + offset
-    )
-    with open_signer("hashivault://d1", token_source=typed) as signer:
-        _signs(signer)
-
-
-def test_token_that_an_agent_renews_is_read_again(
-    server: vault.Vault, token: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "sink"
-    file.touch(mode=0o600)
-    first = server.make_token()
-    file.write_text(first)
-    with open_signer(f"hashivault://d1?token-source=file:{file}") as signer:
-        server.api("POST", "auth/token/revoke", token=first)
-        with pytest.raises((errors.AccessDeniedError, errors.LoginError)):
-            signer.sign(b"m")
-        file.write_text(token)
-        _signs(signer)
-
-
-def test_token_without_the_policy_is_denied(server: vault.Vault) -> None:
-    poor = server.make_token("default")
-    with pytest.raises(errors.AccessDeniedError) as refused:
-        open_signer("hashivault://d1", token_source=lambda: poor)
-    assert refused.value.details["status"] == 403
-    assert poor not in str(refused.value)
-
-
-def test_token_that_is_no_header_is_refused_without_being_shown() -> None:
-    with pytest.raises(errors.SignerError) as refused:
-        open_signer("hashivault://d1", token_source=lambda: "tok\u00e9n\nX-Evil: 1-aaaaaaaa")
-    assert "X-Evil" not in repr(refused.value.to_dict())
-
-
-def test_approle_logs_in_once_and_again_before_its_token_expires(
-    server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # One second of the token's twenty, so that a slow machine does not reach their end.
-    monkeypatch.setattr("d1_signer.backends.vault.tokens._USABLE_SHARE", 0.05)
-    role_id, secret_id = server.make_approle("short", token_ttl="20s", token_max_ttl="20s")
-    with open_signer(
-        f"hashivault://d1?role-id={role_id}", address=proxy.url, secret_id_source=lambda: secret_id
-    ) as signer:
-        assert calls(proxy).count("POST auth/approle/login") == 1
-        until = time.monotonic() + 15
-        while calls(proxy).count("POST auth/approle/login") < 2 and time.monotonic() < until:
-            _signs(signer)
-        # No request was refused before: each got its token in time.
-        signed = [call for call in calls(proxy) if "/sign/" in call]
-        logins = calls(proxy).count("POST auth/approle/login")
-        assert logins == 2
-        assert len(proxy.requests) == 1 + len(signed) + logins
-
-
-def test_threads_share_one_login(server: vault.Vault, proxy: FaultProxy) -> None:
-    role_id, secret_id = server.make_approle("threads")
-    with (
-        open_signer(
-            "hashivault://d1",
-            address=proxy.url,
-            role_id=role_id,
-            secret_id_source=lambda: secret_id,
-        ) as signer,
-        ThreadPoolExecutor(16) as pool,
-    ):
-        list(pool.map(lambda _: _signs(signer), range(64)))
-    assert calls(proxy).count("POST auth/approle/login") == 1
-
-
-def test_approle_token_that_was_revoked_is_replaced_once(
-    server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    role_id, secret_id = server.make_approle("revoked")
-    with open_signer(
-        "hashivault://d1", address=proxy.url, role_id=role_id, secret_id_source=lambda: secret_id
-    ) as signer:
-        headers = next(r.headers for r in reversed(proxy.requests) if "X-Vault-Token" in r.headers)
-        server.api("POST", "auth/token/revoke", token=headers["X-Vault-Token"])
-        # A moment after a login there is no other: a missing policy must not become a login storm.
-        for _ in range(3):
-            with pytest.raises((errors.AccessDeniedError, errors.LoginError)):
-                signer.sign(b"m")
-        assert calls(proxy).count("POST auth/approle/login") == 1
-        monkeypatch.setattr("d1_signer.backends.vault.tokens._LOGIN_INTERVAL", 0.0)
-        _signs(signer)
-        assert calls(proxy).count("POST auth/approle/login") == 2
-
-
-def test_wrong_approle_is_a_login_error(server: vault.Vault) -> None:
-    role_id, _ = server.make_approle("mine")
-    for role, secret in ((role_id, "wrong-secret-id"), ("wrong-role-id", "wrong-secret-id")):
-        with pytest.raises(errors.LoginError) as refused:
-            open_signer("hashivault://d1", role_id=role, secret_id_source=lambda s=secret: s)
-        assert "wrong-secret-id" not in repr(refused.value.to_dict())
 
 
 # -- answers that went wrong ----------------------------------------------------------------------
@@ -438,6 +268,7 @@ FAULTS: list[tuple[str, Fault, type[errors.D1SignerError], bool]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("asked_once")
 @pytest.mark.parametrize(
     ("fault", "error", "retryable"), [pytest.param(*rest, id=name) for name, *rest in FAULTS]
 )
@@ -458,7 +289,7 @@ def test_fault_is_refused_with_our_own_error(
     assert type(refused.value.__context__).__module__.partition(".")[0] != "urllib3"
     assert token not in repr(refused.value.to_dict())
     proxy.fault = None
-    _signs(signer)
+    signs(signer)
 
 
 def test_redirect_is_not_followed_and_the_token_stays(
@@ -467,7 +298,7 @@ def test_redirect_is_not_followed_and_the_token_stays(
     with server.proxy() as elsewhere:
         location = f"{elsewhere.url}/v1/transit/sign/d1/sha2-256"
         proxy.fault = on_sign(refusal(307, Location=location))
-        with pytest.raises(errors.SignerUnavailable, match="redirects to 127"):
+        with pytest.raises(errors.SignerUnavailable, match='redirects to "http://127'):
             signer.sign(b"m")
         assert not elsewhere.requests
 
@@ -483,16 +314,18 @@ def test_kept_connection_that_was_closed_is_replaced_once(
         return forward(request)  # type: ignore[no-any-return]
 
     proxy.fault = once
-    _signs(signer)
+    signs(signer)
     assert len(calls(proxy)) == 3
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_no_server_there() -> None:
     with pytest.raises(errors.SignerUnavailable) as refused:
         open_signer("hashivault://d1", address="http://127.0.0.1:9")
     assert refused.value.retryable
 
 
+@pytest.mark.usefixtures("asked_once")
 @pytest.mark.parametrize("kind", ["token", "approle"])
 def test_no_answer_at_all_and_no_secret_in_the_error(leak_watch: LeakWatch, kind: str) -> None:
     secret = "hvs.not-to-be-seen-anywhere"
@@ -550,7 +383,7 @@ def test_deadline_bounds_a_slow_answer_and_nothing_is_sent_after_it(
     release.set()
     answered.wait(10)
     proxy.fault = None
-    _signs(signer)
+    signs(signer)
     assert len(proxy.requests) == asked + 2
     assert not [t for t in threading.enumerate() if t.name == "d1-signer-call"]
 
@@ -603,17 +436,6 @@ def test_no_fork_happens_in_a_handshake(server: vault.Vault) -> None:
         fork_gate._after_fork_in_parent()
 
 
-@pytest.mark.stress
-def test_threads_that_wait_for_one_login_keep_to_the_time_limit() -> None:
-    settings = read_settings("http://127.0.0.1:1", None, None)
-    http, tokens = HttpClient(settings), AppRoleTokens("role", lambda: "secret-id-1", "approle")
-    with tokens._lock:
-        started = time.monotonic()
-        with pytest.raises(errors.SignerTimeout):
-            tokens.current(http, started + 0.2)
-        assert time.monotonic() - started < 2.0
-
-
 def test_read_timeout_bounds_a_slow_answer(proxy: FaultProxy) -> None:
     release = threading.Event()
     with open_signer("hashivault://d1", address=proxy.url, read_timeout=0.5) as signer:
@@ -625,7 +447,7 @@ def test_read_timeout_bounds_a_slow_answer(proxy: FaultProxy) -> None:
 
 def test_32_threads(signer: Signer) -> None:
     with ThreadPoolExecutor(32) as pool:
-        list(pool.map(lambda _: _signs(signer), range(320)))
+        list(pool.map(lambda _: signs(signer), range(320)))
 
 
 # -- custody, making keys -------------------------------------------------------------------------
@@ -674,7 +496,7 @@ def test_generated_key_signs_and_is_never_overwritten(server: vault.Vault) -> No
     assert made.uri == "hashivault://made?version=1"
     with open_signer(made.uri) as signer:
         assert signer.public_key == made.public_key
-        _signs(signer)
+        signs(signer)
         CustodyPolicy(non_exportable=True).check(signer.custody().evidence)
     with pytest.raises(errors.KeyExistsError):
         generate_key("hashivault://made", token_source=lambda: vault.ROOT_TOKEN)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One renewal under way: those who wait for it, and where it is."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from d1_signer.errors import D1SignerError, TokenTimeout
+from d1_signer.token.access_token import HeldToken
+
+_of_this_thread = threading.local()
+
+
+class Flight:
+    """One renewal in a thread of its own, and those who wait for it.
+
+    Attributes:
+        starts_in: Seconds from its making to its start.
+        deadline: Moment on ``time.monotonic()`` by which it is to end.
+        stopped: Set by whoever wants no result any more.
+        worker: Its thread.
+        place: What it was left to last, for an error text: nothing bounds a vendor's library or a
+            caller's function.
+    """
+
+    def __init__(self, *, starts_in: float, total: float) -> None:
+        """Nothing runs yet; it has ``total`` seconds from its start."""
+        self.starts_in = starts_in
+        self.deadline = time.monotonic() + starts_in + total
+        self.stopped = threading.Event()
+        self.worker: threading.Thread | None = None
+        self.place = "a thread that has not begun"
+        self._ended = threading.Event()
+        self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
+
+    def is_mine(self) -> None:
+        """Called by its thread: from here on `left_to` tells where this one is."""
+        _of_this_thread.flight = self
+
+    def is_flying(self) -> bool:
+        """Whether its thread has not come back."""
+        return self.worker is not None and self.worker.is_alive()
+
+    def end(self, result: HeldToken | D1SignerError) -> None:
+        """Give a result to those who wait; the first one counts."""
+        if not self._ended.is_set():
+            self._result = result
+            self._ended.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the result, so many seconds at most; returns whether it is there."""
+        return self._ended.wait(timeout)
+
+    def held(self) -> HeldToken:
+        """The token.
+
+        Raises:
+            D1SignerError: The renewal failed.
+        """
+        if isinstance(self._result, D1SignerError):
+            # One object raised in many threads would collect all their tracebacks.
+            raise self._result.fresh()
+        return self._result
+
+
+def left_to(place: str) -> None:
+    """Note what the renewal of this thread is left to now; in other threads nothing is noted."""
+    flight = getattr(_of_this_thread, "flight", None)
+    if flight is not None:
+        flight.place = place
