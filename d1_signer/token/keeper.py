@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import random
 import threading
 import time
@@ -25,6 +24,7 @@ from d1_signer.errors import (
     TokenTimeout,
 )
 from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.signing import forks
 from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
@@ -161,6 +161,7 @@ class TokenKeeper:
         Where D1 refuses the next one as quickly, no other token will help: it is kept for half a
         minute, so that a call without permission does not become a request for a token each time.
         """
+        forks.notice()
         with self._lock:
             if self._held is not None and self._held.token.value == token.value:
                 now = self._clock()
@@ -179,6 +180,7 @@ class TokenKeeper:
         Raises:
             FetcherClosedError: The fetcher is closed.
         """
+        forks.notice()
         with self._lock:
             self._require_open()
             if self._state(self._held) is not State.FRESH and self._clock() >= self._not_before:
@@ -189,6 +191,7 @@ class TokenKeeper:
 
         Those who wait for the renewal get a `FetcherClosedError`. The signer stays open.
         """
+        forks.notice()
         with self._lock:
             self._closed = True
             self._held = None
@@ -206,6 +209,7 @@ class TokenKeeper:
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
         if timeout is not None:
             seconds(timeout, "timeout", least=0)
+        forks.notice()
         patience = self._limits.total if timeout is None else timeout
         until = time.monotonic() + patience
         remaining = timeout
@@ -243,6 +247,7 @@ class TokenKeeper:
             raise FetcherClosedError("The token fetcher is closed.", hint="Make a new one.")
 
     def _renew_in_background(self) -> None:
+        forks.notice()
         if self._clock() < self._not_before or not self._lock.acquire(blocking=False):
             return
         try:
@@ -390,5 +395,5 @@ def _at_exit() -> None:
         keeper.close()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 atexit.register(_at_exit)

@@ -20,6 +20,7 @@ from cryptography import x509
 from d1_signer.errors import ConfigurationError, D1SignerError, SecretSourceError
 from d1_signer.events import CertificateEvent, Observer, notify
 from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret, shown_path
+from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
 from d1_signer.transport import handshake
@@ -218,6 +219,7 @@ class ClientTls:
         if self._given is not None:
             require_verifying(self._given)
             return self._given
+        forks.notice()
         while True:
             generation = self.generation
             try:
@@ -247,6 +249,7 @@ class ClientTls:
 
     def look(self) -> None:
         """Take what the files hold now, where one has changed; every few seconds at most."""
+        forks.notice()
         now = time.monotonic()
         if self._given is not None or now - self._looked_at < _LOOK_INTERVAL:
             return
@@ -276,6 +279,7 @@ class ClientTls:
         """
         if self._given is not None:
             return
+        forks.notice()
         with self._lock:
             self._renew(_state_of(self._files))
 
@@ -353,7 +357,7 @@ def _after_fork_in_child() -> None:
         tls._new_locks()  # noqa: SLF001 (this module's own class)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 
 
 class _AskedOnce:

@@ -6,7 +6,6 @@ Verification of the server cannot be switched off by what a caller does to a ses
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 
 from d1_signer.errors import ConfigurationError, D1SignerError
+from d1_signer.signing import forks
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import Connections
 from d1_signer.transport.hosts import is_loopback
@@ -44,7 +44,6 @@ class TlsAdapter(HTTPAdapter):
         self._generation = tls.generation
         self._timeouts: Final = timeouts
         self._connections = Connections()
-        self._owner = os.getpid()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
         _adapters.add(self)
 
@@ -52,7 +51,7 @@ class TlsAdapter(HTTPAdapter):
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
         """Send one request; see `HTTPAdapter`."""
-        self._notice_fork()
+        forks.notice()
         self._tls.look()
         self._notice_new_files()
         if kwargs.get("timeout") is None:
@@ -97,12 +96,12 @@ class TlsAdapter(HTTPAdapter):
 
     def bounded(self, deadline: float) -> AbstractContextManager[None]:
         """Bound the calls of this thread; see `Connections.bounded`."""
-        self._notice_fork()
+        forks.notice()
         return self._connections.bounded(deadline)
 
     def abort(self) -> None:
         """End every call under way, so that a thread that waits in one comes back."""
-        self._notice_fork()
+        forks.notice()
         self._connections.cut()
 
     def _notice_new_files(self) -> None:
@@ -114,18 +113,12 @@ class TlsAdapter(HTTPAdapter):
             for manager in self.proxy_manager.values():
                 manager.clear()
 
-    def _notice_fork(self) -> None:
-        # Of which Python was not told: uWSGI forks in C, and so do others.
-        if self._owner != os.getpid():
-            self.after_fork()
-
     def after_fork(self) -> None:
         """In a forked child: begin without a connection.
 
         Both sides writing into one inherited TLS stream would break it for both, and so would one
         side cutting it.
         """
-        self._owner = os.getpid()
         # Dropping the pools closes their connections, and the lock may be a thread's of the parent.
         self._connections.lock = threading.RLock()
         self._connections = Connections()
@@ -141,7 +134,7 @@ def _after_fork_in_child() -> None:
         adapter.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 
 
 class _Session(requests.Session):

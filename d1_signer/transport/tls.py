@@ -7,7 +7,6 @@ Verification of the server cannot be switched off, here or by what a caller does
 from __future__ import annotations
 
 import functools
-import os
 import re
 import ssl
 import threading
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 from urllib3.util.ssl_match_hostname import CertificateError, match_hostname
 
 from d1_signer.errors import ConfigurationError
+from d1_signer.signing import forks
 from d1_signer.transport import handshake
 from d1_signer.transport.processes import fork_gate
 
@@ -81,7 +81,7 @@ def _new_locks() -> None:
         context.changing = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_new_locks)
+forks.in_child(_new_locks)
 
 
 class VerifyingContext(ssl.SSLContext):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from urllib3 import exceptions as http
 from d1_signer.backends.aws_kms.failures import AWS_KMS
 from d1_signer.backends.remote import clients_of
 from d1_signer.errors import ConfigurationError, KeyUriError
+from d1_signer.signing import forks
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import within
 from d1_signer.transport.exchange import Http
@@ -172,7 +172,7 @@ def _new_lock() -> None:
     _making = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_new_lock)
+forks.in_child(_new_lock)
 
 
 def _client(settings: Settings) -> Client:
