@@ -30,6 +30,7 @@ from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.renewal import Limits, Renewal, seconds
+from d1_signer.transport.patching import require_patched_first
 
 _log = logging.getLogger("d1_signer.token")
 
@@ -132,6 +133,7 @@ class TokenKeeper:
         Raises:
             TokenError: D1 gave none, and no earlier one is valid.
             SignerError: No signer could sign, and no earlier token is valid.
+            ConfigurationError: A PIN or key file cannot be read; or see `require_patched_first`.
             TokenTimeout: It did not come in time.
             InvalidInputError: There is none yet, and ``timeout`` is not a number of seconds.
         """
@@ -179,7 +181,9 @@ class TokenKeeper:
 
         Raises:
             FetcherClosedError: The fetcher is closed.
+            ConfigurationError: See `require_patched_first`.
         """
+        require_patched_first()
         forks.notice()
         with self._lock:
             self._require_open()
@@ -209,6 +213,7 @@ class TokenKeeper:
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
         if timeout is not None:
             seconds(timeout, "timeout", least=0)
+        require_patched_first()
         forks.notice()
         patience = self._limits.total if timeout is None else timeout
         until = time.monotonic() + patience

@@ -24,6 +24,7 @@ from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
 from d1_signer.transport import handshake
+from d1_signer.transport.patching import require_patched_first
 from d1_signer.transport.tls import VerifyingContext, require_verifying, verifying_context
 
 _log = logging.getLogger("d1_signer.tls")
@@ -177,6 +178,7 @@ class ClientTls:
                 context and a CA file.
             SecretSourceError: A file cannot be read.
         """
+        require_patched_first()
         self._observers = observers
         self._new_locks()
         _all.add(self)
@@ -219,6 +221,7 @@ class ClientTls:
         if self._given is not None:
             require_verifying(self._given)
             return self._given
+        require_patched_first()
         forks.notice()
         while True:
             generation = self.generation

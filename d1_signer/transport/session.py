@@ -19,6 +19,7 @@ from d1_signer.signing import forks
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import Connections
 from d1_signer.transport.hosts import is_loopback
+from d1_signer.transport.patching import require_patched_first
 
 
 class TlsAdapter(HTTPAdapter):
@@ -51,6 +52,7 @@ class TlsAdapter(HTTPAdapter):
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
         """Send one request; see `HTTPAdapter`."""
+        require_patched_first()
         forks.notice()
         self._tls.look()
         self._notice_new_files()

@@ -36,7 +36,7 @@ _LEAST_RSA, _LEAST_EC = 2048, 224  # bits of a key
 class VerifiedSocket(ssl.SSLSocket):
     """A TLS socket that is not given out before its handshake was looked at."""
 
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 (the ssl module's)
+    def do_handshake(self, *block: bool) -> None:  # gevent's takes no argument
         """Do it; see `ssl.SSLSocket`.
 
         Raises:
@@ -47,7 +47,7 @@ class VerifiedSocket(ssl.SSLSocket):
             require_verifying(self.context)
             until = time.monotonic() + (self.gettimeout() or _LONGEST_HANDSHAKE)
             with fork_gate.call(until), handshake.with_server(self.server_hostname):
-                super().do_handshake(block)
+                super().do_handshake(*block)
             require_verified(self, self.server_hostname or "")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise  # a step of one that does not block
