@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,7 +36,7 @@ class BoundedStore:
 
     def load(self, name: str, *, deadline: float) -> tuple[bytes, float] | None:
         """See `TokenStore.load`; ``deadline`` is the renewal's, on ``time.monotonic()``."""
-        return self._call(lambda _: self._store.load(name), deadline)
+        return self._call(lambda _: _as_promised(self._store.load(name)), deadline)
 
     def save(self, name: str, sealed: bytes, *, life: float, deadline: float) -> None:
         """See `TokenStore.save`."""
@@ -91,3 +92,12 @@ class BoundedStore:
             f"The token store {self._kind} {what}.",
             hint="Look at the store; tokens are fetched without it meanwhile.",
         )
+
+
+def _as_promised(found: object) -> tuple[bytes, float] | None:
+    if found is None:
+        return None
+    match found:
+        case (bytes(sealed), float(life) | int(life)) if math.isfinite(life):
+            return sealed, life
+    raise TypeError

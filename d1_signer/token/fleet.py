@@ -90,6 +90,7 @@ class FleetRenewal:
         """
         if refused is not None:
             self._remember(refused)
+            refused = None  # the frame of an error shows its local variables
         look = _FIRST_LOOK
         while True:
             try:

@@ -123,7 +123,7 @@ class Renewal:
         *,
         deadline: float,
         stopped: threading.Event,
-        refused: str | None = None,  # noqa: ARG002 (D1 gives another token anyway)
+        refused: str | None = None,
     ) -> HeldToken:
         """Obtain a token from D1.
 
@@ -137,6 +137,7 @@ class Renewal:
             TokenError: D1 gave no usable token.
             FetcherClosedError: ``stopped`` was set.
         """
+        del refused  # D1 gives another one anyway, and the frame of an error shows its variables
         refused_kids: frozenset[str] = frozenset()
         refusal: D1SignerError | None = None
         last: D1SignerError | None = None
