@@ -186,10 +186,9 @@ def _checked(client: object) -> Client:
         ConfigurationError: It does not serve.
     """
     if not isinstance(client, Redis | RedisCluster):
-        kind = client if isinstance(client, type) else type(client)
         raise ConfigurationError(
             f"A RedisTokenStore needs a client of the redis package that is not asynchronous; "
-            f"it was given {kind.__module__}.{kind.__qualname__}.",
+            f"it was given {_kind(client)}.",
             hint="Give Redis.from_url(…), RedisCluster.from_url(…) or Sentinel(…).master_for(…), "
             "each with **RedisTokenStore.CLIENT_SETTINGS.",
         )
@@ -210,6 +209,12 @@ def _checked(client: object) -> Client:
                 part,
             )
     return client
+
+
+def _kind(client: object) -> str:
+    kind = client if isinstance(client, type) else type(client)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return f"the class {name}" if kind is client else name
 
 
 def _settings(client: Client) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -134,7 +134,7 @@ class Cluster:
     def _ask(self, node: RedisServer, *command: object) -> Any:
         # RESP2: its answers are lists.
         with node.client(protocol=2, socket_timeout=20) as client:
-            client.response_callbacks.clear()  # type: ignore[attr-defined]
+            client.response_callbacks.clear()
             return client.execute_command("CLUSTER", *command)
 
     def _id(self, node: RedisServer) -> str:
@@ -194,7 +194,7 @@ class Cluster:
 def sentinels(
     folder: Path, master: RedisServer, number: int = 3
 ) -> Iterator[list[SentinelProcess]]:
-    """Sentinels that watch over a master."""
+    """Sentinels that watch over a master and its replica."""
     with ExitStack() as stack:
         watching = []
         for each in range(number):
@@ -214,9 +214,8 @@ def sentinels(
                 running(command, env={}, log=log, ready=lambda port=port: accepts(port))  # type: ignore[misc]
             )
             watching.append(SentinelProcess(port, process))
-        # Until they know each other.
         for one in watching:
-            while one.others() != number - 1:
+            while not one.knows(number - 1):
                 time.sleep(0.05)
         yield watching
 
@@ -228,10 +227,11 @@ class SentinelProcess:
         self.port = port
         self.process = process
 
-    def others(self) -> int:
+    def knows(self, others: int) -> bool:
+        """Whether it has found the other sentinels, and the replica."""
         with redis.Redis(port=self.port, socket_timeout=20) as client:
             state: Any = client.sentinel_master(MASTER)
-            return int(state["num-other-sentinels"])
+        return (int(state["num-other-sentinels"]), int(state["num-slaves"])) == (others, 1)
 
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
