@@ -38,8 +38,11 @@ _log = logging.getLogger("d1_signer.fleet")
 # lives. It outlives the work; and whoever waits for a holder that died has time for its own turn.
 _TURN = 1 / 2
 _LEASE = 2 / 3
+# Between two looks for the holder's token: a part of what was waited for so far, so that thousands
+# who wait in an outage of D1 do not wear out the store.
+_LOOK = 1 / 4
 _FIRST_LOOK = 0.01
-_LONGEST_LOOK = 0.25
+_LONGEST_LOOK = 1.0
 
 
 class FleetRenewal:
@@ -91,7 +94,7 @@ class FleetRenewal:
         if refused is not None:
             self._remember(refused)
             refused = None  # the frame of an error shows its local variables
-        look = _FIRST_LOOK
+        began = time.monotonic()
         while True:
             try:
                 self._give_back(deadline)
@@ -112,14 +115,15 @@ class FleetRenewal:
             except StoreUnavailable as error:
                 _log.warning("fleet.store_unavailable: going on without it: %s", error.message)
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
-            if time.monotonic() + look >= deadline:
+            now = time.monotonic()
+            look = max(_FIRST_LOOK, min(_LOOK * (now - began), _LONGEST_LOOK, (deadline - now) / 2))
+            if now + look >= deadline:
                 raise TokenTimeout(
                     "Another process renews the token and has not ended in time.",
                     hint="It is tried again by itself.",
                 )
             if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
-            look = min(2 * look, _LONGEST_LOOK)
 
     def _shared(self, deadline: float) -> HeldToken | None:
         """The store's token, if it is fresh and none that was there before."""

@@ -109,9 +109,12 @@ class RedisTokenStore:
         key, owner, milliseconds = f"{name}:lease", secrets.token_hex(_OWNER // 2), int(life * 1000)
         asked = time.monotonic()
         with self._asked() as client:
-            if not client.set(key, owner, nx=True, px=_CLAIM):
+            with client.pipeline(transaction=False) as pipe:
+                pipe.set(key, owner, nx=True, px=_CLAIM)
+                pipe.pttl(key)
+                claimed, left = pipe.execute()
+            if not claimed:
                 # -1: no time to live. -2: it has just ended, and the next look takes it.
-                left = client.pttl(key)
                 if left == -1 or left > max(milliseconds, _CLAIM):
                     raise _no_lease()
                 return None
