@@ -274,8 +274,10 @@ def table(numbers: list[int]) -> str:
     columns = [rows(number) for number in numbers]
     lines = ["| processes | " + " | ".join(f"{number:,}" for number in numbers) + " |"]
     lines.append("|---|" + "---:|" * len(numbers))
-    for line in zip(*columns, strict=True):
-        lines.append(f"| {line[0][0]} | " + " | ".join(figure for _, figure in line) + " |")
+    lines += (
+        f"| {line[0][0]} | " + " | ".join(figure for _, figure in line) + " |"
+        for line in zip(*columns, strict=True)
+    )
     return "\n".join(lines)
 
 
