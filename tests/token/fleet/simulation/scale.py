@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fleet of any size on simulated time: the figures of docs/fleet.md.
 
-``python -m tests.token.fleet.simulation.scale [NUMBER…]`` prints them for so many processes.
+``python -m tests.token.fleet.simulation.scale [NUMBER[/STORES]…]`` prints them for so many
+processes, which share so many stores (one where it is not said).
 
 A hundred thousand processes are too many for threads. Here each is a few numbers, and what it does
 next an event. When a token is renewed is decided by the package's own `hold`; how leases are taken,
@@ -11,6 +12,7 @@ model with the real modules on simulated threads, at a size that both can do.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import random
@@ -234,60 +236,64 @@ _HOUR = 3600.0
 _DUE = LIFE * 2 / 3 * 0.9
 
 
-def rows(number: int) -> list[tuple[str, str]]:
+@functools.cache
+def rows(number: int, stores: int = 1) -> list[tuple[str, str]]:
     """The figures for so many processes, as docs/fleet.md has them."""
-    shared = Fleet(Setting(number=number, seconds=_HOUR)).run()
-    alone = Fleet(Setting(number=number, seconds=_HOUR, store=False)).run()
-    at_once = Fleet(Setting(number=number, seconds=60.0, starts_within=1.0)).run()
-    rolling = Fleet(Setting(number=number, seconds=400.0, starts_within=300.0)).run()
-    no_store = Fleet(Setting(number=number, seconds=_HOUR, store_away=(300.0, 1500.0))).run()
+    # What shares one store knows nothing of the others, so all are alike.
+    each = functools.partial(Setting, number=number // stores)
+    shared = Fleet(each(seconds=_HOUR)).run()
+    alone = Fleet(each(seconds=_HOUR, store=False)).run()
+    at_once = Fleet(each(seconds=60.0, starts_within=1.0)).run()
+    rolling = Fleet(each(seconds=400.0, starts_within=300.0)).run()
+    no_store = Fleet(each(seconds=_HOUR, store_away=(300.0, 1500.0))).run()
     away = (_DUE - 30, _DUE + 370)
-    no_d1 = Fleet(Setting(number=number, seconds=away[1] + 60, d1_away=away)).run()
-    during = range(int(away[0]), int(away[1]))
-    tried = sum(no_d1.requests[second] for second in during)
-    first = min(second for second in during if no_d1.requests[second])
-    noticed = no_d1.noticed
+    no_d1 = Fleet(each(seconds=away[1], d1_away=away)).run()
+    first = min(second for second in no_d1.requests if second >= away[0])
+    tried = 60 / (away[1] - first) * sum(n for at, n in no_d1.requests.items() if at >= first)
     return [
-        ("**a store, all well**: requests and signatures in the first hour", _total(shared)),
-        ("round trips to the store, most in a second", _most(shared.store)),
-        ("**no store**: requests and signatures in the first hour", _total(alone)),
-        ("most in a second", _most(alone.requests)),
-        ("**all start within a second**: requests", _total(at_once)),
-        ("round trips to the store, most in a second", _most(at_once.store)),
+        ("**a store, all well**: requests in the first hour", _total(shared, stores)),
+        ("of a store: round trips, most in a second", _most(shared.store)),
+        ("**no store**: requests in the first hour", _total(alone, stores)),
+        ("most in a second", _most(alone.requests, stores)),
+        ("**all start within a second**: requests", _total(at_once, stores)),
+        ("of a store: round trips, most in a second", _most(at_once.store)),
         ("longest wait for the first token", f"{at_once.waited:.1f} s"),
-        ("**all start within five minutes**: requests", _total(rolling)),
+        ("**all start within five minutes**: requests", _total(rolling, stores)),
         ("longest wait for the first token", f"{rolling.waited:.1f} s"),
-        ("**the store away for 20 minutes**: requests in the first hour", _total(no_store)),
-        ("most in a second", _most(no_store.requests)),
-        ("renewals that fail while no token is valid", f"{no_store.errors:,}"),
-        ("**D1 away for 400 s**: attempts a minute", f"{60 * tried / (away[1] - first):,.0f}"),
-        ("round trips to the store, most in a second", _most(no_d1.store)),
+        (
+            "**the stores away for 20 minutes**: requests in the first hour",
+            _total(no_store, stores),
+        ),
+        ("most in a second", _most(no_store.requests, stores)),
+        ("renewals that fail while no token is valid", f"{stores * no_store.errors:,}"),
+        ("**D1 away for 400 s**: attempts a minute", f"{stores * tried:,.0f}"),
+        ("of a store: round trips, most in a second", _most(no_d1.store)),
         (
             "first caller without a token, from the first attempt",
-            "none" if noticed is None else f"after {noticed - first:.0f} s",
+            "none" if no_d1.noticed is None else f"after {no_d1.noticed - first:.0f} s",
         ),
     ]
 
 
-def table(numbers: list[int]) -> str:
-    """The figures in Markdown."""
-    columns = [rows(number) for number in numbers]
-    lines = ["| processes | " + " | ".join(f"{number:,}" for number in numbers) + " |"]
-    lines.append("|---|" + "---:|" * len(numbers))
-    lines += (
-        f"| {line[0][0]} | " + " | ".join(figure for _, figure in line) + " |"
-        for line in zip(*columns, strict=True)
-    )
-    return "\n".join(lines)
+def _total(figures: Figures, stores: int) -> str:
+    return f"{stores * sum(figures.requests.values()):,}"
 
 
-def _total(figures: Figures) -> str:
-    return f"{sum(figures.requests.values()):,}"
+def _most(counts: Counter[int], stores: int = 1) -> str:
+    return f"{stores * max(counts.values(), default=0):,}"
 
 
-def _most(counts: Counter[int]) -> str:
-    return f"{max(counts.values(), default=0):,}"
+def main() -> None:
+    """Print the figures in Markdown."""
+    asked = [tuple(map(int, each.split("/"))) for each in sys.argv[1:]]
+    fleets = asked or [(10,), (1_000,), (10_000,), (100_000, 10)]
+    columns = [rows(*each) for each in fleets]
+    heads = [" in ".join(f"{number:,}" for number in each) for each in fleets]
+    print("| processes | " + " | ".join(heads) + " |")
+    print("|---|" + "---:|" * len(heads))
+    for line in zip(*columns, strict=True):
+        print(f"| {line[0][0]} | " + " | ".join(figure for _, figure in line) + " |")
 
 
 if __name__ == "__main__":
-    print(table([int(each) for each in sys.argv[1:]] or [10, 1_000, 100_000]))
+    main()
