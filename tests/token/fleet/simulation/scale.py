@@ -288,7 +288,7 @@ def main() -> None:
     asked = [tuple(map(int, each.split("/"))) for each in sys.argv[1:]]
     fleets = asked or [(10,), (1_000,), (10_000,), (100_000, 10)]
     columns = [rows(*each) for each in fleets]
-    heads = [" in ".join(f"{number:,}" for number in each) for each in fleets]
+    heads = [f"{each[0]:,}" + "".join(f" in {n} stores" for n in each[1:]) for each in fleets]
     print("| processes | " + " | ".join(heads) + " |")
     print("|---|" + "---:|" * len(heads))
     for line in zip(*columns, strict=True):
