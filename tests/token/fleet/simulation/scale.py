@@ -261,7 +261,7 @@ def rows(number: int, stores: int = 1) -> list[tuple[str, str]]:
         ("**all start within five minutes**: requests", _total(rolling, stores)),
         ("longest wait for the first token", f"{rolling.waited:.1f} s"),
         (
-            "**the stores away for 20 minutes**: requests in the first hour",
+            "**the store away for 20 minutes**: requests in that hour",
             _total(no_store, stores),
         ),
         ("most in a second", _most(no_store.requests, stores)),
