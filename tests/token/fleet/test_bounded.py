@@ -197,7 +197,7 @@ def hostile(answer: Callable[[socket.socket], None]) -> Iterator[Callable[[], re
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
         host, port = listener.getsockname()[:2]
-        settings = {"protocol": 2, "driver_info": None, **RedisTokenStore.CLIENT_SETTINGS}
+        settings = {"protocol": 2, **RedisTokenStore.CLIENT_SETTINGS}
         clients: list[redis.Redis] = []
 
         def client() -> redis.Redis:

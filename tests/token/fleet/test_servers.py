@@ -25,8 +25,8 @@ PATH = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)])}
 # -- forks that Python is not told of -------------------------------------------------------------
 
 FORKED = """
-import ctypes, os, sys, threading, time
-from d1_signer.signing import forks
+import ctypes, os, threading, time
+from d1_signer import LazySigner
 from fleet_fetcher import new_fetcher
 
 def fork():
@@ -42,6 +42,9 @@ def held(lock):
             threading.Event().wait(60)
     threading.Thread(target=hold, daemon=True).start()
     taken.wait()
+
+def lazily(signer):
+    return LazySigner(lambda: signer, kid=signer.kid, public_key=signer.public_key)
 
 fetcher = new_fetcher()
 signers = fetcher._renewal._renewal._signers if store else fetcher._renewal._signers
@@ -72,6 +75,7 @@ os._exit(0)
         ("held(fetcher._tls._lock)", "fetcher.reload(); fetcher.token()"),
         ("held(signers._lock)", "signers.health(); fetcher.token()"),
         ("held(signers._members[0]._lock)", "fetcher.token()"),
+        ("lazy = lazily(signers._members[0].source); held(lazy._lock)", "lazy.signer(timeout=9)"),
         ("held(fetcher._endpoint._adapter._connections.lock)", "fetcher.token()"),
         ("fetcher.token(); held(fetcher._endpoint._adapter._connections.lock)", "fetcher.close()"),
         (
