@@ -22,13 +22,13 @@ def free_port() -> int:
 def running(
     command: Sequence[str], *, env: Mapping[str, str], log: Path, ready: Callable[[], bool]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, wait until it is ready (30 s at most), and end it afterwards."""
+    """Start a server, wait until it is ready (90 s at most), and end it afterwards."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 90
         while not ready():
             if process.poll() is not None or time.monotonic() > until:
                 msg = f"{command[0]} did not start:\n{log.read_text()}"

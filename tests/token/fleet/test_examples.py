@@ -37,7 +37,7 @@ def served(
         yield process
         # In order, so that what it closes is tested, too; `running` kills what is left.
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
         assert "Traceback" not in log.read_text()
 
 
@@ -87,20 +87,23 @@ def test_celery_with_a_worker_and_a_beat(
         served(beat, settings, beat_log, lambda: True),
     ):
         # The beat alone keeps a token warm, before anybody asks.
-        until(lambda: sandbox.counters.token_requests == 1, seconds=20)
+        until(lambda: sandbox.counters.token_requests >= 1, seconds=60)
         ask = (
-            "import celery_app; print([celery_app.ping.delay().get(timeout=20) for _ in range(4)])"
+            "import celery_app; print([celery_app.ping.delay().get(timeout=60) for _ in range(4)])"
         )
         asked = subprocess.run(
             [sys.executable, "-c", ask],
             env=os.environ | settings | {"PYTHONPATH": str(EXAMPLES)},
             capture_output=True,
             text=True,
-            timeout=40,
-            check=True,
+            timeout=100,
+            check=False,
         )
-        assert asked.stdout.strip() == "[200, 200, 200, 200]"
-    assert sandbox.counters.token_requests == 1
+        assert asked.stdout.strip() == "[200, 200, 200, 200]", asked.stderr + worker_log.read_text()
+    worked = worker_log.read_text()
+    # A machine that stands still for a second makes a store of two that answers too late.
+    away = worked.count("fleet.store_unavailable")
+    assert 1 <= sandbox.counters.token_requests <= 1 + away, worked
 
 
 def test_fastapi_behind_uvicorn(
