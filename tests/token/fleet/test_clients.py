@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from d1_signer import ConfigurationError
@@ -56,10 +58,10 @@ def test_a_client_that_does_not_fit_is_refused_where_the_store_is_made(
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (redis.Redis, "client"),
-        (lambda: redis.Redis(socket_timeout=10.0), "client"),
-        (lambda: watched({}, SETTINGS), "sentinel_kwargs"),
-        (lambda: watched({"socket_timeout": 1.0}, SETTINGS), "sentinel_kwargs"),
+        (lambda: redis.Redis(socket_timeout=5.0), "client"),
+        (lambda: redis.Redis(**SETTINGS | {"retry": Retry(NoBackoff(), 3)}), "client"),
+        (lambda: watched({"socket_timeout": 5.0}, SETTINGS), "sentinel_kwargs"),
+        (lambda: watched(SETTINGS | {"retry": Retry(NoBackoff(), 3)}, SETTINGS), "sentinel_kwargs"),
     ],
 )
 def test_a_client_that_is_too_patient_is_warned_of(
