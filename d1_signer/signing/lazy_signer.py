@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.signing import forks
 from d1_signer.signing.backend import guarded
 from d1_signer.signing.signer import Signer
 
@@ -79,6 +79,7 @@ class LazySigner:
             SignerUnavailable: No thread can be started to open it.
             SignerError: It cannot be opened.
         """
+        forks.notice()
         with self._lock:
             if self._closed:
                 raise self._closed_error()
@@ -147,6 +148,7 @@ class LazySigner:
 
     def close(self) -> None:
         """Close the signer where it was opened; it is not opened again."""
+        forks.notice()
         with self._lock:
             self._closed = True
             signer, self._signer = self._signer, None
@@ -164,4 +166,4 @@ def _after_fork_in_child() -> None:
         lazy._after_fork()  # noqa: SLF001 (this module's own class)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)

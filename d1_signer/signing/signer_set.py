@@ -8,7 +8,6 @@ publish both keys (`SignerSet.jwks`), `promote` the new kid once D1 knows it, `r
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import weakref
@@ -28,6 +27,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import FailoverEvent, Observer, checked, notify
+from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
 
@@ -204,6 +204,7 @@ class SignerSet:
 
     def health(self) -> tuple[MemberHealth, ...]:
         """The state of each member, in order."""
+        forks.notice()
         now = self._clock()
         return tuple(member.health(now) for member in self._members)
 
@@ -232,6 +233,7 @@ class SignerSet:
             SignerUnavailable: All members rest after failures.
             SignerClosedError: The set is closed.
         """
+        forks.notice()
         self._require_open()
         first: SignerError | ConfigurationError | None = None
         members = self._members
@@ -286,6 +288,7 @@ class SignerSet:
             ConfigurationError: Another key stands under its kid.
             SignerClosedError: The set is closed.
         """
+        forks.notice()
         with self._lock:
             self._require_open()
             members = (*self._members, *_members_of([member]))
@@ -298,6 +301,7 @@ class SignerSet:
         Raises:
             InvalidInputError: No member has that kid.
         """
+        forks.notice()
         with self._lock:
             chosen = self._of(kid)
             self._members = (*chosen, *(m for m in self._members if m not in chosen))
@@ -308,6 +312,7 @@ class SignerSet:
         Raises:
             InvalidInputError: No member has that kid, or no other is left.
         """
+        forks.notice()
         with self._lock:
             chosen = self._of(kid)
             rest = tuple(member for member in self._members if member not in chosen)
@@ -327,6 +332,7 @@ class SignerSet:
 
     def close(self) -> None:
         """Close all members; calling it again does nothing."""
+        forks.notice()
         with self._lock:
             self._closed = True
         with ExitStack() as stack:  # one that fails to close does not keep the others open
@@ -379,4 +385,4 @@ def _after_fork_in_child() -> None:
             holder._prober = None  # noqa: SLF001
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)

@@ -12,29 +12,37 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
 from d1_signer.secret import Secret
 from d1_signer.token.access_token import HeldToken, hold
+from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
-from d1_signer.token.d1 import Environment
+from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
 from d1_signer.token.renewal import Limits, Renewal
-from d1_signer.token.stores import Lease, Sealer, SharedToken, TokenStore
+from d1_signer.token.stores import (
+    MAX_SEALED,
+    VERSION,
+    Lease,
+    Sealer,
+    SharedToken,
+    TokenStore,
+)
 
 _log = logging.getLogger("d1_signer.fleet")
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 # Of the total time limit: what the holder of the lease has for its work, and how long the lease
 # lives. It outlives the work; and whoever waits for a holder that died has time for its own turn.
 _TURN = 1 / 2
 _LEASE = 2 / 3
+# Between two looks for the holder's token: a part of what was waited for so far, so that thousands
+# who wait in an outage of D1 do not wear out the store.
+_LOOK = 1 / 4
 _FIRST_LOOK = 0.01
-_LONGEST_LOOK = 0.25
+_LONGEST_LOOK = 1.0
 
 
 class FleetRenewal:
@@ -58,16 +66,19 @@ class FleetRenewal:
             ConfigurationError: The key is missing or not 32 bytes.
         """
         self._renewal = renewal
-        self._store = store
+        self._store = BoundedStore(store)
         self._sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
         self._clock = clock
         self._wall = wall
         self._turn = limits.total * _TURN
         self._lease_life = limits.total * _LEASE
         # A store is often shared with others, who need not read who our issuer is.
-        identity = hashlib.sha256(f"{issuer_id}\0{environment.base_url}".encode()).hexdigest()
-        self._name = f"d1-signer:{{{identity[:32]}}}"
+        whose = f"{VERSION}\0{issuer_id}\0{environment.base_url}"
+        self._name = f"d1-signer:{{{hashlib.sha256(whose.encode()).hexdigest()[:32]}}}"
         self._kept: Lease | None = None
+        # Whoever can write to the store can put back what it held before.
+        self._generation = 0
+        self._refused: dict[bytes, float] = {}
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -77,45 +88,53 @@ class FleetRenewal:
         Args:
             deadline: Moment on ``time.monotonic()`` by which to return or raise.
             stopped: Set by whoever wants no result any more.
-            refused: Value of a token that the API refused: it is not taken from the store.
+            refused: Value of a token that the API refused: it is not taken from the store, now or
+                later.
         """
-        look = _FIRST_LOOK
+        if refused is not None:
+            self._remember(refused)
+            refused = None  # the frame of an error shows its local variables
+        began = time.monotonic()
         while True:
             try:
-                self._give_back()
-                shared = self._shared(refused)
+                self._give_back(deadline)
+                shared = self._shared(deadline)
                 if shared is not None:
                     return shared
                 # Counted from before the lease, so that the lease outlives it.
                 turn = min(deadline, time.monotonic() + self._turn)
-                with self._leased() as mine:
+                with self._leased(deadline) as mine:
                     # Between the look and the lease another may have renewed and gone.
-                    shared = self._shared(refused) if mine else None
+                    shared = self._shared(deadline) if mine else None
                     if shared is not None:
                         return shared
                     if mine:
                         held = self._renewal.obtain(deadline=turn, stopped=stopped)
-                        self._share(held)
+                        self._share(held, deadline)
                         return held
             except StoreUnavailable as error:
                 _log.warning("fleet.store_unavailable: going on without it: %s", error.message)
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
-            if time.monotonic() + look >= deadline:
+            now = time.monotonic()
+            look = max(_FIRST_LOOK, min(_LOOK * (now - began), _LONGEST_LOOK, (deadline - now) / 2))
+            if now + look >= deadline:
                 raise TokenTimeout(
                     "Another process renews the token and has not ended in time.",
                     hint="It is tried again by itself.",
                 )
             if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
-            look = min(2 * look, _LONGEST_LOOK)
 
-    def _shared(self, refused: str | None) -> HeldToken | None:
-        """The store's token, if it is fresh."""
+    def _shared(self, deadline: float) -> HeldToken | None:
+        """The store's token, if it is fresh and none that was there before."""
         now, wall = self._clock(), self._wall()
-        found = _asked(self._store.load, self._name)
-        token = None if found is None else self._sealer.open(found[0])
-        if found is None or token is None or token.value == refused:
+        found = self._store.load(self._name, deadline=deadline)
+        if found is None or len(found[0]) > MAX_SEALED:
             return None
+        token = self._sealer.open(found[0])
+        if token is None or token.generation < self._generation or _digest(token) in self._refused:
+            return None
+        self._generation = token.generation
         life = token.expires_at - token.requested_at
         # The store's own count does not depend on the clocks of two machines being alike. Ours are
         # read before it, which errs on the safe side.
@@ -135,50 +154,56 @@ class FleetRenewal:
             return None
         return held(chance=random.random())  # noqa: S311 (spreads load, keeps no secret)
 
+    def _remember(self, refused: str) -> None:
+        """Keep in mind what is not to be taken again, for as long as it may live."""
+        now = self._clock()
+        kept = {digest: until for digest, until in self._refused.items() if until > now}
+        self._refused = {**kept, _digest(refused): now + MAX_TOKEN_LIFETIME}
+
     @contextmanager
-    def _leased(self) -> Iterator[bool]:
-        lease = _asked(self._store.lease, self._name, life=self._lease_life)
+    def _leased(self, deadline: float) -> Iterator[bool]:
+        lease = self._store.lease(self._name, life=self._lease_life, deadline=deadline)
         try:
             yield lease is not None
         finally:
             try:
                 if lease is not None:
-                    _asked(lease.release)
+                    self._store.release(lease, deadline=deadline)
             except StoreUnavailable as error:
                 self._kept = lease
                 _log.warning("fleet.lease_not_released: %s", error.message)
 
-    def _give_back(self) -> None:
+    def _give_back(self, deadline: float) -> None:
         """Release what could not be released when its work was done."""
         if self._kept is not None:
-            _asked(self._kept.release)
+            self._store.release(self._kept, deadline=deadline)
             self._kept = None
 
-    def _share(self, held: HeldToken) -> None:
+    def _share(self, held: HeldToken, deadline: float) -> None:
         # By both clocks: the wall clock may have been set since the request, and the other one
         # stood still if a virtual machine was suspended without noticing.
         wall = self._wall()
         remaining = min(held.dies_at - self._clock(), held.token.expires_at - wall)
-        token = SharedToken(
-            value=held.token.value,
-            scope=held.token.scope,
-            requested_at=wall + remaining - (held.dies_at - held.requested_at),
-            expires_at=wall + remaining,
+        # The time, for a store that has lost what it held and a member that has seen nothing yet;
+        # and more than what was seen, for clocks that differ.
+        self._generation = max(self._generation + 1, int(wall))
+        sealed = self._sealer.seal(
+            SharedToken(
+                value=held.token.value,
+                scope=held.token.scope,
+                requested_at=wall + remaining - (held.dies_at - held.requested_at),
+                expires_at=wall + remaining,
+                generation=self._generation,
+            )
         )
+        if remaining <= 0 or len(sealed) > MAX_SEALED:
+            return
         try:
-            if remaining > 0:
-                sealed = self._sealer.seal(token)
-                _asked(self._store.save, self._name, sealed, life=remaining)
+            self._store.save(self._name, sealed, life=remaining, deadline=deadline)
         except StoreUnavailable as error:
             _log.warning("fleet.token_not_shared: %s", error.message)
 
 
-def _asked(call: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
-    """Call a store; whatever one of somebody else's raises means that it is away."""
-    try:
-        return call(*args, **options)
-    except StoreUnavailable:
-        raise
-    except Exception as error:  # noqa: BLE001 (a store may be anybody's code)
-        kind = type(error).__name__
-    raise StoreUnavailable(f"The token store failed with {kind}.", hint="Look at the store's code.")
+def _digest(token: SharedToken | str) -> bytes:
+    value = token.value if isinstance(token, SharedToken) else token
+    return hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()

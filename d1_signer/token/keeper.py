@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import random
 import threading
 import time
@@ -26,12 +25,14 @@ from d1_signer.errors import (
     TokenUnavailable,
 )
 from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.signing import forks
 from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.flight import Flight
 from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
+from d1_signer.transport.patching import require_patched_first
 
 _log = logging.getLogger("d1_signer.token")
 
@@ -109,6 +110,7 @@ class TokenKeeper:
         Raises:
             TokenError: D1 gave none, and no earlier one is valid.
             SignerError: No signer could sign, and no earlier token is valid.
+            ConfigurationError: A PIN or key file cannot be read; or see `require_patched_first`.
             TokenTimeout: It did not come in time.
             InvalidInputError: There is none yet, and ``timeout`` is not a number of seconds.
         """
@@ -138,6 +140,7 @@ class TokenKeeper:
         Where D1 refuses the next one as quickly, no other token will help: it is kept for half a
         minute, so that a call without permission does not become a request for a token each time.
         """
+        forks.notice()
         with self._lock:
             if self._held is not None and self._held.token.value == token.value:
                 now = self._clock()
@@ -155,7 +158,10 @@ class TokenKeeper:
 
         Raises:
             FetcherClosedError: The fetcher is closed.
+            ConfigurationError: See `require_patched_first`.
         """
+        require_patched_first()
+        forks.notice()
         with self._lock:
             self._require_open()
             if self._state(self._held) is not State.FRESH and self._clock() >= self._not_before:
@@ -166,6 +172,7 @@ class TokenKeeper:
 
         Those who wait for the renewal get a `FetcherClosedError`. The signer stays open.
         """
+        forks.notice()
         with self._lock:
             self._closed = True
             self._held = self._refused = None
@@ -182,6 +189,8 @@ class TokenKeeper:
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
         patience = self._patience(timeout)
+        require_patched_first()
+        forks.notice()
         until = time.monotonic() + patience
         failure: D1SignerError | None = None
         while True:
@@ -241,6 +250,7 @@ class TokenKeeper:
             raise FetcherClosedError("The token fetcher is closed.", hint="Make a new one.")
 
     def _renew_in_background(self) -> None:
+        forks.notice()
         if self._clock() < self._not_before or not self._lock.acquire(blocking=False):
             return
         try:
@@ -395,5 +405,5 @@ def _at_exit() -> None:
         keeper.close()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 atexit.register(_at_exit)

@@ -6,110 +6,169 @@ Use::
     store = RedisTokenStore(redis.Redis.from_url("rediss://…", **RedisTokenStore.CLIENT_SETTINGS))
     fetcher = TokenFetcher(signer, …, store=store, store_key=key)
 
-Any client of the redis package serves: ``Redis.from_url``, ``RedisCluster.from_url``,
-``Sentinel(…).master_for(…)``. All keys of one fetcher are in one hash slot.
+Any synchronous client of the redis package serves: ``Redis.from_url``, ``RedisCluster.from_url``,
+``Sentinel(…).master_for(…)``; or a function that makes one. All keys of one fetcher are in one hash
+slot.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, final
 
-from d1_signer.errors import MissingExtraError, StoreUnavailable
-from d1_signer.token.stores import Lease
+from d1_signer.errors import ConfigurationError, MissingExtraError, StoreUnavailable
+from d1_signer.token.stores import MAX_SEALED, Lease
+from d1_signer.transport.processes import PerProcess
 
 try:
     from redis.backoff import NoBackoff
     from redis.cluster import RedisCluster
-    from redis.exceptions import RedisError
+    from redis.connection import AbstractConnection
+    from redis.exceptions import NoPermissionError, RedisError
     from redis.retry import Retry
 except ModuleNotFoundError:
     raise MissingExtraError.of("redis", "redis") from None
 
 from redis import Redis
 
+_log = logging.getLogger("d1_signer.fleet")
+
+Client = Redis | RedisCluster
+
 # A Redis that hung executes later what nobody waits for any more: a lease is taken for a moment
 # first, so that one which its asker never heard of does not hold up the fleet.
 _CLAIM = 2000  # milliseconds
-
-_IF_MINE = "if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end "
-_EXTEND = _IF_MINE + "return redis.call('pexpire', KEYS[1], ARGV[2])"
-_RELEASE = _IF_MINE + "return redis.call('del', KEYS[1])"
+_OWNER = 32  # characters
 
 
 @final
 class RedisTokenStore:
     """Keeps sealed tokens under ``d1-signer:{…}:token`` and leases under ``d1-signer:{…}:lease``.
 
-    Its user needs the commands GET, SET, PTTL, PEXPIRE and DEL on these keys, and EVALSHA with
-    SCRIPT LOAD.
+    Its user needs the commands GETRANGE, SET, PTTL and DEL on these keys.
     """
 
     CLIENT_SETTINGS: Final[dict[str, Any]] = {
-        "socket_timeout": 1.0,
-        "socket_connect_timeout": 1.0,
+        "socket_timeout": 0.4,
+        "socket_connect_timeout": 0.4,
         "retry": Retry(NoBackoff(), 0),
     }
-    """Settings for each client, so that a Redis which hangs does not hold up a renewal for longer.
+    """Settings for each client, and for the ``sentinel_kwargs`` of a ``Sentinel``.
 
-    The client's own default repeats each command for up to half a minute. A lease that is asked
-    for twice looks like another's, too; what is not answered at once is done without.
+    A renewal gives its store a second for each call. So that one sentinel or node which hangs does
+    not use it up, each has less; and the client's own default, to repeat a command for up to half a
+    minute, is off: a lease that is asked for twice looks like another's.
     """
 
-    def __init__(self, client: Redis | RedisCluster) -> None:
-        """Use a client, which stays the caller's to close."""
-        # The package types its clients for sync and async use at once.
-        self._client: Any = client
-        self._extend = self._client.register_script(_EXTEND)
-        self._release = self._client.register_script(_RELEASE)
+    def __init__(self, client: Client | Callable[[], Client]) -> None:
+        """Use a client, which stays the caller's to close.
+
+        Args:
+            client: A client for this store alone: calls that take too long are ended by closing its
+                connections. Or a function that makes one when it is first needed, and again while
+                it fails: ``RedisCluster`` cannot be made while its nodes are away.
+
+        Raises:
+            ConfigurationError: It is another kind of client, or one without time limits.
+        """
+        if callable(client) and not isinstance(client, type):
+            make = client
+            self._clients: PerProcess[Any] = PerProcess(lambda: _checked(make()))
+        else:
+            _checked(client)
+            self._clients = PerProcess(lambda: client)
 
     def load(self, name: str) -> tuple[bytes, float] | None:
         """See `TokenStore.load`."""
-        try:
-            with self._client.pipeline(transaction=False) as pipe:
-                pipe.get(f"{name}:token")
-                pipe.pttl(f"{name}:token")
-                sealed, remaining = pipe.execute()
-        except (RedisError, OSError) as error:
-            raise _unavailable(error) from None
-        if sealed is None or remaining < 0:
+        key = f"{name}:token"
+        with self._asked() as client:
+            try:
+                with client.pipeline(transaction=False) as pipe:
+                    # Whoever can write to Redis can put half a gigabyte there.
+                    pipe.getrange(key, 0, MAX_SEALED)
+                    pipe.pttl(key)
+                    sealed, remaining = pipe.execute()
+            except UnicodeDecodeError:  # of a client that decodes what it reads
+                return None
+        if not sealed or remaining < 0:
             return None
-        return sealed.encode() if isinstance(sealed, str) else sealed, remaining / 1000
+        return _bytes(sealed), remaining / 1000
 
     def save(self, name: str, sealed: bytes, *, life: float) -> None:
         """See `TokenStore.save`."""
-        try:
-            self._client.set(f"{name}:token", sealed, px=max(1, int(life * 1000)))
-        except (RedisError, OSError) as error:
-            raise _unavailable(error) from None
+        with self._asked() as client:
+            client.set(f"{name}:token", sealed, px=max(1, int(life * 1000)))
 
     def lease(self, name: str, *, life: float) -> Lease | None:
         """See `TokenStore.lease`."""
-        key, owner, milliseconds = f"{name}:lease", secrets.token_hex(16), int(life * 1000)
-        try:
-            if not self._client.set(key, owner, nx=True, px=_CLAIM):
+        key, owner, milliseconds = f"{name}:lease", secrets.token_hex(_OWNER // 2), int(life * 1000)
+        asked = time.monotonic()
+        with self._asked() as client:
+            with client.pipeline(transaction=False) as pipe:
+                pipe.set(key, owner, nx=True, px=_CLAIM)
+                pipe.pttl(key)
+                claimed, left = pipe.execute()
+            if not claimed:
                 # -1: no time to live. -2: it has just ended, and the next look takes it.
-                left = self._client.pttl(key)
                 if left == -1 or left > max(milliseconds, _CLAIM):
                     raise _no_lease()
                 return None
-            mine = self._extend(keys=[key], args=[owner, milliseconds])
+            # An answer that took so long may be about a claim that ended and is another's by now.
+            # No script, which could look and set at once: not every user of a Redis may run one.
+            late = time.monotonic() - asked >= _CLAIM / 2000
+            mine = not late and client.set(key, owner, xx=True, px=milliseconds)
+        return _Lease(self, key, owner) if mine else None
+
+    def release(self, key: str, owner: str) -> None:
+        """Give a lease back, unless it is another's by now."""
+        with self._asked() as client:
+            if _bytes(client.getrange(key, 0, _OWNER)) == owner.encode():
+                client.delete(key)
+
+    def abort(self) -> None:
+        """End the calls under way by closing the client's connections."""
+        client = self._clients.made_here()
+        for pool in () if client is None else _pools(client):
+            pool.disconnect()
+
+    @contextmanager
+    def _asked(self) -> Iterator[Any]:
+        try:
+            # The package types its clients for sync and async use at once.
+            yield self._clients.get()
+        except NoPermissionError:
+            raise StoreUnavailable(
+                "The token store refuses a command to its user.",
+                hint="Redis' user needs GETRANGE, SET, PTTL and DEL on the keys d1-signer:*; "
+                "tokens are fetched without it meanwhile.",
+            ) from None
+        except ConfigurationError as error:  # of a client that a function made
+            raise StoreUnavailable(error.message, hint=error.hint) from None
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from None
-        return _Lease(self._release, key, owner) if mine else None
+            # Its text may hold the URL, and with it a password.
+            raise StoreUnavailable(
+                f"The token store does not answer ({type(error).__name__}).",
+                hint="Look at Redis; tokens are fetched without it meanwhile.",
+            ) from None
 
 
 class _Lease:
-    def __init__(self, release: Any, key: str, owner: str) -> None:
-        self._release = release
+    def __init__(self, store: RedisTokenStore, key: str, owner: str) -> None:
+        self._store = store
         self._key = key
         self._owner = owner
 
     def release(self) -> None:
-        try:
-            self._release(keys=[self._key], args=[self._owner])
-        except (RedisError, OSError) as error:
-            raise _unavailable(error) from None
+        self._store.release(self._key, self._owner)
+
+
+def _bytes(value: bytes | str) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 def _no_lease() -> StoreUnavailable:
@@ -120,9 +179,76 @@ def _no_lease() -> StoreUnavailable:
     )
 
 
-def _unavailable(error: Exception) -> StoreUnavailable:
-    # Its text may hold the URL, and with it a password.
-    return StoreUnavailable(
-        f"The token store does not answer ({type(error).__name__}).",
-        hint="Look at Redis; tokens are fetched without it meanwhile.",
-    )
+# -- which clients serve ------------------------------------------------------------------------
+
+
+def _checked(client: object) -> Client:
+    """Refuse what is no client, or may wait for ever.
+
+    Raises:
+        ConfigurationError: It does not serve.
+    """
+    if not isinstance(client, Redis | RedisCluster):
+        raise ConfigurationError(
+            f"A RedisTokenStore needs a client of the redis package that is not asynchronous; "
+            f"it was given {_kind(client)}.",
+            hint="Give Redis.from_url(…), RedisCluster.from_url(…) or Sentinel(…).master_for(…), "
+            "each with **RedisTokenStore.CLIENT_SETTINGS.",
+        )
+    for part, settings in _settings(client):
+        seconds = [
+            _timeout(settings, name) for name in ("socket_timeout", "socket_connect_timeout")
+        ]
+        if None in seconds:
+            raise ConfigurationError(
+                f"The {part} of the token store has no time limit: a Redis that hangs would keep "
+                "it for ever.",
+                hint=f"Give the {part} **RedisTokenStore.CLIENT_SETTINGS.",
+            )
+        if max(each or 0.0 for each in seconds) > 1 or _repeats(settings.get("retry")):
+            _log.warning(
+                "fleet.slow_client the %s of the token store waits or tries for longer than a "
+                "renewal does: give it **RedisTokenStore.CLIENT_SETTINGS",
+                part,
+            )
+    return client
+
+
+def _kind(client: object) -> str:
+    kind = client if isinstance(client, type) else type(client)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return f"the class {name}" if kind is client else name
+
+
+def _settings(client: Client) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The settings of each part that makes connections."""
+    if isinstance(client, RedisCluster):
+        retry = getattr(client, "retry", None)
+        yield "client", {**client.nodes_manager.connection_kwargs, "retry": retry}
+        return
+    for number, pool in enumerate(_pools(client)):
+        yield "sentinel_kwargs" if number else "client", pool.connection_kwargs
+
+
+def _pools(client: Client) -> list[Any]:
+    """The connection pools of a client; those of its sentinels behind its own."""
+    if isinstance(client, RedisCluster):
+        nodes: list[Any] = client.get_nodes()  # type: ignore[no-untyped-call]
+        found = [node.redis_connection for node in nodes]
+    else:
+        manager = getattr(client.connection_pool, "sentinel_manager", None)
+        found = [client, *(manager.sentinels if manager else ())]
+    return [each.connection_pool for each in found if each is not None]
+
+
+_DEFAULTS = inspect.signature(AbstractConnection.__init__).parameters
+
+
+def _timeout(settings: Mapping[str, Any], name: str) -> float | None:
+    seconds: float | None = settings.get(name, _DEFAULTS[name].default)
+    # The package does the same.
+    return settings.get("socket_timeout") if seconds is None else seconds
+
+
+def _repeats(retry: object) -> bool:
+    return getattr(retry, "_retries", 0) != 0

@@ -136,7 +136,7 @@ class Renewal:
         *,
         deadline: float,
         stopped: threading.Event,
-        refused: str | None = None,  # noqa: ARG002 (D1 gives another token anyway)
+        refused: str | None = None,
     ) -> HeldToken:
         """Obtain a token from D1.
 
@@ -150,6 +150,7 @@ class Renewal:
             TokenError: D1 gave no usable token.
             FetcherClosedError: ``stopped`` was set.
         """
+        del refused  # D1 gives another one anyway, and the frame of an error shows its variables
         held = self._obtain(deadline, stopped)
         if held is None:
             # A machine or process that was paused gives no sign; that time does not count.

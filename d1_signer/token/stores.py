@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -20,8 +20,13 @@ from d1_signer.errors import ConfigurationError
 from d1_signer.secret import Secret
 
 KEY_LENGTH = 32
+MAX_SEALED = 64 * 1024
+"""Bytes of a sealed token; what is longer is none of ours."""
+
+VERSION = 2
+"""Of what is stored: another one is kept under other names."""
+
 _NONCE_LENGTH = 12
-_VERSION = 1
 
 
 class Lease(Protocol):
@@ -35,7 +40,8 @@ class Lease(Protocol):
 class TokenStore(Protocol):
     """Keeps one sealed token per name, and one lease per name. Safe in threads and after fork.
 
-    Each method answers or raises `StoreUnavailable` within a second or so.
+    A method that does not answer within a second is left behind in its thread; it counts as away,
+    as does one that raises.
     """
 
     def load(self, name: str) -> tuple[bytes, float] | None:
@@ -51,6 +57,15 @@ class TokenStore(Protocol):
         ...
 
 
+@runtime_checkable
+class Abortable(Protocol):
+    """A store that can end its calls under way, so that no thread is left behind in them."""
+
+    def abort(self) -> None:
+        """End them; returns at once."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedToken:
     """A token as the fleet shares it.
@@ -60,16 +75,18 @@ class SharedToken:
         scope: Its scopes.
         requested_at: Start of the request, seconds since the epoch.
         expires_at: Seconds since the epoch.
+        generation: Grows with each token of the fleet.
     """
 
     value: str = field(repr=False)
     scope: str
     requested_at: float
     expires_at: float
+    generation: int = 0
 
 
 class Sealer:
-    """Seals tokens with AES-256-GCM, bound to the issuer, the environment and the scope."""
+    """Seals tokens with AES-256-GCM, bound to issuer, environment, scope and generation."""
 
     def __init__(self, key: Secret | None, *, issuer_id: str, base_url: str) -> None:
         """Take the fleet's key.
@@ -88,21 +105,23 @@ class Sealer:
                 hint="Make one with os.urandom(32), and give the same to all of the fleet.",
             )
         self._cipher = AESGCM(bytes.fromhex(key.reveal()))
-        self._binding = {"v": _VERSION, "iss": issuer_id, "env": base_url}
+        self._binding = {"v": VERSION, "iss": issuer_id, "env": base_url}
 
     def seal(self, token: SharedToken) -> bytes:
-        """Encrypt a token; the scope stays readable and is authenticated."""
+        """Encrypt a token; scope and generation stay readable and are authenticated."""
         secret = {
             "value": token.value,
             "requested_at": token.requested_at,
             "expires_at": token.expires_at,
         }
         nonce = os.urandom(_NONCE_LENGTH)
-        box = self._cipher.encrypt(nonce, jose.compact_json(secret), self._bound(token.scope))
+        bound = self._bound(token.scope, token.generation)
+        box = self._cipher.encrypt(nonce, jose.compact_json(secret), bound)
         return jose.compact_json(
             {
-                "v": _VERSION,
+                "v": VERSION,
                 "scope": token.scope,
+                "generation": token.generation,
                 "box": jose.b64url_encode(nonce + box).decode("ascii"),
             }
         )
@@ -111,18 +130,21 @@ class Sealer:
         """Decrypt a token; None for anything that this key did not seal for this binding."""
         try:
             envelope = json.loads(sealed)
-            scope, box = envelope["scope"], jose.b64url_decode(envelope["box"])
+            scope, generation = envelope["scope"], envelope["generation"]
+            box = jose.b64url_decode(envelope["box"])
+            bound = self._bound(scope, generation)
             content = json.loads(
-                self._cipher.decrypt(box[:_NONCE_LENGTH], box[_NONCE_LENGTH:], self._bound(scope))
+                self._cipher.decrypt(box[:_NONCE_LENGTH], box[_NONCE_LENGTH:], bound)
             )
             return SharedToken(
                 value=content["value"],
                 scope=scope,
                 requested_at=content["requested_at"],
                 expires_at=content["expires_at"],
+                generation=generation,
             )
         except (InvalidTag, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
-    def _bound(self, scope: str) -> bytes:
-        return jose.compact_json({**self._binding, "scope": scope})
+    def _bound(self, scope: str, generation: int) -> bytes:
+        return jose.compact_json({**self._binding, "scope": scope, "generation": generation})

@@ -19,7 +19,9 @@ from cryptography import x509
 from d1_signer.errors import ConfigurationError, D1SignerError, SignerUnavailable
 from d1_signer.events import CertificateEvent, Observer, notify
 from d1_signer.secret import Secret, read_secret
+from d1_signer.signing import forks
 from d1_signer.transport.credentials import ClientCertificate, Credentials, as_path, state_of
+from d1_signer.transport.patching import require_patched_first
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.tls import VerifyingContext, look_at_sockets_of
 from d1_signer.transport.verification import require_verifying
@@ -65,6 +67,7 @@ class ClientTls:
                 context and a CA file.
             SecretSourceError: A file cannot be read.
         """
+        require_patched_first()
         self._observers = observers
         self._accept = accept
         self._new_locks()
@@ -118,6 +121,7 @@ class ClientTls:
         if self._given is not None:
             require_verifying(self._given)
             return self._given
+        require_patched_first()
         self._look()
         while True:
             credentials = self._credentials
@@ -149,6 +153,7 @@ class ClientTls:
         return time.monotonic() - last >= _LOOK_INTERVAL
 
     def _look(self) -> None:
+        forks.notice()
         # Another thread that looks is enough: nobody waits here.
         if self._given is not None or not self._lock.acquire(blocking=False):
             return
@@ -178,6 +183,7 @@ class ClientTls:
         """
         if self._given is not None:
             return
+        forks.notice()
         with self._lock:
             self._renew(_LONGEST_FORK)
 
@@ -258,7 +264,7 @@ def _after_fork_in_child() -> None:
         tls._new_locks()  # noqa: SLF001 (this module's own class)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ takes minutes. So it runs in a thread that is left behind, and only a few of the
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import threading
 import time
@@ -96,4 +95,4 @@ def _after_fork_in_child() -> None:
     _under_way.clear()  # its threads are the parent's
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)

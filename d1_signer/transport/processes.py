@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
+from d1_signer.signing import forks
+
 T = TypeVar("T")
 
 
@@ -37,6 +39,7 @@ class PerProcess(Generic[T]):
         made = self._made
         if made is not None and made[0] == os.getpid():
             return made[1]
+        forks.notice()
         with self._lock:
             made = self._made
             if made is not None and made[0] == os.getpid():
@@ -62,7 +65,7 @@ def _new_locks() -> None:
         one._lock = threading.RLock()  # noqa: SLF001 (this module's own class)
 
 
-os.register_at_fork(after_in_child=_new_locks)
+forks.in_child(_new_locks)
 
 
 _LONGEST_WAIT_TO_FORK = 15.0  # seconds
@@ -83,8 +86,8 @@ class ForkGate:
         os.register_at_fork(
             before=self._before_fork,
             after_in_parent=self._after_fork_in_parent,
-            after_in_child=self._reset,
         )
+        forks.in_child(self._reset)
 
     def _reset(self) -> None:
         # A forked child has none of the threads that were in calls or about to fork.
@@ -108,6 +111,7 @@ class ForkGate:
         if self._current() is not None:
             yield
             return
+        forks.notice()
         call, inside = object(), None
         # Whatever a signal's handler raises, and at whichever line: it is given back.
         try:

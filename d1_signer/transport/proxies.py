@@ -8,7 +8,6 @@ three times, and who lets no host pass will not let it pass a second later.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import weakref
@@ -21,6 +20,7 @@ from urllib3.exceptions import ProxyError
 
 from d1_signer.errors import ConfigurationError, SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.signing import forks
 from d1_signer.transport.hosts import shown_address
 
 _AUTHENTICATE = 407  # RFC 9110 section 15.5.8
@@ -255,7 +255,7 @@ def _after_fork_in_child() -> None:
         proxy._new_lock()  # noqa: SLF001 (this module's own class)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 
 
 def _parts(url: object) -> tuple[tuple[str, int] | None, Secret | None]:

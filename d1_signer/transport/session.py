@@ -6,7 +6,6 @@ Verification of the server cannot be switched off by what a caller does to a ses
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import weakref
@@ -18,10 +17,12 @@ import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 
 from d1_signer.errors import ConfigurationError, D1SignerError
+from d1_signer.signing import forks
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
 from d1_signer.transport.failures import drop_frames
 from d1_signer.transport.hosts import is_loopback
+from d1_signer.transport.patching import require_patched_first
 from d1_signer.transport.proxies import Proxy
 
 # Seconds. The first servers close an idle connection after five, and a POST that meets the close is
@@ -66,7 +67,6 @@ class TlsAdapter(HTTPAdapter):
         self.proxy: Final = proxy
         self._idle: Final = idle
         self._connections = Connections(proxy=proxy, idle=idle, rest=_REST)
-        self._owner = os.getpid()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
         _adapters.add(self)
 
@@ -74,7 +74,8 @@ class TlsAdapter(HTTPAdapter):
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
         """Send one request; see `HTTPAdapter`."""
-        self._notice_fork()
+        require_patched_first()
+        forks.notice()
         self._tls.look()
         self._notice_new_files()
         if kwargs.get("timeout") is None:
@@ -119,12 +120,12 @@ class TlsAdapter(HTTPAdapter):
 
     def bounded(self, deadline: float) -> AbstractContextManager[None]:
         """Bound the calls of this thread; see `Connections.bounded`."""
-        self._notice_fork()
+        forks.notice()
         return self._connections.bounded(deadline)
 
     def abort(self) -> None:
         """End every call under way, so that a thread that waits in one comes back."""
-        self._notice_fork()
+        forks.notice()
         self._connections.cut()
 
     def _notice_new_files(self) -> None:
@@ -136,18 +137,12 @@ class TlsAdapter(HTTPAdapter):
             for manager in self.proxy_manager.values():
                 manager.clear()
 
-    def _notice_fork(self) -> None:
-        # Of which Python was not told: uWSGI forks in C, and so do others.
-        if self._owner != os.getpid():
-            self.after_fork()
-
     def after_fork(self) -> None:
         """In a forked child: begin without a connection.
 
         Both sides writing into one inherited TLS stream would break it for both, and so would one
         side cutting it.
         """
-        self._owner = os.getpid()
         # Dropping the pools closes their connections, and the lock may be a thread's of the parent.
         self._connections.lock = threading.RLock()
         self._connections = Connections(proxy=self.proxy, idle=self._idle, rest=_REST)
@@ -163,7 +158,7 @@ def _after_fork_in_child() -> None:
         adapter.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 
 
 class _Session(requests.Session):

@@ -19,6 +19,7 @@ from cryptography import x509
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import read_public_file
+from d1_signer.signing import forks
 from d1_signer.transport import handshake
 from d1_signer.transport.failures import note_no_agreement
 from d1_signer.transport.processes import fork_gate
@@ -212,7 +213,7 @@ def _new_locks() -> None:
         context.changing = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_new_locks)
+forks.in_child(_new_locks)
 
 
 class VerifyingContext(ssl.SSLContext):

@@ -29,6 +29,7 @@ from d1_signer.errors import (
     SignerTimeout,
 )
 from d1_signer.secret import read_secret
+from d1_signer.signing import forks
 
 _PLUGINS = "BOTOCORE_EXPERIMENTAL__PLUGINS"
 
@@ -41,7 +42,7 @@ def _new_lock() -> None:
     making = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_new_lock)
+forks.in_child(_new_lock)
 
 
 def new_session(settings: Settings) -> botocore.session.Session:

@@ -17,7 +17,7 @@ from d1_signer.backends.pkcs11 import keys
 from d1_signer.backends.pkcs11.access import Access
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import FoundKey
-from d1_signer.backends.pkcs11.module import forks, owners, siblings
+from d1_signer.backends.pkcs11.module import owners, siblings
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.session import at_exit
 from d1_signer.backends.pkcs11.session.at_exit import kept_threads
@@ -38,6 +38,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import SIGNATURE_LENGTH, PublicKey
+from d1_signer.signing import forks
 from d1_signer.signing.backend import SignatureEncoding
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from pkcs11 import Attribute, KeyType, ObjectClass, exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import translated
 from d1_signer.backends.pkcs11.keys import P256
-from d1_signer.backends.pkcs11.module import forks, owners
+from d1_signer.backends.pkcs11.module import owners
 from d1_signer.backends.pkcs11.module.token import Token
 from d1_signer.backends.pkcs11.public_keys import read_point
 from d1_signer.backends.pkcs11.returns import Ckr, code_of
@@ -26,6 +26,7 @@ from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import InvalidKeyError, KeyExistsError, SignerError, SignerTimeout
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import Secret
+from d1_signer.signing import forks
 from d1_signer.signing.backend import GeneratedKey
 
 _ID_LENGTH = 8

@@ -30,7 +30,6 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     receive,
     send,
 )
-from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.gate import remaining
 from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.backends.pkcs11.session.recovery import Circuit, Remedy
@@ -45,6 +44,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.signing import forks
 from d1_signer.signing.backend import SignatureEncoding
 
 __all__ = ["HostSettings", "IsolatedBackend"]

@@ -12,7 +12,7 @@ import threading
 import weakref
 
 from d1_signer.backends.pkcs11.isolation import confinement
-from d1_signer.backends.pkcs11.module import forks
+from d1_signer.signing import forks
 
 _SECONDS_TO_END = 3.0
 _SECONDS_TO_BE_REAPED = 1.0  # killed; only the kernel's own waiting, for a device, takes longer

@@ -27,7 +27,6 @@ from d1_signer.backends.pkcs11.isolation.wire import (
     receive,
     send,
 )
-from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.session.pin import read_pin, refused
 from d1_signer.errors import (
     D1SignerError,
@@ -38,6 +37,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.secret import Secret, SecretSource
+from d1_signer.signing import forks
 from d1_signer.signing.backend import GeneratedKey
 
 T = TypeVar("T")

@@ -7,8 +7,9 @@ import os
 import threading
 import time
 
-from d1_signer.backends.pkcs11.module import forks, siblings
+from d1_signer.backends.pkcs11.module import siblings
 from d1_signer.backends.pkcs11.module.life import Module
+from d1_signer.signing import forks
 
 _SECONDS_TO_FORK = 5.0  # before a fork; a longer call leaves the child without this module
 

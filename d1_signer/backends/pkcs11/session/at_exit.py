@@ -16,9 +16,9 @@ import time
 import weakref
 from typing import Any, Protocol
 
-from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.session.handoff import Handoff
 from d1_signer.errors import SignerTimeout, SignerUnavailable
+from d1_signer.signing import forks
 
 _PATIENCE = 1.0
 

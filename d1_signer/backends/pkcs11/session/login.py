@@ -23,7 +23,6 @@ from d1_signer.backends.pkcs11.failures import (
     told,
     translated,
 )
-from d1_signer.backends.pkcs11.module import forks
 from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, shown
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.module.token import Token
@@ -32,6 +31,7 @@ from d1_signer.backends.pkcs11.session.pin import Pin, refused
 from d1_signer.backends.pkcs11.session.session import Session
 from d1_signer.errors import LoginError
 from d1_signer.secret import Secret
+from d1_signer.signing import forks
 
 _log = logging.getLogger(__name__)
 

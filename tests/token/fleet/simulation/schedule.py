@@ -18,8 +18,9 @@ from d1_signer import (
     TokenFetcher,
 )
 from d1_signer.signing import signer, signer_set
-from d1_signer.token import assertion, fetcher as token, fleet, flight, keeper, renewal
+from d1_signer.token import assertion, bounded, fetcher as token, fleet, flight, keeper, renewal
 from d1_signer.token.access_token import State
+from d1_signer.transport import deadlines
 from tests.token.fleet.simulation.doubles import (
     D1,
     Device,
@@ -37,6 +38,19 @@ _CALM = 150.0
 _LIMITS = Limits()
 _KEY = bytes(32)
 _CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+_ON_SIMULATED_TIME = (
+    token,
+    keeper,
+    flight,
+    renewal,
+    fleet,
+    bounded,
+    deadlines,
+    signer,
+    signer_set,
+    assertion,
+)
 
 _KINDS = {
     "d1-unreachable": (0.0,),
@@ -76,7 +90,7 @@ class Outcome:
 def simulated(world: World) -> Iterator[None]:
     """Let the real modules run on simulated time, with the double of the way to D1."""
     with ExitStack() as stack:
-        for module in (token, keeper, flight, renewal, fleet, signer, signer_set, assertion):
+        for module in _ON_SIMULATED_TIME:
             stack.enter_context(patch.object(module, "time", world.time))
             if hasattr(module, "threading"):
                 stack.enter_context(patch.object(module, "threading", world.threading))

@@ -8,6 +8,7 @@ whatever is called from outside asks first, before it touches a lock or a queue 
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Callable
 
@@ -32,6 +33,8 @@ def notice() -> None:
     if pid != _pid:
         with _noticing.setdefault(pid, threading.Lock()):
             if pid != _pid:
+                # As Python does where it is told; or the pauses of all children are alike.
+                random.seed()
                 _begin_in_child()
 
 
