@@ -258,7 +258,7 @@ class TokenError(D1SignerError):
 
 
 class TokenRefusedError(TokenError):
-    """D1, or what stands before it, refused the assertion (HTTP 4xx other than 429).
+    """D1, or what stands before it, refused the assertion (HTTP 4xx, or 200 with an ``error``).
 
     Attributes:
         status: HTTP status code.
@@ -294,7 +294,7 @@ class TokenResponseError(TokenError):
 
 
 class TokenUnavailable(TokenError):
-    """D1's token endpoint cannot be reached, or answers 429 or 5xx."""
+    """D1's token endpoint cannot be reached, or answers 408, 421, 425, 429 or 5xx."""
 
     code = "token_unavailable"
     default_retryable = True

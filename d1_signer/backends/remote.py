@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import Backend
 from d1_signer.transport.deadlines import within
-from d1_signer.transport.failures import causes, is_untrusted
+from d1_signer.transport.failures import causes, drop_frames, is_untrusted
 from d1_signer.transport.processes import PerProcess
 from d1_signer.transport.proxies import TunnelRefused
 
@@ -69,12 +70,16 @@ class Service:
         The SDK's exception is left behind altogether, also as a context: it, and the frames below,
         may hold the request with its credentials.
         """
+        outer = sys.exception()
         try:
             return function(*args, **kwargs)
         except D1SignerError as error:
             failure = error.with_traceback(None)
         except Exception as error:  # noqa: BLE001 (nothing of an SDK may get out)
             failure = self.refused(error, doing) or self._not_asked(error, doing)
+        except BaseException as error:  # such as a signal's handler raises
+            drop_frames(error, outer=outer)
+            raise
         failure.__context__ = None
         raise failure
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -196,6 +196,7 @@ class Connection:
         proxy: URL of a proxy.
         proxy_credentials: Source of its credentials, which asks a person once.
         proxy_adds_certificate: Whether the proxy adds the client certificate.
+        request_format: How assertions are sent: form or json.
     """
 
     client_cert: str | None
@@ -205,6 +206,7 @@ class Connection:
     proxy: str | None
     proxy_credentials: SecretSource | None
     proxy_adds_certificate: bool
+    request_format: Literal["form", "json"]
 
     def certificate(self, environment: Environment | None) -> ClientCertificate | None:
         """The client certificate; None where none is given and none is needed.
@@ -261,6 +263,7 @@ class Connection:
             proxy_credentials_source=self.proxy_credentials,
             proxy_adds_certificate=self.proxy_adds_certificate,
             audience=issuer.audience,
+            request_format=self.request_format,
         )
 
 
@@ -372,6 +375,14 @@ def with_connection(command: Command) -> Command:
         is_flag=True,
         help="State that the proxy adds the client certificate.",
     )
+    @setting(
+        "--request-format",
+        "D1_REQUEST_FORMAT",
+        "How assertions are sent; json is for gateways that take only that.",
+        type=click.Choice(["form", "json"]),
+        default="form",
+        show_default=True,
+    )
     @functools.wraps(command)
     def wrapper(
         *args: Any,
@@ -382,6 +393,7 @@ def with_connection(command: Command) -> Command:
         proxy: str | None,
         proxy_credentials_source: str | None,
         proxy_adds_certificate: bool,
+        request_format: Literal["form", "json"],
         **options: Any,
     ) -> Any:
         connection = Connection(
@@ -392,6 +404,7 @@ def with_connection(command: Command) -> Command:
             proxy=proxy,
             proxy_credentials=_asked_once(proxy_credentials_source),
             proxy_adds_certificate=proxy_adds_certificate,
+            request_format=request_format,
         )
         return command(*args, connection=connection, **options)
 

@@ -41,6 +41,7 @@ from d1_signer.errors import (
     D1SignerError,
     InvalidSignatureError,
     KeyUriError,
+    TokenError,
     TokenRefusedError,
     TokenResponseError,
 )
@@ -49,8 +50,8 @@ from d1_signer.signing.key_uri import scheme_of, without_secrets
 from d1_signer.signing.registry import load_backend_module
 from d1_signer.signing.signer import Signer
 from d1_signer.token.d1 import Environment
-from d1_signer.token.endpoint import Reply, TokenEndpoint
-from d1_signer.token.renewal import Limits
+from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
+from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.proxies import optional_proxy
@@ -278,6 +279,9 @@ def _check_endpoint(
     if isinstance(outcome, D1SignerError) and not answered:
         checklist.failed(_ENDPOINT, outcome)
         return False
+    if abs(reply.clock_offset or 0.0) > MOST_SKEW:
+        checklist.failed(_ENDPOINT, _wrong_clock(reply.clock_offset or 0.0))
+        return False
     if isinstance(outcome, TokenRefusedError) and outcome.error:
         checklist.ok(_ENDPOINT, f"HTTP {reply.status}{_clock(reply)}")
     elif isinstance(outcome, D1SignerError):
@@ -297,6 +301,7 @@ def _answer_to_no_assertion(
         proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
         connect_timeout=limits.connect,
         read_timeout=limits.read,
+        request_format=RequestFormat.of(connection.request_format),
     )
     cut = threading.Timer(limits.total, endpoint.abort)
     cut.daemon = True
@@ -309,6 +314,16 @@ def _answer_to_no_assertion(
         )
         cut.cancel()
     return reply
+
+
+def _wrong_clock(offset: float) -> TokenError:
+    side = "behind" if offset > 0 else "ahead of"
+    return TokenError(
+        f"This machine's clock is {abs(offset):.0f} seconds {side} D1's, as the Date of its answer "
+        "says: D1 refuses every assertion that is made here.",
+        hint="Set the clock of this machine right.",
+        details={"clock_offset": round(offset)},
+    )
 
 
 def _clock(reply: Reply) -> str:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NoReturn, final
 
+from d1_signer.secret import Secret
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME
 
 _RENEW_AT = 2 / 3
@@ -15,7 +16,7 @@ _MAX_MARGIN = 10.0
 
 
 @final
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, init=False, eq=False)
 class AccessToken:
     """An access token of D1 (RFC 6749 section 1.4). Shows its value to nobody who prints it.
 
@@ -26,10 +27,41 @@ class AccessToken:
         token_type: ``"Bearer"``.
     """
 
-    value: str = field(repr=False)
+    # The value is no field: asdict(), orjson, pydantic and their like show those.
+    __slots__ = ("_value", "expires_at", "scope", "token_type")
+
     expires_at: float
-    scope: str = ""
-    token_type: str = "Bearer"  # noqa: S105 (a type, RFC 6750)
+    scope: str
+    token_type: str
+
+    def __init__(
+        self,
+        *,
+        value: str,
+        expires_at: float,
+        scope: str = "",
+        token_type: str = "Bearer",  # noqa: S107 (a type, RFC 6750)
+    ) -> None:
+        keep = object.__setattr__  # it is frozen
+        keep(self, "_value", Secret(value))
+        keep(self, "expires_at", expires_at)
+        keep(self, "scope", scope)
+        keep(self, "token_type", token_type)
+
+    @property
+    def value(self) -> str:
+        """What goes behind ``Bearer`` in the Authorization header. Secret."""
+        secret: Secret = getattr(self, "_value")  # noqa: B009 (an annotation would make it a field)
+        return secret.reveal()
+
+    def _parts(self) -> tuple[str, float, str, str]:
+        return self.value, self.expires_at, self.scope, self.token_type
+
+    def __eq__(self, other: object) -> bool:
+        return self._parts() == other._parts() if isinstance(other, AccessToken) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
 
     def __reduce__(self) -> NoReturn:
         msg = "an AccessToken cannot be pickled"

@@ -41,9 +41,7 @@ def sign_assertion(
     now = time.time()
     claims = profile.claims(now=now + clock_offset, jti=jti)
     # However far ahead D1's clock is said to be: no assertion outlives 15 minutes on ours.
-    claims["exp"] = min(
-        int(now + clock_offset) + profile.lifetime, int(now) + MAX_ASSERTION_LIFETIME
-    )
+    claims["exp"] = min(profile.expiry(now + clock_offset), int(now) + MAX_ASSERTION_LIFETIME)
     unsigned = jwt.signing_input(signer.kid, claims)
     use = Use(purpose=PURPOSE, references=(("iss", profile.issuer_id), ("jti", jti)))
     return Secret(jose.compact(unsigned, signer.sign(unsigned, timeout=timeout, use=use)))

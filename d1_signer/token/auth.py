@@ -12,7 +12,6 @@ from requests.cookies import extract_cookies_to_jar
 from requests.exceptions import UnrewindableBodyError
 from requests.utils import rewind_body
 
-from d1_signer.secret import Secret
 from d1_signer.token.access_token import AccessToken
 from d1_signer.token.d1 import Environment
 
@@ -104,23 +103,23 @@ class _Bearer(str):
     """
 
     __slots__ = ("_token",)
-    _token: Secret
+    _token: AccessToken
 
-    def __new__(cls, token: str) -> Self:
+    def __new__(cls, token: AccessToken) -> Self:
         value = super().__new__(cls, "****")
-        value._token = Secret(token)
+        value._token = token
         return value
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         """What is sent; see `str.encode`."""
-        return f"Bearer {self._token.reveal()}".encode(encoding, errors)
+        return f"Bearer {self._token.value}".encode(encoding, errors)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
 
 
 def _authorize(request: requests.PreparedRequest, token: AccessToken) -> None:
-    request.headers["Authorization"] = _Bearer(token.value)
+    request.headers["Authorization"] = _Bearer(token)
 
 
 def _rewound(request: requests.PreparedRequest) -> bool:

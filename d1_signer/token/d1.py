@@ -33,6 +33,9 @@ MAX_TOKEN_LIFETIME = 900
 ISSUED_AT_MARGIN = 5
 """Seconds that ``iat`` is set back, for D1 refuses one in its future and clocks differ a little."""
 
+# D1's clock may be a little behind.
+_LONGEST_ASSERTION_LIFETIME = MAX_ASSERTION_LIFETIME - ISSUED_AT_MARGIN
+
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _AMBIGUOUS = re.compile(r"[\x00-\x20\x7f\\]")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
@@ -147,6 +150,10 @@ def _checked_url(url: str) -> str:
             parts.scheme == "http" and not is_loopback(host),
             "plain http is for a loopback address only",
         ),
+        (
+            parts.path.rstrip("/").lower().endswith(TOKEN_PATH),
+            f"it ends in {TOKEN_PATH}, which is added to it",
+        ),
     )
     for refused, reason in refusals:
         if refused:
@@ -179,7 +186,8 @@ class AssertionProfile:
         issuer_id: The issuerId that D1 gave at onboarding (the aggregatorId for an aggregator):
             ``iss`` and ``sub``.
         audience: ``aud``; None leaves it out.
-        lifetime: Seconds from now to ``exp``, 1 to 900.
+        lifetime: Seconds from now to ``exp``, 1 to 900; more than 895 count as 895, so that D1's
+            clock may be a little behind.
         issued_at: Whether to send ``iat``.
         jwt_id: Whether to send ``jti``.
 
@@ -194,25 +202,25 @@ class AssertionProfile:
     jwt_id: bool = True
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.issuer_id, str)
-            or not self.issuer_id
-            or not self.issuer_id.isprintable()
-        ):
+        if not _is_text(self.issuer_id):
             raise InvalidInputError(
-                "The issuer id is empty or not printable text.",
+                "The issuer id is empty or not printable text, or has blanks at an end.",
                 hint="Give the issuerId that D1 assigned at onboarding.",
             )
-        if self.audience is not None and not (
-            isinstance(self.audience, str) and self.audience and self.audience.isprintable()
-        ):
-            raise InvalidInputError("The audience is not printable text.")
+        if self.audience is not None and not _is_text(self.audience):
+            raise InvalidInputError(
+                "The audience is empty or not printable text, or has blanks at an end."
+            )
         whole = isinstance(self.lifetime, int) and not isinstance(self.lifetime, bool)
         if not whole or not 1 <= self.lifetime <= MAX_ASSERTION_LIFETIME:
             raise InvalidInputError(
                 "The assertion's lifetime is not a whole number of seconds from 1 to 900.",
                 hint="D1 refuses an assertion that lives longer than 15 minutes.",
             )
+
+    def expiry(self, now: float) -> int:
+        """``exp`` of an assertion that is made at a moment; both in seconds since the epoch."""
+        return int(now) + min(self.lifetime, _LONGEST_ASSERTION_LIFETIME)
 
     def claims(self, *, now: float, jti: str) -> dict[str, object]:
         """Build the claims of one assertion (RFC 7523 section 3).
@@ -229,10 +237,14 @@ class AssertionProfile:
             claims["aud"] = self.audience
         if self.issued_at:
             claims["iat"] = int(now) - ISSUED_AT_MARGIN
-        claims["exp"] = int(now) + self.lifetime
+        claims["exp"] = self.expiry(now)
         if self.jwt_id:
             claims["jti"] = jti
         return claims
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and value != "" and value == value.strip()
 
 
 def checked_correlation_id(value: str) -> str:

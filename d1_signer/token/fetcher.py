@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from types import TracebackType
-from typing import NoReturn, Self, final
+from typing import Literal, NoReturn, Self, final
 
 import requests
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -36,7 +36,7 @@ from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.auth import D1Auth
 from d1_signer.token.clock import token_clock
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
-from d1_signer.token.endpoint import TokenEndpoint
+from d1_signer.token.endpoint import RequestFormat, TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.keeper import TokenKeeper
 from d1_signer.token.renewal import Limits, Renewal, seconds
@@ -79,6 +79,7 @@ class TokenFetcher(TokenKeeper):
         assertion_lifetime: int = DEFAULT_ASSERTION_LIFETIME,
         issued_at: bool = True,
         jwt_id: bool = True,
+        request_format: Literal["form", "json"] = "form",
         correlation_id: Callable[[], str] | None = None,
         limits: Limits | None = None,
         retry_interval: float = 1.0,
@@ -102,6 +103,8 @@ class TokenFetcher(TokenKeeper):
             assertion_lifetime: Seconds from now to ``exp``, 1 to 900.
             issued_at: Whether assertions carry ``iat``.
             jwt_id: Whether assertions carry ``jti``.
+            request_format: Whether they are sent as a form or in JSON, for a gateway that takes
+                only that.
             correlation_id: Gives the ``x-correlation-id`` of each request; D1 logs it in clear.
                 None: a random one.
             limits: Time limits of a renewal.
@@ -149,6 +152,7 @@ class TokenFetcher(TokenKeeper):
             proxy=self._proxy,
             connect_timeout=limits.connect,
             read_timeout=limits.read,
+            request_format=RequestFormat.of(request_format),
         )
         signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
         _require_another_key(signers, self._tls)

@@ -10,6 +10,8 @@ Use::
 
 ``httpx.AsyncClient`` takes the same arguments. ``verify`` brings the mutual TLS that D1 asks for on
 every call; ``trust_env=False`` keeps proxies, netrc and CA files of the process environment out.
+
+The connections are those of httpx, and so is what they take for an answer: see docs/tls.md.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class TokenKeeper:
         """
         with self._lock:
             self._closed = True
-            self._held = None
+            self._held = self._refused = None
             self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
             flight, self._flight = self._flight, None
             worker, self._worker = self._worker, None

@@ -7,7 +7,6 @@ should look for the fault in an assertion that D1 never saw.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 
@@ -19,13 +18,13 @@ from d1_signer.errors import (
     TokenUnavailable,
 )
 from d1_signer.token.d1 import Environment, origin
+from d1_signer.token.response import TRANSIENT, read_object
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.failures import Failure, Stage, TlsFailure
 from d1_signer.transport.hosts import shown_address
 from d1_signer.transport.proxies import Proxy
 
-_TOO_MANY = 429
 # nginx, when it hands its own refusal of a client certificate to a page.
 _ABOUT_CERTIFICATE = frozenset({495, 496})
 _REFUSALS = frozenset({400, 401, 403})
@@ -140,7 +139,8 @@ class Peer:
                 hint="Check the environment's URL: D1 does not redirect, something else answers.",
                 details=details,
             )
-        if _has_reason(body):
+        told = read_object(body)
+        if told is not None and told.get("error"):  # which D1 gives (RFC 6749 section 5.2)
             return None
         page = "html" in content_type.lower() or body.lstrip().startswith(b"<")
         refused = status in _ABOUT_CERTIFICATE or (
@@ -148,10 +148,10 @@ class Peer:
         )
         at_fault = self._dates()
         if refused or (page and status in _REFUSALS and at_fault):
-            told = at_fault or self._none_given() or ""
+            why = at_fault or self._none_given() or ""
             return TlsError(
                 f"{self.address} refuses the client certificate with a page of its own "
-                f"(HTTP {status}), which is not D1's answer. {told}".rstrip(),
+                f"(HTTP {status}), which is not D1's answer. {why}".rstrip(),
                 hint=self._about_certificate(),
                 details=details,
             )
@@ -163,7 +163,7 @@ class Peer:
                 hint="Check the client certificate; else ask who runs what stands before D1.",
                 details=details,
             )
-        if page and (status >= 500 or status == _TOO_MANY):  # noqa: PLR2004 (section 15.6)
+        if page and (status in TRANSIENT or status >= 500):  # noqa: PLR2004 (section 15.6)
             return TokenUnavailable(
                 f"{self.address} cannot give a token now: it answers with a page (HTTP {status}), "
                 "which is not D1's answer but that of a gateway.",
@@ -198,12 +198,3 @@ class Peer:
 
     def _where_it_stays(self) -> str:
         return f"Try again; where it stays, the likely cause is: {self._likely_cause()}"
-
-
-def _has_reason(body: bytes) -> bool:
-    """Whether it is a JSON object with an ``error``, which D1 gives (RFC 6749 section 5.2)."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and bool(value.get("error"))

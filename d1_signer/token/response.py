@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -21,9 +23,29 @@ from d1_signer.secret import Secret
 MAX_BODY = 64 * 1024
 """Bytes of an answer that are read at most."""
 
+TRANSIENT = frozenset({408, 421, 425, 429, 500, 502, 503, 504})
+"""Statuses of an answer that says nothing about the assertion, and that another attempt may not get
+(RFC 9110 sections 15.5.9, 15.5.20 and 15.6, RFC 8470 section 5.2, RFC 6585 section 4)."""
+
 _OK = 200
-_TOO_MANY = 429
 _NOT_AN_ENDPOINT = frozenset({404, 405})
+# What is wrong with the request and not with the assertion in it (RFC 9110 section 15.5, RFC 6585).
+_REQUEST_AT_FAULT = {
+    406: "does not give the form of answer that is asked for",
+    407: "wants credentials of a proxy",
+    411: "wants a length",
+    413: "finds the request too large",
+    414: "finds the URL too long",
+    415: "does not take the form of the request",
+    417: "does not meet an expectation",
+    426: "wants another protocol",
+    428: "wants a condition",
+    431: "finds the request's header lines too large",
+}
+_OF_THE_FORM = frozenset({406, 415})
+_READ = frozenset({"access_token", "token_type", "expires_in", "scope", "error"})
+# Where a reason stands: RFC 6749 section 5.2, RFC 9457 section 3.1, and what gateways say.
+_REASONS = ("error_description", "detail", "message", "Message", "title")
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,16384}", re.ASCII)
 _SCOPE = re.compile(r"[\x20-\x7e]{0,4096}", re.ASCII)
 _ERROR_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -55,18 +77,30 @@ class Grant:
     scope: str
 
 
-def read_grant(body: bytes) -> Grant:
+def read_grant(body: bytes, *, assertion: Secret) -> Grant:
     """Read the body of a 200 answer.
 
+    Args:
+        body: The body.
+        assertion: What was sent; see `error_from`.
+
     Raises:
-        TokenResponseError: Not a JSON object, or a member that we rely on is missing or wrong.
-            Without ``expires_in`` nobody knows how long the token lives, so it is not used.
+        TokenResponseError: Not a JSON object, or a member that we rely on is missing, wrong or
+            there twice. Without ``expires_in`` nobody knows how long the token lives, so it is not
+            used.
+        TokenRefusedError: It has an ``error``.
     """
-    answer = _json_object(body)
+    answer = read_object(body)
     if answer is None:
         raise _unusable("it is not a JSON object")
+    twice = sorted(answer.repeated & _READ)
+    if twice:
+        raise _unusable(f"{twice[0]} is there twice")
+    if answer.get("error"):
+        raise _refused(_OK, answer, assertion, {"status": _OK})
     value, kind = answer.get("access_token"), answer.get("token_type")
-    expires_in, scope = answer.get("expires_in"), answer.get("scope", "")
+    expires_in, scope = answer.get("expires_in"), answer.get("scope")
+    scope = "" if scope is None else scope
     if not isinstance(value, str) or not _VISIBLE.fullmatch(value):
         raise _unusable("access_token is missing or not printable text")
     if not isinstance(kind, str) or kind.lower() != "bearer":
@@ -95,20 +129,16 @@ def error_from(
         assertion: What was sent; a server that repeats it must not get it into a log.
         retry_after: Seconds that the server asks to wait, where it does.
     """
-    answer = _json_object(body) or {}
-    error = _shown(answer.get("error"), assertion)
-    error = error if _ERROR_CODE.fullmatch(error) else ""
-    said = "".join(
-        f" {text!r}" for text in (error, _shown(answer.get("error_description"), assertion)) if text
-    )
+    answer = read_object(body) or Members()
     details: dict[str, str | int | float] = {"status": status}
-    if error:
-        details["error"] = error
     if retry_after is not None:
         details["retry_after"] = retry_after
-    if status == _TOO_MANY or status >= 500:  # noqa: PLR2004 (RFC 9110 section 15.6)
+    error, said = _told(answer, assertion)
+    if error:
+        details["error"] = error
+    if status in TRANSIENT or status >= 500:  # noqa: PLR2004 (RFC 9110 section 15.6)
         return TokenUnavailable(
-            f"D1 cannot give a token now (HTTP {status}):{said or ' no reason was given'}.",
+            f"D1 cannot give a token now (HTTP {status}): {said}.",
             hint="It is tried again by itself; if it stays, ask Thales with the correlation id.",
             details=details,
         )
@@ -118,19 +148,49 @@ def error_from(
             hint="Check the environment's URL: it ends before /oauth2/token.",
             details=details,
         )
-    if 400 <= status < 500:  # noqa: PLR2004 (RFC 9110 section 15.5)
-        return TokenRefusedError(
-            f"D1 refused the assertion (HTTP {status}):{said or ' no reason was given'}.",
-            status=status,
-            error=error,
-            hint=_HINTS.get(error, _ANY_CAUSE),
+    if status in _REQUEST_AT_FAULT and not error:
+        return TokenResponseError(
+            f"What answers {_REQUEST_AT_FAULT[status]} (HTTP {status}): {said}.",
+            hint='Try request_format="json": it may take that form only.'
+            if status in _OF_THE_FORM
+            else "Ask who runs the gateway before D1; the assertion was not judged.",
             details=details,
         )
+    if 400 <= status < 500:  # noqa: PLR2004 (RFC 9110 section 15.5)
+        return _refused(status, answer, assertion, details)
     return TokenResponseError(
         f"D1 answered HTTP {status}, which is neither a token nor a refusal.",
         hint="Check the environment's URL.",
         details=details,
     )
+
+
+def _refused(
+    status: int, answer: Members, assertion: Secret, details: dict[str, str | int | float]
+) -> TokenRefusedError:
+    error, said = _told(answer, assertion)
+    if error:
+        details = {**details, "error": error}
+    return TokenRefusedError(
+        f"D1 refused the assertion (HTTP {status}): {said}.",
+        status=status,
+        error=error,
+        hint=_HINTS.get(error, _ANY_CAUSE),
+        details=details,
+    )
+
+
+def _told(answer: Members, assertion: Secret) -> tuple[str, str]:
+    """The OAuth error code, which may be empty, and all of the reason that is told."""
+    error = _shown(answer.once("error"), assertion)
+    error = error if _ERROR_CODE.fullmatch(error) else ""
+    # Some nest it: {"error": {"message": …}}.
+    inner = answer.once("error")
+    nested = inner if isinstance(inner, Members) else Members()
+    texts = (_shown(each.once(name), assertion) for each in (answer, nested) for name in _REASONS)
+    reason = next(filter(None, texts), "")
+    said = " ".join(repr(text) for text in (error, reason) if text)
+    return error, said or "no reason was given"
 
 
 def seconds_until(header: str | None, *, now: float) -> float | None:
@@ -159,12 +219,33 @@ def seconds_until(header: str | None, *, now: float) -> float | None:
         return None
 
 
-def _json_object(body: bytes) -> dict[str, object] | None:
+class Members(dict[str, object]):
+    """The members of a JSON object.
+
+    Attributes:
+        repeated: Names that are there more than once; of these, readers take one or another.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, object]] = ()) -> None:
+        """Take the members in their order."""
+        super().__init__(pairs)
+        counts = Counter(name for name, _ in pairs) if len(self) < len(pairs) else Counter[str]()
+        self.repeated = {name for name, count in counts.items() if count > 1}
+
+    def once(self, name: str) -> object:
+        """The value of a member that is there exactly once, else None."""
+        return None if name in self.repeated else self.get(name)
+
+
+def read_object(body: bytes) -> Members | None:
+    """Read a JSON object in UTF-8; a byte order mark is dropped. None for anything else."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(
+            body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=Members
+        )
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, Members) else None
 
 
 def _no_constant(name: str) -> NoReturn:

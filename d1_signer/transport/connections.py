@@ -36,13 +36,15 @@ from d1_signer.transport.hosts import is_address, shown_address
 from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.proxies import Proxy
-from d1_signer.transport.response import BoundedResponse
+from d1_signer.transport.response import BoundedResponse, received
 from d1_signer.transport.tls import require_verified, require_verifying
 
 # Bytes of a request that are kept together; a body that is streamed is sent as it comes.
 _HELD = 1 << 16
 # Seconds to connect, where a call has neither a moment by which it ends nor a limit.
 _LONGEST_CONNECT = 60.0
+# Of Linux (RFC 1122 section 4.2.3.2 lets others wait for half a second).
+_ACKNOWLEDGE: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 # A firewall forgets idle connections without a word; each one that it forgot would cost a time-out.
 KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
@@ -68,15 +70,20 @@ _bounds: ContextVar[_Bounds | None] = ContextVar("d1_signer_bounds", default=Non
 class Connections:
     """The connections of one adapter or client."""
 
-    def __init__(self, *, proxy: Proxy | None = None, idle: float = math.inf) -> None:
+    def __init__(
+        self, *, proxy: Proxy | None = None, idle: float = math.inf, rest: float = 0.0
+    ) -> None:
         """There is none yet.
 
         Args:
             proxy: Asked for a tunnel by those that are to use one.
             idle: Seconds without a call after which a connection is not used again.
+            rest: Seconds that a connection rests between an answer and the next request, so that
+                what a server sends behind an answer is seen before that.
         """
         self.proxy = proxy
         self.idle = idle
+        self.rest = rest
         # Reentrant: a pool that is collected as garbage closes its connections in whatever thread
         # and line that happens.
         self.lock = threading.RLock()
@@ -165,14 +172,21 @@ class _Response(BoundedResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         bounds = _bounds.get()
         super().__init__(sock, *args, until=None if bounds is None else bounds.until, **options)
-        self._sock = sock
 
     def begin(self) -> None:
         super().begin()
         # Then http.client closes the connection, and with it what that is cut by, before the body
         # is read.
-        if self.will_close and self.reader is not None and not self.reader.closed:
+        if self.will_close and not self.reader.closed:
             self.reader.held = self.owner.handle(self._sock)
+
+    def _close_conn(self) -> None:
+        super()._close_conn()
+        # A server may hold back what it has still to say until its answer is acknowledged, which
+        # would be with the next request.
+        if self.owner.rest and _ACKNOWLEDGE is not None:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, _ACKNOWLEDGE, 1)
 
 
 class _Pool(HTTPConnectionPool):
@@ -189,8 +203,56 @@ class _Connection(HTTPConnection):
     _began = 0
     _handle: _Handle | None = None
     _held: bytearray | None = None
+    _asked = False
+    debuglevel = 0  # else whoever sets it on http.client's class prints assertions and tokens
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it can be used again; see urllib3."""
+        # The wall clock as well: the other one stands still in a machine that is suspended.
+        since, wall = self.rests_since
+        if max(time.monotonic() - since, time.time() - wall) >= self.owner.idle:
+            return False
+        # urllib3 sees neither what TLS has read already nor an answer that nobody read to its end.
+        answer: BoundedResponse | None = getattr(self, "_HTTPConnection__response", None)
+        if self.sock is None or (answer is not None and not answer.isclosed()):
+            return False
+        ended_at = answer.ended_at if answer is not None else 0.0
+        rest = max(0.0, ended_at + self.owner.rest - time.monotonic())
+        try:
+            return received(self.sock, within=rest) is None
+        except (OSError, ValueError):
+            return False
+
+    def _have_quiet(self) -> None:
+        """Have a connection that is at its beginning, or as its last answer left it.
+
+        What came before a request is no answer to it (RFC 9112 section 9.2).
+        """
+        # Once more, for what came since the pool looked; key services' answers are verified anyway.
+        if self._asked and self.owner.rest and self.sock is not None and not self.is_connected:
+            self._close_for_another()
+        if self.sock is None:
+            self.connect()
+        came = None
+        if not self._asked:
+            # One that has closed shows when it is written to.
+            with contextlib.suppress(ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                came = received(self.sock)
+        if came:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "it answered before it was asked")
+        self._asked = True
+
+    def _close_for_another(self) -> None:
+        # urllib3 forgets the tunnel with the connection.
+        host, port, scheme = self._tunnel_host, self._tunnel_port, self._tunnel_scheme
+        headers: dict[str, str] = dict(self._tunnel_headers)  # type: ignore[attr-defined]
+        self.close()
+        if host is not None:
+            self.set_tunnel(host, port, headers, scheme or "http")
 
     def request(self, *args: Any, **options: Any) -> None:
+        self._have_quiet()
         # urllib3 sends head and body apart, which costs a tenth of a call.
         self._held = bytearray()
         try:
@@ -225,17 +287,11 @@ class _Connection(HTTPConnection):
             self._held.clear()
             self._send(held)
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether it can be used again; see urllib3."""
-        # The wall clock as well: the other one stands still in a machine that is suspended.
-        since, wall = self.rests_since
-        rested = max(time.monotonic() - since, time.time() - wall)
-        return rested < self.owner.idle and super().is_connected
-
     def connect(self) -> None:
         bounds = _bounds.get()
+        self.rests_since = (math.inf, math.inf)
         self._began = self.owner.cuts if bounds is None else bounds.cuts
+        self._asked = False
         self._let_go()
         with contextlib.ExitStack() as gate:
             try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import ssl
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from urllib3.exceptions import HTTPError
 from d1_signer.errors import IntegrityError
 from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
 from d1_signer.transport.deadlines import no_time_left
+from d1_signer.transport.failures import drop_frames
 from d1_signer.transport.proxies import Proxy
 
 # More threads than connections would work too, but warn for each connection thrown away.
@@ -97,6 +99,16 @@ class Http:
             IntegrityError: The answer is too large.
             urllib3.exceptions.HTTPError: Any other failure.
         """
+        outer = sys.exception()
+        try:
+            return self._exchange(method, url, headers, body, until)
+        except BaseException as error:  # such as a signal's handler raises
+            drop_frames(error, outer=outer)
+            raise
+
+    def _exchange(
+        self, method: str, url: str, headers: Mapping[str, Any], body: bytes | None, until: float
+    ) -> Answer:
         left = until - time.monotonic()
         if left <= 0:
             raise no_time_left()
@@ -116,10 +128,9 @@ class Http:
                 timeout=Timeout(connect=connect, read=read),
             )
             length = response.headers.get("Content-Length", "")
-            # What is told counts for nothing where the body comes in chunks.
-            told_length = length.isdecimal() and "Transfer-Encoding" not in response.headers
             # Python itself refuses to read a number of thousands of digits.
-            bounded = told_length and len(length) < _DIGITS and int(length) <= _LARGEST_ANSWER
+            told_length = length.isdecimal() and len(length) < _DIGITS
+            bounded = told_length and int(length) <= _LARGEST_ANSWER
             # A read with a limit of its own takes much longer: for answers of no known length.
             told = response.read() if bounded else response.read(_LARGEST_ANSWER + 1)
             if len(told) > _LARGEST_ANSWER:

@@ -68,9 +68,14 @@ class Failure:
     refused: TunnelRefused | None = None
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it was raised from or holds, innermost last; each once."""
-    seen: set[int] = set()
+def causes(error: BaseException, *, outer: BaseException | None = None) -> Iterator[BaseException]:
+    """The error, and what it was raised from or holds, innermost last; each once.
+
+    Args:
+        error: Where to begin.
+        outer: Where to end: what was being handled before, and has nothing to do with it.
+    """
+    seen = {id(outer)}
     todo: list[object] = [error]
     while todo:
         link = todo.pop(0)
@@ -81,6 +86,20 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
         # botocore keeps it as an argument of its message.
         todo.append(getattr(link, "kwargs", {}).get("error"))
+
+
+def drop_frames(error: BaseException, *, outer: BaseException | None) -> None:
+    """Leave no traceback to an error and to what it came from.
+
+    Their frames hold what was being sent. Whatever a signal's handler raises passes through them.
+    ``raise`` alone, which is to follow, does not add the frame that it stands in.
+
+    Args:
+        error: Any, before it is raised again.
+        outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
+    """
+    for link in causes(error, outer=outer):
+        link.__traceback__ = None
 
 
 def is_untrusted(error: BaseException) -> bool:

@@ -7,9 +7,11 @@ Verification of the server cannot be switched off by what a caller does to a ses
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from contextlib import AbstractContextManager
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 import requests
@@ -18,12 +20,17 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
+from d1_signer.transport.failures import drop_frames
 from d1_signer.transport.hosts import is_loopback
 from d1_signer.transport.proxies import Proxy
 
 # Seconds. The first servers close an idle connection after five, and a POST that meets the close is
 # lost; firewalls forget it after a minute and more, and then a call waits for its time-out.
 _IDLE = 4.0
+
+# Seconds between an answer and the next request on its connection. What a server sends right behind
+# an answer comes within that, and would be taken for the answer to that request.
+_REST = 0.001
 
 
 class TlsAdapter(HTTPAdapter):
@@ -58,7 +65,7 @@ class TlsAdapter(HTTPAdapter):
         self._timeouts: Final = timeouts
         self.proxy: Final = proxy
         self._idle: Final = idle
-        self._connections = Connections(proxy=proxy, idle=idle)
+        self._connections = Connections(proxy=proxy, idle=idle, rest=_REST)
         self._owner = os.getpid()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
         _adapters.add(self)
@@ -143,7 +150,7 @@ class TlsAdapter(HTTPAdapter):
         self._owner = os.getpid()
         # Dropping the pools closes their connections, and the lock may be a thread's of the parent.
         self._connections.lock = threading.RLock()
-        self._connections = Connections(proxy=self.proxy, idle=self._idle)
+        self._connections = Connections(proxy=self.proxy, idle=self._idle, rest=_REST)
         self.proxy_manager.clear()
         self.init_poolmanager(self._pool_connections, self._pool_maxsize)  # type: ignore[attr-defined]
 
@@ -178,6 +185,7 @@ class _CallersSession(_Session):
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         """Send one request; see `requests.Session`."""
+        outer = sys.exception()
         failure: requests.RequestException | D1SignerError
         try:
             return super().send(request, **kwargs)
@@ -186,6 +194,9 @@ class _CallersSession(_Session):
             failure = type(error)(str(error), request=request, response=error.response)
         except D1SignerError as error:
             failure = error.fresh()
+        except BaseException as error:  # such as a signal's handler raises
+            drop_frames(error, outer=outer)
+            raise
         failure.__context__ = None
         raise failure
 
@@ -222,7 +233,8 @@ def new_session(adapter: TlsAdapter, *, for_callers: bool = False) -> requests.S
 
     Args:
         adapter: Used for https and, where the environment is a loopback address, for http.
-        for_callers: Whether it is given out; else its errors keep what they came from.
+        for_callers: Whether it is given out; else its errors keep what they came from, and it keeps
+            no cookie.
     """
     session = _CallersSession() if for_callers else _Session()
     # No proxy variables, no netrc, no REQUESTS_CA_BUNDLE: what is used is what was configured.
@@ -231,6 +243,8 @@ def new_session(adapter: TlsAdapter, *, for_callers: bool = False) -> requests.S
     session.mount("http://", adapter)
     if isinstance(session, _CallersSession):
         session.complete = True
+    else:
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     if adapter.proxy is not None:
         session.proxies = {"https": adapter.proxy.url}
     return session

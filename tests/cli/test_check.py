@@ -273,6 +273,32 @@ def test_tells_how_far_the_clocks_differ(
     assert "D1's clock differs by +1" in result.out
 
 
+@pytest.mark.parametrize("offset", [3600.0, -700.0])
+def test_stops_where_the_clock_is_too_wrong_for_any_token(
+    run: Run, sandbox: Sandbox, settings: dict[str, str], offset: float
+) -> None:
+    sandbox.misbehave(Fault.INVALID_GRANT, times=1, date_offset=offset)
+    result = run("check", "--json", **settings)
+    assert result.status == 1
+    stopped = result.document["stopped_at"]
+    assert stopped["step"] == "endpoint"
+    assert "clock" in stopped["error"]["hint"]
+    assert stopped["error"]["details"]["clock_offset"] == pytest.approx(offset, abs=5)
+    assert statuses(result)[-1] == ("access-token", "skipped")
+
+
+@pytest.mark.parametrize("given", ["json", "form", None])
+def test_sends_the_form_of_request_that_is_asked_for(
+    run: Run, sandbox: Sandbox, settings: dict[str, str], given: str | None
+) -> None:
+    if given:
+        settings["D1_REQUEST_FORMAT"] = given
+    assert run("check", **settings).status == 0
+    kinds = {dict(exchange.request_headers)["Content-Type"] for exchange in sandbox.exchanges}
+    assert len(sandbox.exchanges) == 2
+    assert kinds == {"application/json" if given == "json" else "application/x-www-form-urlencoded"}
+
+
 def test_stops_at_the_token(run: Run, sandbox: Sandbox, settings: dict[str, str]) -> None:
     settings["D1_ISSUER_ID"] = "somebody-else"
     result = run("check", **settings)

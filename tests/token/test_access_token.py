@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import pickle
+import pprint
 from collections.abc import Callable
+from typing import Any
 
+import pydantic
 import pytest
 from hypothesis import example, given, strategies as st
 
@@ -87,6 +92,36 @@ def test_token_is_a_value() -> None:
     assert (token.scope, token.token_type) == ("", "Bearer")
     with pytest.raises(AttributeError):
         token.value = ""  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        dataclasses.asdict,
+        dataclasses.astuple,
+        lambda token: {name.name: getattr(token, name.name) for name in dataclasses.fields(token)},
+        lambda token: {name: getattr(token, name) for name in token.__slots__},
+        lambda token: pydantic.TypeAdapter(AccessToken).dump_json(token),
+        lambda token: pydantic.RootModel[AccessToken](token).model_dump(),
+        lambda token: json.dumps(token, default=dataclasses.asdict),
+        lambda token: json.dumps(token, default=repr),
+        pprint.pformat,
+    ],
+)
+def test_no_serializer_shows_the_value(show: Callable[[AccessToken], object]) -> None:
+    token = AccessToken(value=VALUE, expires_at=1.0, scope="a b")
+    shown = repr(show(token))
+    assert "a b" in shown
+    assert VALUE not in shown
+
+
+def test_what_has_no_fields_to_show_is_refused() -> None:
+    token = AccessToken(value=VALUE, expires_at=1.0)
+    shows: list[Callable[[Any], object]] = [vars, dict, list, json.dumps, copy.copy, copy.deepcopy]
+    for show in shows:
+        with pytest.raises(TypeError) as caught:
+            show(token)
+        assert VALUE not in str(caught.value)
 
 
 def test_clock_does_not_run_backwards() -> None:

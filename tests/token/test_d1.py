@@ -270,3 +270,28 @@ def test_correlation_id(value: str) -> None:
 def test_other_correlation_ids_are_refused(value: str) -> None:
     with pytest.raises(InvalidInputError):
         checked_correlation_id(value)
+
+
+@pytest.mark.parametrize("text", [" i", "i ", "\ti", "i\n", "i\u00a0", "\u3000i", " "])
+def test_blanks_at_an_end_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"issuer id.+blanks"):
+        AssertionProfile(issuer_id=text, audience=None)
+    with pytest.raises(InvalidInputError, match=r"audience.+blanks"):
+        AssertionProfile(issuer_id="i", audience=text)
+    assert AssertionProfile(issuer_id="a bank", audience=None).issuer_id == "a bank"
+
+
+@pytest.mark.parametrize(
+    "end", ["/oauth2/token", "/oauth2/token/", "/OAuth2/Token", "//oauth2/token//"]
+)
+def test_an_environment_that_is_the_endpoint_itself_is_refused(end: str) -> None:
+    with pytest.raises(ConfigurationError, match="ends in /oauth2/token") as caught:
+        Environment.of(f"https://api.d1.thalescloud.io/authz/v1{end}")
+    assert "before /oauth2/token" in caught.value.hint
+    assert Environment("https://d1.example/oauth2/tokens").token_endpoint
+
+
+def test_the_longest_lifetime_leaves_room_for_d1s_clock() -> None:
+    for lifetime, least in ((894, 894), (895, 895), (896, 895), (900, 895)):
+        profile = AssertionProfile(issuer_id="i", audience=None, lifetime=lifetime)
+        assert profile.claims(now=1000.5, jti="j")["exp"] == 1000 + least

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from d1_signer import (
 from d1_signer.sandbox import Fault, Sandbox
 from tests.token.conftest import FetcherMaker
 from tests.token.test_fetcher import age, until
+from tests.transport.test_answers import Server, place_of
 
 BODY = b"payload " * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -329,3 +331,30 @@ def test_one_auth_serves_event_loops_one_after_the_other_and_at_once(
 def test_importing_the_package_imports_no_http_client_of_an_extra() -> None:
     code = "import d1_signer, sys; d1_signer.TokenFetcher; sys.exit('httpx' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+KEPT = httpx.Limits()
+NOT_KEPT = httpx.Limits(max_keepalive_connections=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        *((kind, KEPT) for kind in ("plain", "chunked", "interim", "late", "late-in-two")),
+        *((kind, NOT_KEPT) for kind in ("second", "second-behind-chunks", "late")),
+    ],
+)
+def test_whose_answer_a_call_gets_as_the_docs_say(
+    tmp_path: Path, kind: str, limits: httpx.Limits
+) -> None:
+    server = Server()
+    with (
+        place_of(server, tmp_path, tls=True) as (url, context),
+        httpx.Client(verify=context, trust_env=False, timeout=20, limits=limits) as client,
+    ):
+        for number in range(6):
+            server.settled.clear()
+            asked = f"{number:09}"
+            got = client.get(f"{url}/{kind if number % 2 == 0 else 'plain'}_{asked}")
+            assert got.json()["access_token"] == asked
+            assert server.settled.wait(20)

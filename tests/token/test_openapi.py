@@ -15,8 +15,9 @@ from openapi_core.datatypes import RequestParameters
 from openapi_core.exceptions import OpenAPIError
 from werkzeug.datastructures import Headers, ImmutableMultiDict
 
-from d1_signer import TokenFetcher
+from d1_signer import ConfigurationError, TokenFetcher
 from d1_signer.sandbox import Exchange, Sandbox
+from tests.token.conftest import FetcherMaker
 
 DOCUMENT = Path(__file__).parent / "oauth2-openapi.json"
 
@@ -85,6 +86,27 @@ def test_what_is_sent_and_answered_fits_the_document(
     assert unmarshalled.body is not None
     assert unmarshalled.body["grant_type"] == "urn:ietf:params:oauth:grant-type:jwt-bearer"
     api.validate_response(request, Response(exchange))
+
+
+def test_the_request_in_json_fits_the_document_too(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    assert make_fetcher(request_format="json").token().value
+    (exchange,) = sandbox.exchanges
+    request = request_of(sandbox, exchange)
+    assert request.content_type == "application/json"
+    body: Any = contract(sandbox).unmarshal_request(request).body
+    assert body["grant_type"] == "urn:ietf:params:oauth:grant-type:jwt-bearer"
+    assert body["assertion"].count(".") == 2
+    assert set(json.loads(request.body)) == {"grant_type", "assertion"}
+
+
+@pytest.mark.parametrize("unknown", ["xml", "", None, "JSON", 1, ["json"]])
+def test_another_form_of_the_request_is_refused(
+    make_fetcher: FetcherMaker, unknown: object
+) -> None:
+    with pytest.raises(ConfigurationError, match="request format"):
+        make_fetcher(request_format=unknown)
 
 
 def test_the_validator_would_notice(fetcher: TokenFetcher, sandbox: Sandbox) -> None:

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import ssl
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import pytest
-from urllib3.exceptions import ReadTimeoutError
+from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
-from d1_signer.errors import IntegrityError
 from d1_signer.transport.exchange import Answer, Http
-from tests.servers.fault_proxy import listening
+from tests.servers.fault_proxy import drop, listening
 
 
 def exchange(serve: Callable[[socket.socket], None], *, connect: float, read: float) -> Answer:
@@ -59,7 +60,34 @@ def test_an_answer_may_take_no_longer_than_a_read() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_a_length_that_is_told_does_not_unbound_chunks() -> None:
+class Stop(BaseException):
+    """What a signal's handler raises."""
+
+
+def test_an_interrupted_exchange_holds_nothing_of_what_was_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(http.client.HTTPResponse, "begin", interrupted)
+    service = Http("It", ssl.create_default_context(), connect_timeout=20, read_timeout=20)
+    with listening(drop) as port, pytest.raises(Stop) as caught:
+        service.exchange(
+            "POST",
+            f"http://127.0.0.1:{port}/",
+            headers={"X-Vault-Token": "hvs." + "x" * 20},
+            body=b"secret_id=" + b"y" * 20,
+            until=time.monotonic() + 20,
+        )
+    service.close()
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    told = repr([frame.f_locals for frame in frames if frame.f_code.co_filename != __file__])
+    assert "x" * 20 not in told
+    assert "y" * 20 not in told
+
+
+def test_a_length_that_is_told_in_two_ways_is_not_read() -> None:
     sent = 0
 
     def endless(connection: socket.socket) -> None:
@@ -71,6 +99,6 @@ def test_a_length_that_is_told_does_not_unbound_chunks() -> None:
             connection.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
             sent += 0x10000
 
-    with pytest.raises(IntegrityError, match="1 MiB"):
+    with pytest.raises(ProtocolError, match="two ways"):
         exchange(endless, connect=15.0, read=15.0)
     assert sent < 64 << 20

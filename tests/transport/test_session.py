@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import http.client
 import pickle
 import ssl
 from collections.abc import Callable, Iterator
@@ -67,6 +68,26 @@ def test_no_error_of_a_session_leads_to_the_token(
         with pytest.raises(requests.RequestException) as failure:
             session.get(f"{sandbox.banking_url}/ping", timeout=0.5).raise_for_status()
     assert failure.value.request is not None
+    found = list(reachable(failure.value))
+    assert len(found) > 3
+    assert not [text for text in found if token in text]
+
+
+class Stop(BaseException):
+    """What a signal's handler raises."""
+
+
+def test_an_interrupted_call_leads_to_no_token(
+    fetcher: TokenFetcher, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise Stop
+
+    token = fetcher.token().value
+    with fetcher.session() as session:
+        monkeypatch.setattr(http.client.HTTPConnection, "send", interrupted)
+        with pytest.raises(Stop) as failure:
+            session.get(f"{sandbox.banking_url}/ping")
     found = list(reachable(failure.value))
     assert len(found) > 3
     assert not [text for text in found if token in text]

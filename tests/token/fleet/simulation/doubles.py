@@ -114,8 +114,9 @@ class SimulatedEndpoint:
         proxy: str | None,
         connect_timeout: float,
         read_timeout: float,
+        request_format: object,
     ) -> None:
-        del environment, context, proxy
+        del environment, context, proxy, request_format
         self._limits = (connect_timeout, read_timeout)
         self._aborts = 0
 
