@@ -31,11 +31,10 @@ from urllib3.exceptions import (
     ProxyError,
 )
 
-from d1_signer.secret import Secret
 from d1_signer.transport.hosts import is_address, shown_address
 from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
-from d1_signer.transport.proxies import Proxy
+from d1_signer.transport.proxies import Proxy, request_for
 from d1_signer.transport.response import BoundedResponse, received
 from d1_signer.transport.tls import require_verified, require_verifying
 
@@ -401,18 +400,10 @@ class _TlsConnection(_Connection, HTTPSConnection):
             raise ProxyError("no tunnel", ValueError("no proxy is set"))
         try:
             with proxy.asking(target, self._until()) as credentials:
-                self.sock.sendall(_connect_to(target, credentials))
+                self.sock.sendall(request_for(target, credentials))
                 answer = self.response_class(self.sock, method="CONNECT")
                 with contextlib.closing(answer):
                     answer.begin()
                     proxy.answered(target, credentials, answer.status, answer.headers)
         except (OSError, HTTPException) as error:
             raise ProxyError("no tunnel", error) from error
-
-
-def _connect_to(target: str, credentials: Secret | None) -> bytes:
-    """The request for a tunnel (RFC 9110 section 9.3.6)."""
-    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
-    if credentials is None:
-        return f"{head}\r\n".encode()
-    return f"{head}Proxy-Authorization: {credentials.reveal()}\r\n\r\n".encode()
