@@ -31,11 +31,10 @@ from urllib3.exceptions import (
     ProxyError,
 )
 
-from d1_signer.secret import Secret
 from d1_signer.transport.hosts import is_address, shown_address
 from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
-from d1_signer.transport.proxies import Proxy
+from d1_signer.transport.proxies import Proxy, request_for
 from d1_signer.transport.response import BoundedResponse, received
 from d1_signer.transport.tls import Lent
 from d1_signer.transport.verification import require_verified, require_verifying
@@ -210,13 +209,13 @@ class _Connection(HTTPConnection):
     @property
     def is_connected(self) -> bool:
         """Whether it can be used again; see urllib3."""
-        # urllib3 sees neither what TLS has read already nor an answer that nobody read to its end.
-        answer: BoundedResponse | None = getattr(self, "_HTTPConnection__response", None)
-        if self.sock is None or (answer is not None and not answer.isclosed()):
-            return False
         # The wall clock as well: the other one stands still in a machine that is suspended.
         since, wall = self.rests_since
         if max(time.monotonic() - since, time.time() - wall) >= self.owner.idle:
+            return False
+        # urllib3 sees neither what TLS has read already nor an answer that nobody read to its end.
+        answer: BoundedResponse | None = getattr(self, "_HTTPConnection__response", None)
+        if self.sock is None or (answer is not None and not answer.isclosed()):
             return False
         ended_at = answer.ended_at if answer is not None else 0.0
         rest = max(0.0, ended_at + self.owner.rest - time.monotonic())
@@ -290,6 +289,7 @@ class _Connection(HTTPConnection):
 
     def connect(self) -> None:
         bounds = _bounds.get()
+        self.rests_since = (math.inf, math.inf)
         self._began = self.owner.cuts if bounds is None else bounds.cuts
         self._asked = False
         self._let_go()
@@ -405,18 +405,10 @@ class _TlsConnection(_Connection, HTTPSConnection):
             raise ProxyError("no tunnel", ValueError("no proxy is set"))
         try:
             with proxy.asking(target, self._until()) as credentials:
-                self.sock.sendall(_connect_to(target, credentials))
+                self.sock.sendall(request_for(target, credentials))
                 answer = self.response_class(self.sock, method="CONNECT")
                 with contextlib.closing(answer):
                     answer.begin()
                     proxy.answered(target, credentials, answer.status, answer.headers)
         except (OSError, HTTPException) as error:
             raise ProxyError("no tunnel", error) from error
-
-
-def _connect_to(target: str, credentials: Secret | None) -> bytes:
-    """The request for a tunnel (RFC 9110 section 9.3.6)."""
-    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
-    if credentials is None:
-        return f"{head}\r\n".encode()
-    return f"{head}Proxy-Authorization: {credentials.reveal()}\r\n\r\n".encode()

@@ -15,6 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from urllib3.util.connection import allowed_gai_family
 
+from d1_signer.signing import forks
+
 # Look-ups of one host at a time. More than one, since that begun before the name servers came back
 # may go on waiting.
 _MOST = 4

@@ -223,6 +223,14 @@ class Proxy:
         return TunnelRefused(self.address, status, passes=passes, reason=reason, hint=hint)
 
 
+def request_for(target: str, credentials: Secret | None) -> bytes:
+    """The request for a tunnel (RFC 9110 section 9.3.6)."""
+    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+    if credentials is None:
+        return f"{head}\r\n".encode()
+    return f"{head}Proxy-Authorization: {credentials.reveal()}\r\n\r\n".encode()
+
+
 def may_pass(status: int) -> bool:
     """Whether a proxy that answers CONNECT with this status may answer otherwise in a while."""
     return status >= _BROKEN or status in {_TIMEOUT, _TOO_EARLY, _TOO_MANY}

@@ -238,11 +238,8 @@ def test_a_proxys_tunnel_is_made_anew_where_something_was_left(tmp_path: Path) -
 def test_what_comes_between_the_pool_and_the_request_ends_a_tunnel_too(tmp_path: Path) -> None:
     server = Server()
     with tunnel() as (proxy, asked), place_of(server, tmp_path, tls=True) as (url, context):
-        adapter = TlsAdapter(
-            ClientTls(context, None),
-            timeouts=(20.0, 20.0),
-            proxy=Proxy(f"http://127.0.0.1:{proxy}"),
-        )
+        through = Proxy(f"http://127.0.0.1:{proxy}")
+        adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0), proxy=through)
         with new_session(adapter, for_callers=True) as session:
             session.get(f"{url}/plain_000000001")
             manager = next(iter(adapter.proxy_manager.values()))
