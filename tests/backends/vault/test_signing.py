@@ -292,6 +292,7 @@ def test_fault_is_refused_with_our_own_error(
     signs(signer)
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_redirect_is_not_followed_and_the_token_stays(
     signer: Signer, proxy: FaultProxy, server: vault.Vault
 ) -> None:
