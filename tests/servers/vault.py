@@ -314,9 +314,8 @@ def cluster(directory: Path) -> Iterator[Cluster]:
         def all_vote() -> bool:
             path = "sys/storage/raft/configuration"
             told = requests.get(f"{first}/v1/{path}", headers=headers, timeout=30).json()
-            return sum(server["voter"] for server in told["data"]["config"]["servers"]) == len(
-                nodes
-            )
+            servers = told["data"]["config"]["servers"]
+            return bool(servers) and all(server["voter"] for server in servers)
 
         _until(all_vote, "the nodes do not vote")
         turns = itertools.cycle(int(url.rpartition(":")[2]) for url in nodes)

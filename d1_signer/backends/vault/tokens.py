@@ -135,7 +135,7 @@ class Tokens:
                 return 0.0
         except D1SignerError as error:
             left = held.ends - time.monotonic()
-            _log.warning("vault.token_not_renewed life_left=%.0f %s", left, error)
+            _log.warning("hashivault.token_not_renewed life_left=%.0f %s", left, error)
         if left <= 0:
             return None  # a caller who needs it obtains it, or is told why not
         return min(max(left / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
@@ -149,10 +149,10 @@ class Tokens:
             try:
                 renewed = self._take(self._renewed(http, held, until))
             except LoginError as error:
-                _log.info("vault.token_not_renewable %s", error)
+                _log.info("hashivault.token_not_renewable %s", error)
         if renewed.ends <= held.ends + 1.0:
             left = renewed.ends - time.monotonic()
-            _log.info("vault.token_is_not_prolonged life_left=%.0f", left)
+            _log.info("hashivault.token_is_not_prolonged life_left=%.0f", left)
             self._take(self._source.obtain(http, until))
 
     def _renewed(self, http: HttpClient, held: Held, until: float) -> Held:
@@ -168,7 +168,7 @@ class Tokens:
         try:
             data = self._about_itself(http, "GET", "lookup", held, until).get("data")
         except LoginError as error:
-            _log.info("vault.token_not_looked_up it is not renewed: %s", error)
+            _log.info("hashivault.token_not_looked_up it is not renewed: %s", error)
             return replace(held, due=float("inf"))
         life, renewable, uses = (
             data.get(name) if isinstance(data, dict) else None

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -536,8 +538,52 @@ def test_what_is_logged_of_a_renewal_holds_no_token(
 
     with _by_approle(server, proxy, "logged", token_ttl="50s", token_max_ttl="1h") as signer:
         proxy.fault = echo
-        _wait_for(lambda: "vault.token_not_renewed" in caplog.text)
+        _wait_for(lambda: "hashivault.token_not_renewed" in caplog.text)
         held = _tokens(signer)._held
         assert held is not None
         assert held.token is not None
         assert held.token.reveal() not in caplog.text
+
+
+# -- forks ----------------------------------------------------------------------------------------
+
+_FORKED = """
+import os, sys, time
+from d1_signer import open_signer
+address, role_id, secret_id = sys.argv[1:]
+signer = open_signer(
+    "hashivault://d1", address=address, role_id=role_id, secret_id_source=lambda: secret_id
+)
+signer.sign(b"m")
+children = []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        signer.public_key.verify(signer.sign(b"m"), b"m")
+        tokens = signer._backend._clients.get()._tokens
+        ends, until = tokens._held.ends, time.monotonic() + 40
+        while tokens._held.ends <= ends and time.monotonic() < until:
+            time.sleep(0.02)
+        os._exit(0 if tokens._held.ends > ends else 3)
+    children.append(child)
+signer.sign(b"m")
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+signer.sign(b"m")
+sys.exit(max(codes))
+"""
+
+
+def test_forked_children_go_on_with_the_token_of_a_single_use_secret_id(
+    server: vault.Vault, proxy: FaultProxy
+) -> None:
+    role_id, secret_id = server.make_approle("forked", secret_id_num_uses=1, token_ttl="60s")
+    setting = "import d1_signer.backends.vault.held as held; held.RENEW_SHARE = 0.02\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", setting + _FORKED, proxy.url, role_id, secret_id],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=55,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert calls(proxy).count(LOGIN) == 1
