@@ -315,7 +315,7 @@ def cluster(directory: Path) -> Iterator[Cluster]:
             path = "sys/storage/raft/configuration"
             told = requests.get(f"{first}/v1/{path}", headers=headers, timeout=30).json()
             servers = told["data"]["config"]["servers"]
-            return bool(servers) and all(server["voter"] for server in servers)
+            return len(servers) == len(nodes) and all(server["voter"] for server in servers)
 
         _until(all_vote, "the nodes do not vote")
         turns = itertools.cycle(int(url.rpartition(":")[2]) for url in nodes)

@@ -251,17 +251,17 @@ class Client:
 def _look_after(
     client: weakref.ref[Client], closed: threading.Event, changed: threading.Event
 ) -> None:
-    pause: float | None = None
+    pause = 0.0  # a forked child holds its parent's token from the beginning
     while True:
         changed.wait(pause)
         changed.clear()
         alive = client()
         if alive is None or closed.is_set():
             return
-        pause = alive.freshen()
+        due = alive.freshen()
         del alive
-        if pause is None:
-            pause = _LONGEST_PAUSE  # to notice that the client is gone
+        # Not for ever, to notice that the client is gone.
+        pause = _LONGEST_PAUSE if due is None else min(due, _LONGEST_PAUSE)
 
 
 def clients(settings: Settings, source: Source) -> PerProcess[Client]:
