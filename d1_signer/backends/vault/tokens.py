@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
-from d1_signer.backends.vault.failures import TO_RENEW, Purpose
+from d1_signer.backends.vault.failures import TO_LOG_IN, TO_RENEW, Purpose
 from d1_signer.backends.vault.held import RENEW_SHARE, Held, Source
 from d1_signer.backends.vault.http import HttpClient, Told
 from d1_signer.backends.vault.settings import Settings
@@ -216,13 +216,16 @@ class Client:
         fields: dict[str, object] | None = None,
     ) -> Told:
         """Send a request; again, once, where its token was refused and another one is there."""
-        http, token = self.http, self._tokens.current(self.http, until)
+        http = self.http
+        with http.naming(TO_LOG_IN):
+            token = self._tokens.current(http, until)
         try:
             return http.request(purpose, method, path, until=until, token=token, fields=fields)
         except (AccessDeniedError, LoginError) as error:
             refusal = error
         try:
-            held = self._tokens.after_refusal(http, until, token)
+            with http.naming(TO_LOG_IN):
+                held = self._tokens.after_refusal(http, until, token)
         except LoginError as error:
             refusal.hint = f"{refusal.hint} A new login failed as well: {error}"
             held = None

@@ -18,6 +18,7 @@ from tests.servers.vault import asking, on_sign, refusal
 if TYPE_CHECKING:
     from d1_signer.signing.signer import Signer
     from tests.conftest import LeakWatch
+    from tests.servers import vault
     from tests.servers.fault_proxy import Fault, FaultProxy
 
 TOKEN = "hvs.CAESIJq9s3cr3tT0kenThatIsLong0123456789"
@@ -192,3 +193,25 @@ def test_request_id_of_a_gateway_is_told(signer: Signer, proxy: FaultProxy) -> N
     with pytest.raises(errors.AccessDeniedError) as refused:
         signer.sign(b"m")
     assert "request_id" not in refused.value.details
+
+
+@pytest.mark.parametrize(
+    ("uri", "phase"),
+    [
+        ("hashivault://d1?version=7", "look-up"),
+        ("hashivault://nobody", "look-up"),
+        ("hashivault://d1?token-source=none", "look-up"),
+        ("hashivault://d1?role-id=r&secret-id-source=env:WRONG_ID", "credentials"),
+        ("hashivault://d1?role-id=r&secret-id-source=env:NOT_SET", "credentials"),
+        ("hashivault://d1?auth=kubernetes&role=r", "credentials"),
+    ],
+)
+def test_every_error_names_phase_and_endpoint(
+    server: vault.Vault, monkeypatch: pytest.MonkeyPatch, uri: str, phase: str
+) -> None:
+    monkeypatch.setenv("WRONG_ID", "an-id-that-nobody-made")
+    for _ in range(2):  # the second of a refused secret id is not sent
+        with pytest.raises(errors.D1SignerError) as refused:
+            open_signer(uri, address=server.url)
+        assert refused.value.details["phase"] == phase
+        assert refused.value.details["endpoint"] == f"127.0.0.1:{server.port}"
