@@ -150,7 +150,8 @@ class Tokens:
                 renewed = self._take(self._renewed(http, held, until))
             except LoginError as error:
                 _log.info("hashivault.token_not_renewable %s", error)
-        if renewed.ends <= held.ends + 1.0:
+        # Less than half of the time that has gone was given back: its greatest life is near.
+        if renewed.ends - held.ends < (renewed.obtained - held.obtained) / 2 or renewed is held:
             left = renewed.ends - time.monotonic()
             _log.info("hashivault.token_is_not_prolonged life_left=%.0f", left)
             self._take(self._source.obtain(http, until))
