@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from d1_signer.backends.vault.failures import TO_LOG_IN, TO_RENEW, Purpose
-from d1_signer.backends.vault.held import RENEW_SHARE, Held, Source
+from d1_signer.backends.vault.held import Held, Source
 from d1_signer.backends.vault.http import HttpClient, Told
 from d1_signer.backends.vault.settings import Settings
 from d1_signer.errors import AccessDeniedError, D1SignerError, LoginError
@@ -177,8 +177,7 @@ class Tokens:
         )
         if renewable is not True or not isinstance(life, int) or life <= 0 or uses != 0:
             return replace(held, due=float("inf"))
-        ends = began + life
-        return replace(held, due=began + life * RENEW_SHARE, ends=ends, renewable=True)
+        return held.with_life(began, life)
 
     def _about_itself(
         self, http: HttpClient, method: str, what: str, held: Held, until: float

@@ -38,7 +38,7 @@ KEY = ec.generate_private_key(ec.SECP256R1())
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 3e-4)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 3e-4)
 
 
 def _token(audience: str = "vault", lifetime: float = 600, subject: str = "d1-signer") -> str:

@@ -149,7 +149,7 @@ def test_given_token_is_renewed(
     server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("d1_signer.backends.vault.held._FIRST_LOOK", 0.0)
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 0.02)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 0.02)
     given = server.make_token("signer", period="60s")
     with open_signer("hashivault://d1", address=proxy.url, token_source=lambda: given) as signer:
         _wait_for(lambda: calls(proxy).count(RENEWAL) >= 2)
@@ -195,7 +195,7 @@ def test_token_is_renewed_ahead_of_its_end_so_that_a_single_use_secret_id_is_eno
     server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At one second of twenty, so that a slow machine does not reach their end.
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 0.05)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 0.05)
     with _by_approle(
         server, proxy, "single-use", token_ttl="20s", token_max_ttl="1h", secret_id_num_uses=1
     ) as signer:
@@ -210,7 +210,7 @@ def test_token_is_renewed_ahead_of_its_end_so_that_a_single_use_secret_id_is_eno
 def test_new_login_comes_ahead_of_the_end_of_a_tokens_greatest_life(
     server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 0.05)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 0.05)
     with _by_approle(server, proxy, "short", token_ttl="20s", token_max_ttl="20s") as signer:
         _wait_for(lambda: calls(proxy).count(LOGIN) >= 2)
         signs(signer)
@@ -222,7 +222,7 @@ def test_new_login_comes_ahead_of_the_end_of_a_tokens_greatest_life(
 def test_token_is_used_to_its_end_where_the_secret_id_is_used_up(
     server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 0.02)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 0.02)
     monkeypatch.setattr("d1_signer.backends.vault.tokens._LONGEST_PAUSE", 0.05)
     monkeypatch.setattr("d1_signer.backends.vault.tokens._SHORTEST_PAUSE", 0.05)
     with _by_approle(
@@ -245,7 +245,7 @@ def test_token_is_used_to_its_end_where_the_secret_id_is_used_up(
 def test_renewal_goes_on_where_vault_is_away_for_a_while(
     server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 0.02)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 0.02)
     monkeypatch.setattr("d1_signer.backends.vault.tokens._TIME_TO_RENEW", 0.3)
     monkeypatch.setattr("d1_signer.backends.vault.tokens._LONGEST_PAUSE", 0.05)
     monkeypatch.setattr("d1_signer.backends.vault.tokens._SHORTEST_PAUSE", 0.05)
@@ -530,7 +530,7 @@ def test_what_is_logged_of_a_renewal_holds_no_token(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("d1_signer.backends.vault.held.RENEW_SHARE", 0.02)
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 0.02)
     monkeypatch.setattr("d1_signer.backends.vault.tokens._TIME_TO_RENEW", 0.2)
     caplog.set_level(logging.DEBUG)
 
@@ -581,7 +581,7 @@ def test_forked_children_go_on_with_the_token_of_a_single_use_secret_id(
     server: vault.Vault, proxy: FaultProxy
 ) -> None:
     role_id, secret_id = server.make_approle("forked", secret_id_num_uses=1, token_ttl="60s")
-    setting = "import d1_signer.backends.vault.held as held; held.RENEW_SHARE = 0.02\n"
+    setting = "import d1_signer.backends.vault.held as held; held._RENEW_SHARE = 0.02\n"
     ran = subprocess.run(
         [sys.executable, "-c", setting + _FORKED, proxy.url, role_id, secret_id],
         capture_output=True,
