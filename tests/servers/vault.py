@@ -255,6 +255,8 @@ def _node(directory: Path, number: int, leader: str) -> Iterator[tuple[str, Any]
     config = {
         "storage": {"raft": raft},
         "listener": [{"tcp": {"address": f"127.0.0.1:{port}", "tls_disable": True}}],
+        # Else a standby signs by itself, and nobody misses the leader.
+        "disable_standby_reads": True,
         "api_addr": url,
         "cluster_addr": f"https://127.0.0.1:{cluster_port}",
     }
@@ -298,22 +300,24 @@ def cluster(directory: Path) -> Iterator[Cluster]:
             url, process = stack.enter_context(_node(directory, number, first))
             nodes[url] = process
             _until(lambda url=url: _unsealed(url, share), "a node does not join")  # type: ignore[misc]
-        for path, body in (
+        soon = {"server_stabilization_time": "1s"}
+        bodies: list[tuple[str, dict[str, str]]] = [
+            ("sys/storage/raft/autopilot/configuration", soon),
             ("sys/mounts/transit", {"type": "transit"}),
             ("transit/keys/d1", {"type": "ecdsa-p256"}),
-        ):
+        ]
+        for path, body in bodies:
             requests.post(
                 f"{first}/v1/{path}", json=body, headers=headers, timeout=30
             ).raise_for_status()
 
-        def all_know() -> bool:
-            answers = (
-                requests.get(f"{url}/v1/transit/keys/d1", headers=headers, timeout=30)
-                for url in nodes
-            )
-            return all(answer.ok for answer in answers)
+        def all_vote() -> bool:
+            path = "sys/storage/raft/configuration"
+            told = requests.get(f"{first}/v1/{path}", headers=headers, timeout=30).json()
+            servers = told["data"]["config"]["servers"]
+            return len(servers) == len(nodes) and all(server["voter"] for server in servers)
 
-        _until(all_know, "the nodes do not agree")
+        _until(all_vote, "the nodes do not vote")
         turns = itertools.cycle(int(url.rpartition(":")[2]) for url in nodes)
         port = stack.enter_context(listening(lambda connection: _to_a_node(connection, turns)))
         yield Cluster(f"http://127.0.0.1:{port}", token, nodes)

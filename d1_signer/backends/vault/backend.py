@@ -58,10 +58,11 @@ class VaultBackend(RemoteBackend[Client]):
 
     def _open(self, client: Client, until: float) -> tuple[str, PublicKey]:
         told = described(client, self._described_at, self._key, until)
-        self._version = told.usable_version(self._asked_version)
-        self.encoding = told.encoding
-        pinned = f"{self._key} version={self._version}"
-        return pinned, told.public_key(self._version, self._given)
+        with client.http.naming(FOR_THE_KEY):
+            self._version = told.usable_version(self._asked_version)
+            self.encoding = told.encoding
+            public_key = told.public_key(self._version, self._given)
+        return f"{self._key} version={self._version}", public_key
 
     @property
     def version(self) -> int:
@@ -86,11 +87,12 @@ class VaultBackend(RemoteBackend[Client]):
             what = "64 bytes in base64url" if raw else "DER in base64"
             raise client.http.altered(TO_SIGN, f"answered without a signature of {what}.")
         if int(match.group(1)) != self._version:
-            raise KeyMismatchError(
+            mismatch = KeyMismatchError(
                 f"Vault signed with version {match.group(1)} of {self._key}; version "
                 f"{self._version} was pinned at opening. The signature was not used.",
                 hint="Register the new version with D1 first, then open the signer anew.",
             )
+            raise client.http.named(mismatch, TO_SIGN)
         # Both take padding that is too long.
         return (urlsafe_b64decode if raw else b64decode)(match.group(2) + "==")
 
@@ -144,6 +146,7 @@ def described(client: Client, path: str, key: str, until: float) -> Described:
         until: Moment on ``time.monotonic()``.
     """
     told = client.ask(FOR_THE_KEY, "GET", path, until=until)
-    return Described.read(
-        key, told.get("data"), lambda what: client.http.altered(FOR_THE_KEY, what)
-    )
+    with client.http.naming(FOR_THE_KEY):
+        return Described.read(
+            key, told.get("data"), lambda what: client.http.altered(FOR_THE_KEY, what)
+        )

@@ -71,7 +71,7 @@ class Purpose:
 
 
 TO_SIGN = Purpose("to sign", Phase.SIGNATURE)
-FOR_THE_KEY = Purpose("for the key", Phase.LOOK_UP)
+FOR_THE_KEY = Purpose("to describe the key", Phase.LOOK_UP)
 TO_MAKE = Purpose("to make a key", Phase.MAKING)
 TO_LOG_IN = Purpose("to log in", Phase.CREDENTIALS)
 TO_UNWRAP = Purpose("to unwrap the secret id", Phase.CREDENTIALS)
@@ -155,6 +155,7 @@ MEANINGS: tuple[Meaning, ...] = (
 )
 
 _REDIRECTS = range(300, 400)
+_TEMPORARY = 307
 # Headers by which a gateway names a request; Vault's own refusals name none.
 _NUMBER = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 _REQUEST_ID = ("X-Request-Id", "X-Correlation-Id", "X-Vault-Request-Id")
@@ -249,7 +250,8 @@ def refused(
                 hint="Name the active node or its load balancer in VAULT_ADDR.",
                 details=details,
             ),
-            Again.NEVER,
+            # A standby says so for as long as it believes in a leader that is gone.
+            Again.UNSEEN if status == _TEMPORARY else Again.NEVER,
         )
     errors = told.get("errors") if isinstance(told, dict) else None
     message = " ".join(map(str, errors)) if isinstance(errors, list) else ""

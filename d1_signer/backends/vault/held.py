@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,9 +15,8 @@ from d1_signer.backends.vault.http import HttpClient
 from d1_signer.secret import Secret, SecretSource, read_secret
 from d1_signer.transport.deadlines import within
 
-RENEW_SHARE = 2 / 3
-"""A token is renewed when this share of its life is over, as Vault's own client does."""
-
+# A token is renewed when this share of its life is over, as Vault's own client does.
+_RENEW_SHARE = 2 / 3
 # Seconds before the first look at the life of a token that somebody gave: what ends sooner, as a
 # command does, asks nothing more.
 _FIRST_LOOK = 2.0
@@ -74,12 +73,17 @@ class Held:
         return cls(
             token=Secret(token),
             obtained=began,
-            due=began + seconds * RENEW_SHARE,
+            due=began + seconds * _RENEW_SHARE,
             ends=began + seconds,
             # To renew it would take one of its uses.
             renewable=auth.get("renewable") is True and not limited,
             uses=Uses(uses) if isinstance(uses, int) and limited else None,
         )
+
+    def with_life(self, began: float, seconds: int) -> Held:
+        """The same, once it is known that it is renewable and how long it lives from a moment."""
+        due = began + seconds * _RENEW_SHARE
+        return replace(self, due=due, ends=began + seconds, renewable=True)
 
     def may_be_sent(self, now: float) -> bool:
         """Whether its life is not over; counts a use."""

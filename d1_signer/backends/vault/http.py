@@ -7,10 +7,11 @@ it. Proxies and ``.netrc`` of the environment are not used. TLS is verified alwa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,7 @@ class HttpClient:
                 raise told.error
             now = time.monotonic()
             if now >= until:
-                raise self._named(no_time_left(), purpose)
+                raise self.named(no_time_left(), purpose)
             if now + pause >= until:
                 raise told.error
             time.sleep(pause)
@@ -177,13 +178,13 @@ class HttpClient:
         try:
             answer = self.service.ask(call.purpose.doing, send)
         except D1SignerError as error:
-            return Failure.on_the_way(self._named(error, call.purpose), went_wrong[-1])
+            return Failure.on_the_way(self.named(error, call.purpose), went_wrong[-1])
         told = _object(answer.body)
         if answer.status in _OK and told is not None:
             return told
         if answer.status in _OK:
             altered = self.service.altered(f"gave no JSON when asked {call.purpose.doing}.")
-            return Failure(self._named(altered, call.purpose), Again.NEVER)
+            return Failure(self.named(altered, call.purpose), Again.NEVER)
         failure = refused(
             self.service,
             call.purpose,
@@ -192,17 +193,27 @@ class HttpClient:
             headers=answer.headers,
             sent=call.sent(),
         )
-        self._named(failure.error, call.purpose)
+        self.named(failure.error, call.purpose)
         return failure
 
     def altered(self, purpose: Purpose, what: str) -> D1SignerError:
         """The error for an answer that is not one to what was asked; ``what`` follows the name."""
-        return self._named(self.service.altered(what), purpose)
+        return self.named(self.service.altered(what), purpose)
 
-    def _named(self, error: D1SignerError, purpose: Purpose) -> D1SignerError:
-        error.details["phase"] = str(purpose.phase)
-        error.details["endpoint"] = self.settings.endpoint
+    def named(self, error: D1SignerError, purpose: Purpose) -> D1SignerError:
+        """The error, with the phase and the endpoint in its details where they are not yet."""
+        error.details.setdefault("phase", str(purpose.phase))
+        error.details.setdefault("endpoint", self.settings.endpoint)
         return error
+
+    @contextlib.contextmanager
+    def naming(self, purpose: Purpose) -> Iterator[None]:
+        """Whatever error comes out, `named`."""
+        try:
+            yield
+        except D1SignerError as error:
+            self.named(error, purpose)
+            raise
 
     def close(self) -> None:
         """Close the connections that are kept."""

@@ -127,7 +127,6 @@ class Login:
             raise LoginError(
                 f"Vault refused the {self.what} before; it is not sent again.",
                 hint=f"{self.hint} Once its source gives another one, that is sent.",
-                details={"phase": "credentials"},
             )
         if self._denied_at is not None and self._denied_at[0] == digest:
             rest = self._denied_at[1] + _DENIED_REST - time.monotonic()
@@ -136,7 +135,6 @@ class Login:
                     f"Vault denied the login a moment ago; the next try is in {rest:.0f} s.",
                     hint=self.hint,
                     retryable=True,
-                    details={"phase": "credentials"},
                 )
 
     def _read(self) -> Secret:
@@ -171,7 +169,6 @@ class Login:
                     "What the wrapping token holds was not wrapped as an AppRole's secret id.",
                     hint="Somebody may have put it there: treat the secret id as stolen, and wrap "
                     "a new one.",
-                    details={"phase": "credentials"},
                 )
             self._wrapped = (digest, inner)
             return inner

@@ -246,7 +246,7 @@ class _Shown:
             self.load()
         except D1SignerError as error:  # half-written: the next connection looks again
             self._state = []
-            _log.warning("vault.client_certificate_unusable the last one is used on: %s", error)
+            _log.warning("hashivault.client_certificate_unusable the last is used on: %s", error)
 
     def _found(self) -> list[object]:
         found: list[object] = []

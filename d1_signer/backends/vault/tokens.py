@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
-from d1_signer.backends.vault.failures import TO_RENEW, Purpose
-from d1_signer.backends.vault.held import RENEW_SHARE, Held, Source
+from d1_signer.backends.vault.failures import TO_LOG_IN, TO_RENEW, Purpose
+from d1_signer.backends.vault.held import Held, Source
 from d1_signer.backends.vault.http import HttpClient, Told
 from d1_signer.backends.vault.settings import Settings
 from d1_signer.errors import AccessDeniedError, D1SignerError, LoginError
@@ -135,7 +135,7 @@ class Tokens:
                 return 0.0
         except D1SignerError as error:
             left = held.ends - time.monotonic()
-            _log.warning("vault.token_not_renewed life_left=%.0f %s", left, error)
+            _log.warning("hashivault.token_not_renewed life_left=%.0f %s", left, error)
         if left <= 0:
             return None  # a caller who needs it obtains it, or is told why not
         return min(max(left / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
@@ -149,10 +149,11 @@ class Tokens:
             try:
                 renewed = self._take(self._renewed(http, held, until))
             except LoginError as error:
-                _log.info("vault.token_not_renewable %s", error)
-        if renewed.ends <= held.ends + 1.0:
+                _log.info("hashivault.token_not_renewable %s", error)
+        # Less than half of the time that has gone was given back: its greatest life is near.
+        if renewed.ends - held.ends < (renewed.obtained - held.obtained) / 2 or renewed is held:
             left = renewed.ends - time.monotonic()
-            _log.info("vault.token_is_not_prolonged life_left=%.0f", left)
+            _log.info("hashivault.token_is_not_prolonged life_left=%.0f", left)
             self._take(self._source.obtain(http, until))
 
     def _renewed(self, http: HttpClient, held: Held, until: float) -> Held:
@@ -168,7 +169,7 @@ class Tokens:
         try:
             data = self._about_itself(http, "GET", "lookup", held, until).get("data")
         except LoginError as error:
-            _log.info("vault.token_not_looked_up it is not renewed: %s", error)
+            _log.info("hashivault.token_not_looked_up it is not renewed: %s", error)
             return replace(held, due=float("inf"))
         life, renewable, uses = (
             data.get(name) if isinstance(data, dict) else None
@@ -176,8 +177,7 @@ class Tokens:
         )
         if renewable is not True or not isinstance(life, int) or life <= 0 or uses != 0:
             return replace(held, due=float("inf"))
-        ends = began + life
-        return replace(held, due=began + life * RENEW_SHARE, ends=ends, renewable=True)
+        return held.with_life(began, life)
 
     def _about_itself(
         self, http: HttpClient, method: str, what: str, held: Held, until: float
@@ -216,13 +216,16 @@ class Client:
         fields: dict[str, object] | None = None,
     ) -> Told:
         """Send a request; again, once, where its token was refused and another one is there."""
-        http, token = self.http, self._tokens.current(self.http, until)
+        http = self.http
+        with http.naming(TO_LOG_IN):
+            token = self._tokens.current(http, until)
         try:
             return http.request(purpose, method, path, until=until, token=token, fields=fields)
         except (AccessDeniedError, LoginError) as error:
             refusal = error
         try:
-            held = self._tokens.after_refusal(http, until, token)
+            with http.naming(TO_LOG_IN):
+                held = self._tokens.after_refusal(http, until, token)
         except LoginError as error:
             refusal.hint = f"{refusal.hint} A new login failed as well: {error}"
             held = None
@@ -251,17 +254,17 @@ class Client:
 def _look_after(
     client: weakref.ref[Client], closed: threading.Event, changed: threading.Event
 ) -> None:
-    pause: float | None = None
+    pause = 0.0  # a forked child holds its parent's token from the beginning
     while True:
         changed.wait(pause)
         changed.clear()
         alive = client()
         if alive is None or closed.is_set():
             return
-        pause = alive.freshen()
+        due = alive.freshen()
         del alive
-        if pause is None:
-            pause = _LONGEST_PAUSE  # to notice that the client is gone
+        # Not for ever, to notice that the client is gone.
+        pause = _LONGEST_PAUSE if due is None else min(due, _LONGEST_PAUSE)
 
 
 def clients(settings: Settings, source: Source) -> PerProcess[Client]:

@@ -15,10 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from d1_signer import errors
+from d1_signer.backends.vault.backend import VaultBackend
 from d1_signer.backends.vault.credentials import Credentials
 from d1_signer.backends.vault.http import HttpClient
 from d1_signer.backends.vault.settings import read_settings
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.signer import Signer, open_signer
 from tests.backends.vault.conftest import signs
 from tests.servers.vault import calls
 
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
     from tests.servers import vault
     from tests.servers.fault_proxy import FaultProxy
 
+# A token is renewed after a second of an hour.
+pytestmark = pytest.mark.usefixtures("soon")
+
 KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d1_signer.backends.vault.held._RENEW_SHARE", 3e-4)
 
 
 def _token(audience: str = "vault", lifetime: float = 600, subject: str = "d1-signer") -> str:
@@ -50,8 +59,25 @@ def by_jwt(server: vault.Vault) -> str:
         user_claim="sub",
         bound_audiences=["vault"],
         token_policies=["signer"],
+        token_ttl="1h",
     )
     return "signer"
+
+
+def _survives_a_renewal(signer: Signer) -> None:
+    """With a share of the life that is over at once."""
+    assert isinstance(signer._backend, VaultBackend)
+    tokens = signer._backend._clients.get()._tokens
+    first = tokens._held
+    assert first is not None
+    until = time.monotonic() + 40
+    while (tokens._held or first).ends <= first.ends:
+        assert time.monotonic() < until, "it is not renewed"
+        time.sleep(0.02)
+    held = tokens._held
+    assert held is not None
+    assert held.token is first.token
+    signs(signer)
 
 
 def _file(folder: Path, text: str) -> Path:
@@ -66,6 +92,7 @@ def test_jwt_of_a_file(proxy: FaultProxy, by_jwt: str, tmp_path: Path) -> None:
     uri = f"hashivault://d1?role={by_jwt}&jwt-source=file:{file}"
     with open_signer(uri, address=proxy.url) as signer:
         signs(signer)
+        _survives_a_renewal(signer)
     assert calls(proxy)[0] == "POST auth/jwt/login"
 
 
@@ -140,6 +167,7 @@ def by_kubernetes(server: vault.Vault) -> Iterator[str]:
             bound_service_account_names=["d1-signer"],
             bound_service_account_namespaces=["bank"],
             token_policies=["signer"],
+            token_ttl="1h",
         )
         yield "issuer"
         reviews.shutdown()
@@ -172,6 +200,7 @@ def test_kubernetes_service_account(
     monkeypatch.setattr("d1_signer.backends.vault.logins._SERVICE_ACCOUNT", str(file))
     with open_signer(uri, address=proxy.url) as signer:
         signs(signer)
+        _survives_a_renewal(signer)
     assert calls(proxy)[0] == "POST auth/k8s/login"
     file.write_text(_service_account("somebody-else"))
     with pytest.raises(errors.LoginError) as refused:
@@ -192,6 +221,7 @@ def test_client_certificate(server: vault.Vault) -> None:
         certificate=server.authority.ca_file.read_text(),
         allowed_common_names=["d1-signer"],
         token_policies=["signer"],
+        token_ttl="1h",
     )
     options: dict[str, Any] = {"address": server.mutual_url, "ca_file": str(server.ca_file)}
     certificate, key = server.authority.issue("d1-signer")
@@ -200,6 +230,7 @@ def test_client_certificate(server: vault.Vault) -> None:
             uri, client_cert=str(certificate), client_key=str(key), **options
         ) as signer:
             signs(signer)
+            _survives_a_renewal(signer)
     with pytest.raises(errors.ConfigurationError, match="certificate"):
         open_signer("hashivault://d1?auth=cert", **options)
     certificate, key = server.authority.issue("somebody-else")

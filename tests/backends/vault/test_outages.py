@@ -51,6 +51,7 @@ def _lost(request: Any, forward: Any) -> Answer:
 
 
 PASSING: dict[str, Fault] = {
+    "307": refusal(307, Location="https://leader-that-is-gone:8200/v1/x"),
     "412": refusal(412, "required index state not present"),
     "429": refusal(429, "request path 'transit/sign': rate limit quota exceeded"),
     "472": refusal(472),

@@ -176,9 +176,9 @@ def test_kept_connections_are_kept_alive(server: vault.Vault) -> None:
 # -- keys that are refused, versions that are pinned ----------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ecdsa-p384", "rsa-2048", "ed25519", "aes256-gcm96"])
+@pytest.mark.parametrize("kind", ["ecdsa-p384", "rsa-2048", "ed25519", "aes256-gcm96", "hmac"])
 def test_key_of_another_kind_is_refused(server: vault.Vault, kind: str) -> None:
-    server.make_key(kind, type=kind)
+    server.make_key(kind, type=kind, **({"key_size": 32} if kind == "hmac" else {}))
     with pytest.raises(errors.InvalidKeyError, match=kind):
         open_signer(f"hashivault://{kind}")
 
@@ -210,6 +210,37 @@ def test_new_version_changes_nothing_for_a_running_signer(server: vault.Vault) -
             signer.sign(b"m")
         with pytest.raises(errors.KeyDisabledError, match="min_encryption_version"):
             open_signer("hashivault://rotated?version=1")
+
+
+def test_archived_and_trimmed_versions_are_told_as_that(server: vault.Vault) -> None:
+    server.make_key("archived")
+    with open_signer("hashivault://archived?version=1") as signer:
+        server.api("POST", "transit/keys/archived/rotate")
+        server.api("POST", "transit/keys/archived/config", min_decryption_version=2)
+        with pytest.raises(errors.KeyDisabledError) as refused:
+            signer.sign(b"m")
+        assert "archived" in refused.value.hint
+        with pytest.raises(errors.KeyDisabledError, match="archived"):
+            open_signer("hashivault://archived?version=1")
+        server.api("POST", "transit/keys/archived/config", min_encryption_version=2)
+        server.api("POST", "transit/keys/archived/trim", min_available_version=2)
+        with pytest.raises(errors.KeyDisabledError):
+            signer.sign(b"m")
+        with pytest.raises(errors.KeyDisabledError, match="trimmed"):
+            open_signer("hashivault://archived?version=1")
+        assert not refused.value.retryable
+
+
+def test_soft_deleted_key_is_told_as_that(server: vault.Vault) -> None:
+    server.make_key("soft")
+    with open_signer("hashivault://soft") as signer:
+        server.api("DELETE", "transit/keys/soft/soft-delete")
+        for attempt in (lambda: signer.sign(b"m"), lambda: open_signer("hashivault://soft")):
+            with pytest.raises(errors.KeyDisabledError, match="soft-deleted") as refused:
+                attempt()
+            assert not refused.value.retryable
+        server.api("POST", "transit/keys/soft/soft-delete-restore")
+        signs(signer)
 
 
 def test_key_that_is_deleted_or_made_anew_under_way(server: vault.Vault) -> None:
@@ -292,6 +323,7 @@ def test_fault_is_refused_with_our_own_error(
     signs(signer)
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_redirect_is_not_followed_and_the_token_stays(
     signer: Signer, proxy: FaultProxy, server: vault.Vault
 ) -> None:
