@@ -194,7 +194,7 @@ def test_service_account_signs_its_own_tokens_for_this_api_alone(
 
 
 _OUTAGE = """
-import sys, time
+import sys, threading, time
 from d1_signer.errors import D1SignerError
 from d1_signer.backends import renewal
 from d1_signer.signing.signer import open_signer
@@ -203,8 +203,9 @@ failed, signed = [], []
 with open_signer(sys.argv[1], timeout=5) as signer:
     print("opened", flush=True)
     sys.stdin.readline()
-    until = time.monotonic() + float(sys.argv[2])
-    while time.monotonic() < until:
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), ended.set())).start()
+    while not ended.is_set():
         at = time.time()
         try:
             signer.public_key.verify(signer.sign(b"m"), b"m")
@@ -225,7 +226,7 @@ def test_outage_of_the_source_costs_nothing_before_the_token_ends(
     source.lifetime = 8.0
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", _BENT + _OUTAGE, tls[1], "14"],
+        [sys.executable, "-c", _BENT + _OUTAGE, tls[1]],
         cwd=ROOT,
         env={**environment, **SOURCES[name](source, tmp_path)},
         stdin=subprocess.PIPE,
@@ -243,6 +244,12 @@ def test_outage_of_the_source_costs_nothing_before_the_token_ends(
             time.sleep(0.05)
         source.lifetime, source.down = 3600.0, ""
         source.released.set()
+        signed_before, until = tls[0].calls()["AsymmetricSign"], time.monotonic() + 30
+        while tls[0].calls()["AsymmetricSign"] < signed_before + 20:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.stdin.write("stop\n")
+        process.stdin.flush()
         failed, signed = json.loads(process.stdout.readline().replace("(", "[").replace(")", "]"))
     # google-auth counts an access token of whole seconds.
     assert [at for at in failed if at < ends - 1.2] == []
