@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from d1_signer.cli._checklist import Checklist, Status, Step
+from d1_signer.cli._connection import Connection, with_connection
 from d1_signer.cli._opening import Opening
 from d1_signer.cli._output import (
     OptionsOnly,
@@ -28,14 +29,7 @@ from d1_signer.cli._output import (
     said,
     with_output_options,
 )
-from d1_signer.cli._settings import (
-    Connection,
-    Issuer,
-    Keys,
-    with_connection,
-    with_issuer,
-    with_keys,
-)
+from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,

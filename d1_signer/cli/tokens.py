@@ -9,15 +9,9 @@ import time
 import click
 
 from d1_signer import jose
+from d1_signer.cli._connection import Connection, with_connection
 from d1_signer.cli._output import OptionsOnly, Output, facts, indented, moment, with_output_options
-from d1_signer.cli._settings import (
-    Connection,
-    Issuer,
-    Keys,
-    with_connection,
-    with_issuer,
-    with_keys,
-)
+from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, MAX_ASSERTION_LIFETIME
 
 _MASK = "****"

@@ -69,3 +69,12 @@ def left_to(place: str) -> None:
     flight = getattr(_of_this_thread, "flight", None)
     if flight is not None:
         flight.place = place
+
+
+def not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError:
+    """The error for who waited for so long: why there is no token, where that is known."""
+    if failure is not None:
+        return failure.fresh()
+    return TokenTimeout(
+        f"No token within {patience:g} seconds.", hint="The renewal goes on; call again."
+    )

@@ -30,7 +30,7 @@ from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.flight import Flight
+from d1_signer.token.flight import Flight, not_in_time
 from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
 from d1_signer.transport.patching import require_patched_first
 
@@ -205,7 +205,7 @@ class TokenKeeper:
             if not self._ended(flight, until if bounded else None):
                 if failure is None and timeout is None:
                     failure = self._last_failure
-                raise _not_in_time(patience, failure)
+                raise not_in_time(patience, failure)
             try:
                 held = flight.held()
             except TokenUnavailable as error:
@@ -383,15 +383,6 @@ class TokenKeeper:
     def _after_fork(self) -> None:
         """In a forked child: the parent's flight, lock and connections are not ours."""
         self._begin_without_flight()
-
-
-def _not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError:
-    """The error for who waited for so long: why there is no token, where that is known."""
-    if failure is not None:
-        return failure.fresh()
-    return TokenTimeout(
-        f"No token within {patience:g} seconds.", hint="The renewal goes on; call again."
-    )
 
 
 def _after_fork_in_child() -> None:

@@ -35,7 +35,7 @@ from d1_signer.transport.hosts import is_address, shown_address
 from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.proxies import Proxy, request_for
-from d1_signer.transport.response import BoundedResponse, received
+from d1_signer.transport.response import BoundedResponse, Handle, received
 from d1_signer.transport.tls import Lent
 from d1_signer.transport.verification import require_verified, require_verifying
 
@@ -88,7 +88,7 @@ class Connections:
         # and line that happens.
         self.lock = threading.RLock()
         self.cuts = 0
-        self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
+        self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
     @contextlib.contextmanager
     def bounded(self, deadline: float) -> Iterator[None]:
@@ -110,9 +110,9 @@ class Connections:
             for handle in list(self._handles):
                 handle.cut()
 
-    def handle(self, sock: socket.socket) -> _Handle:
+    def handle(self, sock: socket.socket) -> Handle:
         """What a socket is cut by, until that is closed."""
-        handle = _Handle(self, sock)
+        handle = Handle(self.lock, sock)
         with self.lock:
             self._handles.add(handle)
         return handle
@@ -143,27 +143,6 @@ class Connections:
             ConnectionCls = TlsConnection  # type: ignore[mutable-override]
 
         return {"http": Pool, "https": TlsPool}
-
-
-class _Handle:
-    """A descriptor of its own for a socket.
-
-    It serves from before the handshake on; and cutting it touches no state of the TLS object that
-    another thread works with, which would make that thread send the rest in clear text.
-    """
-
-    def __init__(self, owner: Connections, sock: socket.socket) -> None:
-        self._owner = owner
-        # Not dup(), which a TLS socket refuses.
-        self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
-
-    def cut(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with self._owner.lock:  # or a cut could meet the next descriptor of that number
-            self._sock.close()
 
 
 class _Response(BoundedResponse):
@@ -201,7 +180,7 @@ class _Connection(HTTPConnection):
     rests_since = (math.inf, math.inf)
     unix_socket: str | None = None
     _began = 0
-    _handle: _Handle | None = None
+    _handle: Handle | None = None
     _held: bytearray | None = None
     _asked = False
     debuglevel = 0  # else whoever sets it on http.client's class prints assertions and tokens

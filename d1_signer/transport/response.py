@@ -14,6 +14,7 @@ import logging
 import re
 import socket
 import ssl
+import threading
 import time
 from email.errors import MultipartInvariantViolationDefect, StartBoundaryNotFoundDefect
 from typing import TYPE_CHECKING, Any, Protocol
@@ -145,6 +146,30 @@ class _Wire(io.BufferedReader):
     def readline(self, size: int | None = -1, /) -> bytes:
         self.last_line = super().readline(size)
         return self.last_line
+
+
+class Handle:
+    """A descriptor of its own for a socket.
+
+    It serves from before the handshake on; and cutting it touches no state of the TLS object that
+    another thread works with, which would make that thread send the rest in clear text.
+    """
+
+    def __init__(self, lock: threading.RLock, sock: socket.socket) -> None:
+        """Take it; ``lock`` is what cuts are made under."""
+        self._lock = lock
+        # Not dup(), which a TLS socket refuses.
+        self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
+
+    def cut(self) -> None:
+        """End what is under way on the socket."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        with self._lock:  # or a cut could meet the next descriptor of that number
+            self._sock.close()
 
 
 class Closable(Protocol):
