@@ -131,7 +131,7 @@ def test_other_answers_are_told(place: tuple[str, str], proxy: ConnectProxy, sta
     uri, _ = place
     proxy.status = status
     with pytest.raises(SignerUnavailable, match=f"HTTP {status}") as failure:
-        signs(uri, proxy=proxy.url, timeout=20.0)
+        signs(uri, proxy=proxy.url, timeout=4.0)
     assert failure.value.retryable is (status == 503)
     if status == 403:
         stays_at(lambda: len(proxy.asked), 1, seconds=2.5)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,7 +65,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewal, "_FIRST_PAUSE", 600.0)
     monkeypatch.setattr(renewal, "_LONGEST_PAUSE", 600.0)
     monkeypatch.setattr(keeper, "_LONGEST_BACK_OFF", 600.0)
-    defaults: Any = TokenFetcher.__init__.__kwdefaults__
+    defaults: Any = inspect.unwrap(TokenFetcher.__init__).__kwdefaults__
     monkeypatch.setitem(defaults, "retry_interval", 600.0)
 
 

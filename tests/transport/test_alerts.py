@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer import D1SignerError, TlsError, TokenUnavailable
+from d1_signer import D1SignerError, Limits, TlsError, TokenUnavailable
 from d1_signer.token import renewal
 from tests.servers.certificates import self_signed
 from tests.token.conftest import FetcherMaker
@@ -78,7 +78,8 @@ def ending_with(alert: int) -> Iterator[int]:
 def test_an_alert_in_place_of_an_answer(make_fetcher: FetcherMaker, alert: int) -> None:
     retryable, words = AT_ONCE[alert]
     with ending_with(alert) as port:
-        fetcher = make_fetcher(environment=f"https://localhost:{port}/authz/v1")
+        environment = f"https://localhost:{port}/authz/v1"
+        fetcher = make_fetcher(environment=environment, limits=Limits(total=2.0))
         with pytest.raises(TokenUnavailable if retryable else TlsError) as failure:
             fetcher.token()
     error = failure.value

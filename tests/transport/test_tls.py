@@ -14,6 +14,7 @@ from d1_signer import (
     ConfigurationError,
     D1SignerError,
     Environment,
+    Limits,
     SecretSourceError,
     Signer,
     TlsError,
@@ -186,7 +187,7 @@ def test_a_server_that_is_called_otherwise_is_not_trusted(
 ) -> None:
     elsewhere = sandbox.base_url.replace("127.0.0.1", "127.0.0.2")
     with pytest.raises(TokenError):
-        make_fetcher(environment=elsewhere).token()
+        make_fetcher(environment=elsewhere, limits=Limits(total=2.0)).token()
     assert sandbox.counters.token_requests == 0
 
 
@@ -194,7 +195,7 @@ def test_a_missing_client_certificate_is_refused_by_the_server(
     make_fetcher: FetcherMaker, sandbox: Sandbox
 ) -> None:
     with pytest.raises(TokenError) as failure:
-        make_fetcher(client_certificate=None).token()
+        make_fetcher(client_certificate=None, limits=Limits(total=2.0)).token()
     assert "certificate" in str(failure.value)
     assert sandbox.counters.token_requests == 0
 
