@@ -112,7 +112,7 @@ class Connections:
 
     def handle(self, sock: socket.socket) -> Handle:
         """What a socket is cut by, until that is closed."""
-        handle = Handle(self.lock, sock)
+        handle = Handle(self, sock)
         with self.lock:
             self._handles.add(handle)
         return handle

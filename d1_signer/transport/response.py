@@ -148,6 +148,12 @@ class _Wire(io.BufferedReader):
         return self.last_line
 
 
+class Locked(Protocol):
+    """Who has the lock."""
+
+    lock: threading.RLock
+
+
 class Handle:
     """A descriptor of its own for a socket.
 
@@ -155,9 +161,9 @@ class Handle:
     another thread works with, which would make that thread send the rest in clear text.
     """
 
-    def __init__(self, lock: threading.RLock, sock: socket.socket) -> None:
-        """Take it; ``lock`` is what cuts are made under."""
-        self._lock = lock
+    def __init__(self, owner: Locked, sock: socket.socket) -> None:
+        """Take it; cuts are made under the owner's lock, which is another one after a fork."""
+        self._owner = owner
         # Not dup(), which a TLS socket refuses.
         self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
 
@@ -168,7 +174,7 @@ class Handle:
 
     def close(self) -> None:
         """Give the descriptor back."""
-        with self._lock:  # or a cut could meet the next descriptor of that number
+        with self._owner.lock:  # or a cut could meet the next descriptor of that number
             self._sock.close()
 
 
