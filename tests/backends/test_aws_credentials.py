@@ -215,8 +215,22 @@ def test_every_source_opens_signs_and_survives_a_renewal(
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("down", ["fails", "hangs"])
-@pytest.mark.parametrize("name", ["container", "web-identity", "instance"])
+@pytest.mark.parametrize(
+    ("name", "down"),
+    [
+        ("container", "fails"),
+        ("web-identity", "hangs"),
+        ("instance", "hangs"),
+        *(
+            pytest.param(name, down, marks=pytest.mark.soak)
+            for name, down in (
+                ("container", "hangs"),
+                ("web-identity", "fails"),
+                ("instance", "fails"),
+            )
+        ),
+    ],
+)
 def test_outage_of_the_source_costs_nothing_before_the_credentials_end(
     name: str,
     down: str,
