@@ -138,7 +138,7 @@ def test_what_they_say_is_told(
     make_fetcher: FetcherMaker, servers: NameServers, failure: Exception, words: str
 ) -> None:
     servers.failure = failure
-    fetcher = make_fetcher(environment=f"https://{HOST}/authz/v1", limits=Limits(total=0.3))
+    fetcher = make_fetcher(environment=f"https://{HOST}/authz/v1", limits=Limits(total=2.0))
     with pytest.raises(TokenUnavailable, match=words) as error:
         fetcher.token()
     assert error.value.details["failed"] == "name"
