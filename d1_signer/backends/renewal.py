@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from d1_signer.errors import D1SignerError, LoginError, SignerTimeout
+from d1_signer.errors import D1SignerError, LoginError, SignerTimeout, SignerUnavailable
 from d1_signer.transport.processes import PerProcess
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ Ask = Callable[[str], str]
 _PAUSE = 5.0
 # Seconds after which a search that does not end is no longer waited for, and another one begins.
 _PATIENCE = 10.0
+# Searches of one process that may hang; each holds a thread, and perhaps a program that it started.
+_MOST_HANGING = 4
 
 
 class Renewed(ABC, Generic[T]):
@@ -146,7 +148,21 @@ class _Search(Generic[T]):
         self._interactive = interactive
         self._questions: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="d1-signer-credentials", daemon=True).start()
+
+    def start(self) -> bool:
+        """Whether it runs now; else it is over, with that as its failure."""
+        try:
+            threading.Thread(target=self._run, name="d1-signer-credentials", daemon=True).start()
+        except RuntimeError:
+            self.failure = SignerUnavailable(
+                f"No thread can be started to look for the {self._renewed.what}.",
+                hint="The process has reached its limit of threads.",
+                details={"phase": "credentials"},
+            )
+            self.over.set()
+            self._questions.put(None)
+            return False
+        return True
 
     def _run(self) -> None:
         try:
@@ -199,14 +215,26 @@ class _Searches(Generic[T]):
         self._renewed = renewed
         self._lock = threading.Lock()
         self._last: _Search[T] | None = None
+        # All that have not ended; the last one is among them, or has ended.
+        self._under_way: list[_Search[T]] = []
 
     def begin(self, *, interactive: bool = False) -> _Search[T]:
-        """A search that begins now; or the last one, where that is under way or began just now."""
+        """A search that begins now; or the last one, where that is under way or began just now.
+
+        It is the last one also where too many hang: whoever waits for it is told that it is late.
+        """
         with self._lock:
             last = self._last
-            if last is None or self._is_past(last) or interactive:
-                last = self._last = _Search(self._renewed, interactive=interactive)
-            return last
+            if last is not None and not interactive and not self._is_past(last):
+                return last
+            self._under_way = [each for each in self._under_way if not each.over.is_set()]
+            if last is not None and len(self._under_way) >= _MOST_HANGING:
+                return last
+            search = _Search(self._renewed, interactive=interactive)
+            if search.start():
+                self._last = search
+                self._under_way.append(search)
+            return search
 
     def _is_past(self, search: _Search[T]) -> bool:
         age = time.monotonic() - search.began

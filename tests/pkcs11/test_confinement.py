@@ -91,6 +91,41 @@ def test_names_are_of_their_own_case() -> None:
     assert environment(ours, ("VAULT_*",)) == ours
 
 
+@pytest.mark.parametrize(
+    "name", ["HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "Http_Proxy", "FTP_PROXY"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("http://bank:secret@proxy:3128", "bank:secret@proxy:3128", "http://bank@proxy:3128/"),
+        *("socks5h://b%40nk:s%2Fcret@proxy", "http://bank:p/ss?w#rd@proxy:3128"),
+    ],
+)
+def test_proxy_with_credentials_is_left_out(name: str, value: str) -> None:
+    assert environment({name: value}, ()) == {}
+    assert environment({name: value}, (name,)) == {name: value}
+
+
+def test_proxy_without_credentials_stays() -> None:
+    plain = {
+        "HTTP_PROXY": "http://proxy:3128",
+        "https_proxy": "proxy:3128",
+        "NO_PROXY": "localhost,.bank.example",
+        "HSM_USER": "operator@partition",
+    }
+    assert environment(plain, ()) == plain
+
+
+def test_child_gets_no_proxys_password(
+    token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://bank:secret@proxy:3128")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    with opened(token, shim) as (_, host):
+        assert b"bank:secret" not in Path(f"/proc/{host}/environ").read_bytes()
+        assert variables(host)["HTTP_PROXY"] == "http://proxy:3128"
+
+
 @pytest.mark.parametrize("core_dumps", [False, True])
 def test_core_of_a_crash(
     token: SoftHsmToken,

@@ -26,6 +26,8 @@ _CREDENTIALS = (
     *("CI_*", "DOCKER_*", "GH_*", "GITHUB_*", "GITLAB_*", "KUBE*", "NPM_*", "OTEL_*", "PIP_*"),
     *("SENTRY_*", "SSH_*", "TWINE_*", "UV_*"),
 )
+# A module that reaches its HSM over the network may need its proxy: it stays if it names no user.
+_PROXIES = "*_proxy"
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _LOOK_EVERY_MS = 1000
 
@@ -40,8 +42,13 @@ def environment(variables: Mapping[str, str], kept: tuple[str, ...]) -> dict[str
     return {
         name: value
         for name, value in variables.items()
-        if _fits(name, kept) or not _fits(name, _CREDENTIALS)
+        if _fits(name, kept) or not (_fits(name, _CREDENTIALS) or _is_proxy_with_user(name, value))
     }
+
+
+def _is_proxy_with_user(name: str, value: str) -> bool:
+    # Clients differ in what of a malformed address they take for the user, so any "@" counts.
+    return fnmatch.fnmatchcase(name.lower(), _PROXIES) and "@" in value
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:

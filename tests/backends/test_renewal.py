@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How credentials are looked for where threads are short, or where searches never end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from d1_signer import errors
+from d1_signer.backends import renewal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class _Tickets(renewal.Renewed[float]):
+    """Credentials that are the moment of their end."""
+
+    what = "tickets"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.life = 60.0
+        self.begun = 0
+        self.may_end = threading.Event()
+        self.may_end.set()
+
+    def find(self, ask: renewal.Ask) -> float:  # noqa: ARG002
+        self.begun += 1
+        assert self.may_end.wait(60)
+        return time.monotonic() + self.life
+
+    def is_ageing(self, held: float) -> bool:
+        return held - time.monotonic() < 30.0
+
+    def is_over(self, held: float) -> bool:
+        return held < time.monotonic()
+
+    def are_same(self, held: float, other: float) -> bool:
+        return held == other
+
+    def not_in_time(self) -> errors.SignerTimeout:
+        return errors.SignerTimeout("The search for tickets is late.")
+
+
+@pytest.fixture
+def tickets(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Tickets]:
+    monkeypatch.setattr(renewal, "_PAUSE", 0.0)
+    monkeypatch.setattr(renewal, "_PATIENCE", 0.0)
+    tickets = _Tickets()
+    yield tickets
+    tickets.may_end.set()
+    for thread in _searching():
+        thread.join(20)
+
+
+def _searching() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "d1-signer-credentials"]
+
+
+def _no_thread(_: threading.Thread) -> None:
+    msg = "can't start new thread"
+    raise RuntimeError(msg)
+
+
+def _soon() -> float:
+    return time.monotonic() + 0.01
+
+
+def _later() -> float:
+    return time.monotonic() + 20.0
+
+
+def _nobody(question: str) -> str:
+    raise AssertionError(question)
+
+
+def test_good_credentials_serve_where_no_thread_can_be_started(
+    tickets: _Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tickets.life = 20.0  # ageing from the beginning, and good
+    held = tickets.get(_later())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        assert tickets.get(_soon()) == held
+
+
+@pytest.mark.parametrize("way", ["get", "open", "replaced"])
+def test_missing_thread_is_told_and_the_next_call_looks_again(
+    tickets: _Tickets, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(renewal, "_PAUSE", 60.0)
+    calls: dict[str, Callable[[], object]] = {
+        "get": lambda: tickets.get(_later()),
+        "open": lambda: tickets.open(_later(), _nobody),
+        "replaced": lambda: tickets.replaced(0.0, _later()),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        with pytest.raises(errors.SignerUnavailable, match="No thread can be started") as caught:
+            calls[way]()
+    assert caught.value.retryable
+    assert caught.value.details == {"phase": "credentials"}
+    calls[way]()
+    assert tickets.begun == 1
+
+
+def test_searches_that_hang_are_four_at_most(tickets: _Tickets) -> None:
+    tickets.may_end.clear()
+    for _ in range(10):
+        with pytest.raises(errors.SignerTimeout, match="is late"):
+            tickets.get(_soon())
+        with pytest.raises(errors.SignerTimeout, match="is late"):
+            tickets.open(_soon(), _nobody)
+    assert len(_searching()) == tickets.begun == 4
+    # They end after all: what they found is held, and later on there are searches again.
+    tickets.may_end.set()
+    held = tickets.get(_later())
+    for thread in _searching():
+        thread.join(20)
+    assert tickets.replaced(tickets.held() or held, _later())
+    assert tickets.begun == 5
+
+
+def test_service_that_refuses_begins_no_fifth_search(tickets: _Tickets) -> None:
+    held = tickets.get(_later())
+    tickets.may_end.clear()
+    for _ in range(10):
+        with pytest.raises(errors.SignerTimeout, match="is late"):
+            tickets.replaced(held, _soon())
+    assert len(_searching()) == 4
