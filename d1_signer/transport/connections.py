@@ -43,6 +43,8 @@ from d1_signer.transport.verification import require_verified, require_verifying
 _HELD = 1 << 16
 # Seconds to connect, where a call has neither a moment by which it ends nor a limit.
 _LONGEST_CONNECT = 60.0
+# Seconds that an address gets at least, if they are left: a lost SYN is sent again after one.
+_SHARE = 2.0
 # Of Linux (RFC 1122 section 4.2.3.2 lets others wait for half a second).
 _ACKNOWLEDGE: int | None = getattr(socket, "TCP_QUICKACK", None)
 
@@ -283,8 +285,10 @@ class _Connection(HTTPConnection):
         bounds = _bounds.get()
         if bounds is not None:
             return bounds.until
-        limit = self.timeout if isinstance(self.timeout, int | float) else _LONGEST_CONNECT
-        return time.monotonic() + limit
+        return time.monotonic() + self._limit()
+
+    def _limit(self) -> float:
+        return self.timeout if isinstance(self.timeout, int | float) else _LONGEST_CONNECT
 
     def _out_of_time(self) -> ConnectTimeoutError:
         return ConnectTimeoutError(self, f"no connection to {self.host} in time")
@@ -314,16 +318,22 @@ class _Connection(HTTPConnection):
             addresses = addresses_of(name, self.port, until)
         except socket.gaierror as error:
             raise NameResolutionError(self.host, self, error) from error
-        failure: Exception = ConnectTimeoutError(self, f"{self.host} has no address")
+        failure: Exception = self._out_of_time()
+        limit = self.timeout
         try:
-            for address in addresses:
+            for number, address in enumerate(addresses):
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
                 self._dns_host = address
+                # One that does not answer leaves some of the time to those behind it.
+                self.timeout = min(left, max(left / (len(addresses) - number), _SHARE))
                 try:
                     return super()._new_conn()
                 except (NewConnectionError, ConnectTimeoutError) as error:
                     failure = error
         finally:
-            self._dns_host = name
+            self._dns_host, self.timeout = name, limit
         raise failure
 
     def _to_unix_socket(self) -> socket.socket:
@@ -344,7 +354,7 @@ class _Connection(HTTPConnection):
         if left <= 0:
             raise self._out_of_time()
         # For the handshake, which Python bounds as a whole.
-        sock.settimeout(min(left, sock.gettimeout() or left))
+        sock.settimeout(min(left, self._limit()))
 
     def close(self) -> None:
         super().close()

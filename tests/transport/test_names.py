@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 import requests
+import urllib3
 
 from d1_signer import Limits, TokenFetcher, TokenUnavailable
 from d1_signer.sandbox import Sandbox
 from d1_signer.transport import names
+from d1_signer.transport.connections import Connections
 from d1_signer.transport.names import addresses_of
 from tests.token.conftest import FetcherMaker
 from tests.token.test_fetcher import together, until
@@ -197,3 +200,51 @@ def test_no_thread_for_a_look_up_is_an_error_in_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(OSError, match="no thread"):
         addresses_of(HOST, 443, time.monotonic() + 1)
+
+
+@pytest.fixture
+def dead() -> Iterator[tuple[list[str], int]]:
+    """Addresses whose queue is full, so that the kernel answers no SYN; and their port."""
+    addresses = [f"127.0.0.{last}" for last in range(11, 15)]
+    with contextlib.ExitStack() as opened:
+        port = 0
+        for address in addresses:
+            listener = opened.enter_context(socket.socket())
+            listener.bind((address, port))
+            listener.listen(0)
+            port = listener.getsockname()[1]
+            for _ in range(4):
+                filling = opened.enter_context(socket.socket())
+                filling.setblocking(False)  # noqa: FBT003 (its name)
+                filling.connect_ex((address, port))
+        yield addresses, port
+
+
+@pytest.mark.parametrize("seconds", [1.0, 5.0])
+def test_a_call_ends_in_time_however_many_addresses_do_not_answer(
+    servers: NameServers, dead: tuple[list[str], int], seconds: float
+) -> None:
+    servers.addresses, port = dead
+    connections = Connections()
+    pool = connections.pools()["http"](HOST, port, timeout=seconds)
+    began = time.monotonic()
+    with (
+        connections.bounded(began + seconds),
+        pytest.raises(urllib3.exceptions.ConnectTimeoutError),
+    ):
+        pool.request("GET", "/", retries=False)
+    assert time.monotonic() - began < seconds * 2
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    servers: NameServers, dead: tuple[list[str], int]
+) -> None:
+    (first, *_), port = dead
+    servers.addresses = [first, "127.0.0.1"]
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        pool = Connections().pools()["http"](HOST, port, timeout=6.0)
+        connection: Any = pool._get_conn()
+        connection.connect()
+        assert connection.sock.gettimeout() > 2.0, "the share is for connecting alone"
+        listener.accept()[0].close()
+        connection.close()
