@@ -42,9 +42,6 @@ _IDLE = 1.0
 # RFC 9110 sections 15.5.9 and 15.5.20: another connection may serve.
 _ABOUT_THE_CONNECTION = frozenset({408, 421})
 _LONGEST_REASON = 2.0  # seconds
-# Seconds. It serves the attempts of one renewal; the next comes minutes later, when a firewall may
-# have forgotten the connection, which would cost a time-out.
-_IDLE = 1.0
 _OTHER_SERVER = "Check that the environment's URL is D1's token endpoint."
 
 

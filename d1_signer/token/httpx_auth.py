@@ -67,7 +67,8 @@ class HttpxD1Auth(httpx.Auth):
     On a 401 the token is renewed once and the call is sent once more, where its body is in memory;
     streamed bodies, files and multipart forms among them, are not sent again. In an
     ``httpx.AsyncClient`` neither signing nor fetching happens on the event loop: a valid token is
-    taken at once, and a thread waits where there is none.
+    taken at once, and a thread waits where there is none: one for all tasks of an event loop, which
+    share the patience of the one that came first.
     """
 
     def __init__(self, source: WaitlessSource) -> None:

@@ -32,7 +32,7 @@ from urllib3.exceptions import (
 )
 
 from d1_signer.transport.hosts import is_address, shown_address
-from d1_signer.transport.names import addresses_of
+from d1_signer.transport.names import addresses_of, to_unix_socket
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.proxies import Proxy, request_for
 from d1_signer.transport.response import BoundedResponse, Handle, received
@@ -41,10 +41,8 @@ from d1_signer.transport.verification import require_verified, require_verifying
 
 # Bytes of a request that are kept together; a body that is streamed is sent as it comes.
 _HELD = 1 << 16
-# Seconds to connect, where a call has neither a moment by which it ends nor a limit.
-_LONGEST_CONNECT = 60.0
-# Seconds that an address gets at least, if they are left: a lost SYN is sent again after one.
-_SHARE = 2.0
+_LONGEST_CONNECT = 60.0  # seconds, where a call has neither a moment by which it ends nor a limit
+_SHARE = 2.0  # seconds that an address gets, if they are left: a lost SYN is sent again after one
 # Of Linux (RFC 1122 section 4.2.3.2 lets others wait for half a second).
 _ACKNOWLEDGE: int | None = getattr(socket, "TCP_QUICKACK", None)
 
@@ -234,8 +232,10 @@ class _Connection(HTTPConnection):
 
     def request(self, *args: Any, **options: Any) -> None:
         self._have_quiet()
-        # urllib3 sends head and body apart, which costs a tenth of a call.
-        self._held = bytearray()
+        # urllib3 sends head and body apart, which costs a tenth of a call. What is streamed goes as
+        # it comes.
+        body = options.get("body", args[2] if len(args) > 2 else None)  # noqa: PLR2004
+        self._held = bytearray() if isinstance(body, bytes | str | None) else None
         try:
             super().request(*args, **options)
             self._send_held()
@@ -294,16 +294,16 @@ class _Connection(HTTPConnection):
         return ConnectTimeoutError(self, f"no connection to {self.host} in time")
 
     def _new_conn(self) -> socket.socket:
-        until = self._until()
+        until, unbounded = self._until(), _bounds.get() is None  # then each address has the limit
         try:
             if self.unix_socket is not None:
-                sock = self._to_unix_socket()
+                sock = self._to_unix_socket(self.unix_socket, until)
             else:
                 sock = super()._new_conn() if is_address(self.host) else self._looked_up(until)
         except TimeoutError:
             raise self._out_of_time() from None
         try:
-            self._claim(sock, until)
+            self._claim(sock, self._until() if unbounded else until)
         except BaseException:
             sock.close()
             raise
@@ -323,11 +323,13 @@ class _Connection(HTTPConnection):
         try:
             for number, address in enumerate(addresses):
                 left = until - time.monotonic()
-                if left <= 0:
+                if left <= 0 and _bounds.get() is not None:
                     break
                 self._dns_host = address
-                # One that does not answer leaves some of the time to those behind it.
-                self.timeout = min(left, max(left / (len(addresses) - number), _SHARE))
+                if _bounds.get() is not None:
+                    # One that does not answer leaves some of the time to those behind it.
+                    share = max(left / (len(addresses) - number), min(_SHARE, left / 2))
+                    self.timeout = min(left, share)
                 try:
                     return super()._new_conn()
                 except (NewConnectionError, ConnectTimeoutError) as error:
@@ -336,15 +338,11 @@ class _Connection(HTTPConnection):
             self._dns_host, self.timeout = name, limit
         raise failure
 
-    def _to_unix_socket(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _to_unix_socket(self, path: str, until: float) -> socket.socket:
         try:
-            sock.settimeout(self._until() - time.monotonic())
-            sock.connect(self.unix_socket or "")
+            return to_unix_socket(path, until)
         except OSError as error:
-            sock.close()
-            raise NewConnectionError(self, f"no connection to {self.unix_socket}") from error
-        return sock
+            raise NewConnectionError(self, f"no connection to {path}") from error
 
     def _claim(self, sock: socket.socket, until: float) -> None:
         self._handle = self.owner.handle(sock)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import weakref
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from email.message import Message
@@ -28,6 +27,7 @@ _TIMEOUT, _TOO_EARLY, _TOO_MANY, _BROKEN = 408, 425, 429, 500
 _OK = range(200, 300)
 # Seconds: until a host that was not let pass is asked for again, and credentials that had worked.
 _REST = 60.0
+_MOST_REFUSED = 15  # passwords of one proxy that are remembered, beside the last one
 # Seconds after a success for which credentials are taken to be good, so that connections need not
 # wait for each other.
 _GOOD_FOR = 60.0
@@ -61,6 +61,31 @@ class TunnelRefused(ProxyError):
         return TunnelRefused(
             self.proxy, self.status, passes=self.passes, reason=self.reason, hint=self.hint
         )
+
+
+class _Memory:
+    """What a proxy has answered to whomever in this process; a directory counts wrong passwords."""
+
+    def __init__(self) -> None:
+        self.good: Secret | None = None
+        self.good_until = float("-inf")
+        self.had_worked = False
+        self.new_lock()
+        self.forget_refusals()
+
+    def new_lock(self) -> None:
+        self.one_at_a_time = threading.Lock()
+
+    def knows(self, credentials: Secret | None) -> bool:
+        return time.monotonic() < self.good_until and _same(self.good, credentials)
+
+    def forget_refusals(self) -> None:
+        # Credentials that were refused, and when they may be sent again.
+        self.refused: list[tuple[Secret, TunnelRefused, float]] = []
+        self.closed_to: dict[str, tuple[float, TunnelRefused]] = {}
+
+
+_memories: dict[str, _Memory] = {}
 
 
 class Proxy:
@@ -102,15 +127,8 @@ class Proxy:
         self.url = f"http://{self.address}"
         self._source = credentials_source
         self._kept = given
-        self._new_lock()
-        _all.add(self)
-        self.forget_refusals()
-        self._good_until = float("-inf")
-        self._had_worked = False
+        self._memory = _memories.setdefault(self.address, _Memory())
         self._credentials()
-
-    def _new_lock(self) -> None:
-        self._one_at_a_time = threading.Lock()
 
     def revealed_url(self) -> str:
         """Its URL with the credentials in it, for a library that speaks CONNECT itself."""
@@ -123,9 +141,7 @@ class Proxy:
 
     def forget_refusals(self) -> None:
         """Ask again whatever was refused."""
-        self._refused: tuple[Secret | None, TunnelRefused] | None = None
-        self._asked_again_at = float("inf")
-        self._closed_to: dict[str, tuple[float, TunnelRefused]] = {}
+        self._memory.forget_refusals()
 
     @contextlib.contextmanager
     def asking(self, target: str, until: float) -> Iterator[Secret | None]:
@@ -141,14 +157,14 @@ class Proxy:
             TunnelRefused: It was refused before, and is not asked for again yet.
             TimeoutError: Other threads were being answered until then.
         """
-        credentials = self._credentials()
+        credentials, memory = self._credentials(), self._memory
         with contextlib.ExitStack() as alone:
-            if credentials is not None and time.monotonic() >= self._good_until:
-                lock = self._one_at_a_time
+            if credentials is not None and not memory.knows(credentials):
+                lock = memory.one_at_a_time
                 if not lock.acquire(timeout=max(until - time.monotonic(), 0.0)):
                     raise TimeoutError
                 alone.callback(lock.release)
-            if time.monotonic() < self._good_until:
+            if memory.knows(credentials):
                 alone.close()
             self._require_not_refused(target, credentials)
             yield credentials
@@ -161,30 +177,35 @@ class Proxy:
         Raises:
             TunnelRefused: It is no tunnel.
         """
-        now = time.monotonic()
+        now, memory = time.monotonic(), self._memory
         if status in _OK:
-            self._good_until, self._had_worked = now + _GOOD_FOR, credentials is not None
-            self._refused = None
+            memory.good_until, memory.had_worked = now + _GOOD_FOR, credentials is not None
+            memory.good = credentials
+            memory.refused = [kept for kept in memory.refused if not _same(kept[0], credentials)]
             return
         refused = self._refusal(target, status, headers, known=credentials is not None)
         if status == _AUTHENTICATE and credentials is not None:
-            self._good_until = float("-inf")
             # A proxy whose directory is away for a moment refuses good ones too.
-            self._refused = (credentials, refused)
-            self._asked_again_at = now + _REST if self._had_worked else float("inf")
-            self._had_worked = False
+            if any(_same(kept[0], credentials) and now < kept[2] for kept in memory.refused):
+                raise refused  # it was under way when another one was refused
+            had_worked = memory.had_worked and _same(memory.good, credentials)
+            again_at = now + _REST if had_worked else float("inf")
+            others = [kept for kept in memory.refused if not _same(kept[0], credentials)]
+            memory.refused = [*others[-_MOST_REFUSED:], (credentials, refused, again_at)]
+            if _same(memory.good, credentials):
+                memory.good_until = float("-inf")
+            memory.had_worked = memory.had_worked and not had_worked
         elif not refused.passes:
-            resting = {host: kept for host, kept in self._closed_to.items() if now < kept[0]}
-            self._closed_to = {**resting, target: (now + _REST, refused)}
+            resting = {host: kept for host, kept in memory.closed_to.items() if now < kept[0]}
+            memory.closed_to = {**resting, target: (now + _REST, refused)}
         raise refused
 
     def _require_not_refused(self, target: str, credentials: Secret | None) -> None:
         now = time.monotonic()
-        if self._refused is not None and now < self._asked_again_at:
-            sent, refused = self._refused
-            if _text(sent) == _text(credentials):
+        for sent, refused, again_at in self._memory.refused:
+            if now < again_at and _same(sent, credentials):
                 raise refused.again()
-        until, closed = self._closed_to.get(target, (0.0, None))
+        until, closed = self._memory.closed_to.get(target, (0.0, None))
         if closed is not None and now < until:
             raise closed.again()
 
@@ -254,13 +275,10 @@ def optional_proxy(
     return None
 
 
-_all: weakref.WeakSet[Proxy] = weakref.WeakSet()
-
-
 def _after_fork_in_child() -> None:
     # The parent's lock may have been held at the moment of the fork. What was refused stays so.
-    for proxy in list(_all):
-        proxy._new_lock()  # noqa: SLF001 (this module's own class)
+    for memory in list(_memories.values()):
+        memory.new_lock()
 
 
 forks.in_child(_after_fork_in_child)
@@ -290,5 +308,7 @@ def _basic(text: Secret) -> Secret | None:
     return Secret(f"{_BASIC}{b64encode(pair.encode()).decode()}")
 
 
-def _text(secret: Secret | None) -> str | None:
-    return None if secret is None else secret.reveal()
+def _same(one: Secret | None, other: Secret | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.reveal() == other.reveal()

@@ -248,3 +248,43 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(
         assert connection.sock.gettimeout() > 2.0, "the share is for connecting alone"
         listener.accept()[0].close()
         connection.close()
+
+
+def test_each_address_has_the_limit_where_a_call_has_no_moment_to_end_by(
+    servers: NameServers, dead: tuple[list[str], int]
+) -> None:
+    (first, *_), port = dead
+    servers.addresses = [first, "127.0.0.1"]
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        pool = Connections().pools()["http"](HOST, port, timeout=1.0)
+        connection: Any = pool._get_conn()
+        connection.connect()
+        listener.accept()[0].close()
+        connection.close()
+
+
+def test_a_body_that_is_made_while_it_is_sent_goes_as_it_comes() -> None:
+    came = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                received = b""
+                while b"first" not in received:
+                    received += connection.recv(4096)
+                came.set()
+                while b"0\r\n\r\n" not in received:
+                    received += connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+
+        def body() -> Iterator[bytes]:
+            yield b"first"
+            assert came.wait(20)
+            yield b"second"
+
+        pool = Connections().pools()["http"]("127.0.0.1", listener.getsockname()[1], timeout=30)
+        assert pool.request("POST", "/", body=body(), retries=False).status == 204
+        serving.join(20)

@@ -189,7 +189,8 @@ def test_credentials_that_had_worked_are_doubted_once(
     assert renewed()
     assert len(proxy.sent) == 2
     monkeypatch.setattr(proxies, "_REST", 0.0)
-    fetcher._proxy._asked_again_at = 0.0  # type: ignore[union-attr]  # the minute is over
+    memory = fetcher._proxy._memory  # type: ignore[union-attr]
+    memory.refused = [(sent, told, 0.0) for sent, told, _ in memory.refused]  # the minute is over
     proxy.status = None
     assert renewed() is None
     assert fetcher.token().value != token.value
@@ -232,7 +233,7 @@ def test_a_host_that_is_not_let_pass_is_not_asked_for_again_at_once(
     assert target(sandbox) in error.hint
     assert len(proxy.asked) == 1
     proxy.status = None
-    refusals = fetcher._proxy._closed_to  # type: ignore[union-attr]
+    refusals = fetcher._proxy._memory.closed_to  # type: ignore[union-attr]
     refusals.update({host: (0.0, kept[1]) for host, kept in refusals.items()})  # the minute is over
     age(fetcher, 60)
     assert fetcher.token().value

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import random
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from d1_signer.backends.aws_kms.failures import AWS_KMS, this_call
 from d1_signer.backends.aws_kms.settings import Settings
 from d1_signer.backends.remote import clients_of
 from d1_signer.errors import ConfigurationError, D1SignerError, LoginError, SignerUnavailable
-from d1_signer.signing import forks
+from d1_signer.secret import shown_path
 from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.exchange import Http
 from d1_signer.transport.hosts import check_endpoint
@@ -161,18 +160,6 @@ def clients(
     return clients_of(given, "KMS client", Client, make)
 
 
-# Making boto3 clients in two threads at once is not safe, whatever the session.
-_making = threading.Lock()
-
-
-def _new_lock() -> None:
-    global _making  # noqa: PLW0603 (the parent's lock may have been held at the moment of the fork)
-    _making = threading.Lock()
-
-
-forks.in_child(_new_lock)
-
-
 def _client(settings: Settings, credentials: AwsCredentials) -> Client:
     sender = _Sender(settings)
     config = Config(
@@ -257,7 +244,7 @@ def _context(ca_file: str | None) -> ssl.SSLContext:
         return verifying_context(ca_file or certifi.where())
     except (OSError, ssl.SSLError):
         raise ConfigurationError(
-            f"The CA file for AWS KMS cannot be read: {ca_file or 'that of certifi'}.",
+            f"The CA file for AWS KMS cannot be read: {shown_path(ca_file or certifi.where())}.",
             hint="ca_file names a file with certificates in PEM.",
         ) from None
 

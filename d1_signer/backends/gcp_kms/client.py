@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.message import Message
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -35,7 +34,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.secret import SecretSource
+from d1_signer.secret import SecretSource, read_public_file, shown_path, unreadable
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.processes import PerProcess, fork_gate
@@ -248,6 +247,7 @@ class Client:
             except LoginError:
                 if not self.credentials.replaced(token, until):
                     raise
+            this_call.sent = self.credentials.get(until).secrets()
             return ask()
         except D1SignerError as error:
             if error.details.setdefault("phase", phase) == phase:  # else the source has its own
@@ -374,12 +374,13 @@ def _way(proxy: Proxy | None) -> list[tuple[str, Any]]:
 
 
 def _authorities(ca_file: str | None) -> bytes:
+    path = ca_file or certifi.where()
     try:
-        return Path(ca_file or certifi.where()).read_bytes()
-    except OSError as error:
-        reason = error.strerror
+        return read_public_file(path)
+    except (OSError, ValueError) as error:
+        reason = unreadable(error)
     raise ConfigurationError(
-        f"The CA file for Cloud KMS cannot be read: {ca_file or 'that of certifi'}: {reason}.",
+        f"The CA file for Cloud KMS cannot be read: {shown_path(path)}: {reason}.",
         hint="ca_file names a file with certificates in PEM.",
     )
 
