@@ -19,6 +19,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util.ssl_match_hostname import CertificateError
 
+from d1_signer.frames import clear, of_signal_handler
 from d1_signer.transport.proxies import TunnelRefused
 
 # What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
@@ -111,6 +112,9 @@ def drop_frames(error: BaseException, *, outer: BaseException | None) -> None:
         error: Any, before it is raised again.
         outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
     """
+    if of_signal_handler(error):
+        clear(error)  # where it came from is still to be seen
+        return
     for link in causes(error, outer=outer):
         link.__traceback__ = None
 

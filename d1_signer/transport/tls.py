@@ -6,6 +6,7 @@ Verification of the server cannot be switched off, here or by what a caller does
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 import threading
@@ -304,6 +305,21 @@ def verifying_context(authorities: str | None, *, pem: str | None = None) -> Ver
     else:
         context.trust(read_public_file(authorities))
     return context
+
+
+def read_authorities(path: str) -> bytes:
+    """The content of a PEM file of authorities, for a client that verifies by itself.
+
+    Raises:
+        OSError: It cannot be read, is larger than 1 MiB, or holds no certificates.
+        ValueError: Not a file name.
+    """
+    pem = read_public_file(path)
+    try:
+        new_context().trust(pem)
+    except (ssl.SSLError, ValueError):
+        raise OSError(errno.EINVAL, "it holds no certificates in PEM") from None
+    return pem
 
 
 def new_context() -> VerifyingContext:

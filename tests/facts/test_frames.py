@@ -29,6 +29,7 @@ from d1_signer import (
 )
 from d1_signer.frames import of_signal_handler, without_locals
 from d1_signer.signing.backend import guarded
+from d1_signer.transport.failures import drop_frames
 from tests.conftest import told_by
 
 SECRET = "s3cret-" + "that-nobody-may-see"
@@ -174,4 +175,25 @@ def test_soft_limit_amid_an_opening(tmp_path: Path) -> None:
     file.write_bytes(key)
     with pytest.raises(_SoftLimit) as raised:
         open_signer(f"file:{file}", passphrase_source=reads)
+    assert not [text for text in told_by(raised.value) if SECRET in text]
+
+
+@pytest.mark.usefixtures("restored")
+def test_frames_of_a_request_are_dropped_but_not_where_a_handler_raised() -> None:
+    signal.signal(signal.SIGUSR1, _function)
+
+    def sends(held: str) -> None:
+        assert held
+        signal.raise_signal(signal.SIGUSR1)
+
+    def asks() -> None:
+        try:
+            sends(SECRET)
+        except _SoftLimit as error:
+            drop_frames(error, outer=None)
+            raise
+
+    with pytest.raises(_SoftLimit) as raised:
+        asks()
+    assert of_signal_handler(raised.value)
     assert not [text for text in told_by(raised.value) if SECRET in text]

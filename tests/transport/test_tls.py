@@ -6,6 +6,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+import certifi
 import pytest
 import requests
 
@@ -22,6 +23,7 @@ from d1_signer import (
     TokenFetcher,
 )
 from d1_signer.sandbox import Sandbox
+from d1_signer.transport.tls import read_authorities
 from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
 
 PASSPHRASE = b"correct horse battery"
@@ -258,3 +260,12 @@ def test_a_token_reaches_the_api_by_any_session_with_the_auth(
 
 def test_the_certificate_fixture_is_the_one_in_use(sandbox: Sandbox) -> None:
     assert certificate_of(sandbox).certificate == sandbox.client_certificate
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"-----BEGIN CERTIFICATE-----\nMIIB"])
+def test_authorities_that_are_none(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    file.write_bytes(content)
+    with pytest.raises(OSError, match="holds no certificates"):
+        read_authorities(str(file))
+    assert b"BEGIN CERTIFICATE" in read_authorities(certifi.where())

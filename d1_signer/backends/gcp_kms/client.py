@@ -34,11 +34,12 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.secret import SecretSource, read_public_file, shown_path, unreadable
+from d1_signer.secret import SecretSource, shown_path, unreadable
 from d1_signer.signing.key_uri import KeyUri
 from d1_signer.transport.deadlines import no_time_left, within
 from d1_signer.transport.processes import PerProcess, fork_gate
 from d1_signer.transport.proxies import Proxy, TunnelRefused, optional_proxy
+from d1_signer.transport.tls import read_authorities
 
 R = TypeVar("R")
 
@@ -376,7 +377,8 @@ def _way(proxy: Proxy | None) -> list[tuple[str, Any]]:
 def _authorities(ca_file: str | None) -> bytes:
     path = ca_file or certifi.where()
     try:
-        return read_public_file(path)
+        # gRPC would take an empty one for its own default, which the environment may name.
+        return read_authorities(path)
     except (OSError, ValueError) as error:
         reason = unreadable(error)
     raise ConfigurationError(

@@ -154,6 +154,7 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(0, "", SignerError, "See the status in the documentation of Vault's API."),
 )
 
+OWN_WORDS = "vault_errors"
 _REDIRECTS = range(300, 400)
 _TEMPORARY = 307
 # Headers by which a gateway names a request; Vault's own refusals name none.
@@ -255,6 +256,8 @@ def refused(
         )
     errors = told.get("errors") if isinstance(told, dict) else None
     message = " ".join(map(str, errors)) if isinstance(errors, list) else ""
+    if isinstance(errors, list):
+        details[OWN_WORDS] = 1  # else it may be a gateway's answer
     meaning = meaning_of(status, message)
     kind = meaning.error
     if purpose.phase is Phase.CREDENTIALS and not issubclass(kind, SignerUnavailable):

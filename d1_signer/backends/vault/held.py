@@ -140,8 +140,16 @@ class GivenToken:
             names = (f"{prefix}_TOKEN" for prefix in ("BAO", "VAULT"))
             source = next((f"env:{name}" for name in names if os.environ.get(name)), None)
         if source is None:
-            file = Path.home() / ".vault-token"
-            source = f"file:{file}" if file.exists() else "none"
+            source = _token_of_the_user()
         if source == "none":
             return None
         return read_secret(source, what="Vault token", trusted_owner=self._owner)
+
+
+def _token_of_the_user() -> str:
+    """Where Vault's own client left a token; a container's user may have no home, or not see it."""
+    try:
+        file = Path.home() / ".vault-token"
+        return f"file:{file}" if file.exists() else "none"
+    except (OSError, RuntimeError):
+        return "none"

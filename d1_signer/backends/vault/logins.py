@@ -10,7 +10,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from d1_signer.backends.vault.failures import TO_LOG_IN, TO_UNWRAP
+from d1_signer.backends.vault.failures import OWN_WORDS, TO_LOG_IN, TO_UNWRAP
 from d1_signer.backends.vault.held import Held
 from d1_signer.backends.vault.http import HttpClient, Told
 from d1_signer.backends.vault.settings import read_public
@@ -104,7 +104,8 @@ class Login:
             if held is None:
                 raise http.altered(TO_LOG_IN, "answered a login without a token.")
             return held
-        if self.counted and refusal.details.get("status") == _BAD_REQUEST:
+        own = OWN_WORDS in refusal.details
+        if self.counted and own and refusal.details.get("status") == _BAD_REQUEST:
             _refused.add(digest)
         else:
             self._denied_at = (digest, time.monotonic())
@@ -163,6 +164,9 @@ class Login:
             inner = _inside(http, secret, until) if self._is_ours(path) else None
         except LoginError as error:
             refusal = error
+            if OWN_WORDS not in error.details:
+                self._denied_at = (digest, time.monotonic())
+                raise  # of a gateway: the wrapping token may still be good
         else:
             if inner is None:
                 raise LoginError(
