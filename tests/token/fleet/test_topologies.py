@@ -177,7 +177,7 @@ def test_cold_members_behind_sentinels_that_all_hang(
     assert waited < 10
 
 
-@pytest.mark.stress
+@pytest.mark.soak
 def test_a_failover_behind_sentinels_amid_renewals(
     fleet: FleetMaker, sandbox: Sandbox, watched: Watched
 ) -> None:
@@ -305,7 +305,7 @@ def failover(cluster: Cluster, name: str) -> None:
     until(lambda: cluster.owner(name) is not before, seconds=40)
 
 
-@pytest.mark.stress
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("amid", [migration, failover])
 def test_a_cluster_that_changes_amid_renewals(
@@ -323,7 +323,7 @@ def test_a_cluster_that_changes_amid_renewals(
     until(lambda: share(fetchers), seconds=100)
 
 
-@pytest.mark.stress
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_cluster_all_of_whose_nodes_hang_amid_renewals(
     fleet: FleetMaker, sandbox: Sandbox, nodes: Nodes
