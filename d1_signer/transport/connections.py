@@ -32,9 +32,10 @@ from urllib3.exceptions import (
 )
 
 from d1_signer.transport.hosts import is_address, shown_address
-from d1_signer.transport.names import addresses_of, to_unix_socket
+from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.proxies import Proxy, request_for
+from d1_signer.transport.reach import Place, place_of, reach
 from d1_signer.transport.response import BoundedResponse, Handle, received
 from d1_signer.transport.tls import Lent
 from d1_signer.transport.verification import require_verified, require_verifying
@@ -42,7 +43,6 @@ from d1_signer.transport.verification import require_verified, require_verifying
 # Bytes of a request that are kept together; a body that is streamed is sent as it comes.
 _HELD = 1 << 16
 _LONGEST_CONNECT = 60.0  # seconds, where a call has neither a moment by which it ends nor a limit
-_SHARE = 2.0  # seconds that an address gets, if they are left: a lost SYN is sent again after one
 # Of Linux (RFC 1122 section 4.2.3.2 lets others wait for half a second).
 _ACKNOWLEDGE: int | None = getattr(socket, "TCP_QUICKACK", None)
 
@@ -104,7 +104,7 @@ class Connections:
             _bounds.reset(reset)
 
     def cut(self) -> None:
-        """End every call under way; one that is still connecting ends before it sends anything."""
+        """End every call under way, those that are still connecting too."""
         with self.lock:
             self.cuts += 1
             for handle in list(self._handles):
@@ -294,65 +294,46 @@ class _Connection(HTTPConnection):
         return ConnectTimeoutError(self, f"no connection to {self.host} in time")
 
     def _new_conn(self) -> socket.socket:
-        until, unbounded = self._until(), _bounds.get() is None  # then each address has the limit
+        bounds = _bounds.get()
+        places = self._places()
         try:
-            if self.unix_socket is not None:
-                sock = self._to_unix_socket(self.unix_socket, until)
-            else:
-                sock = super()._new_conn() if is_address(self.host) else self._looked_up(until)
+            return reach(
+                places,
+                limit=self._limit(),
+                until=None if bounds is None else bounds.until,
+                options=self.socket_options or (),
+                claim=self._claim,
+            )
+        except OSError as error:
+            self._require_not_cut()
+            if isinstance(error, TimeoutError):
+                raise self._out_of_time() from None
+            raise NewConnectionError(self, f"no connection to {self.host}: {error}") from error
+
+    def _places(self) -> list[Place]:
+        if self.unix_socket is not None:
+            return [(socket.AF_UNIX, self.unix_socket)]
+        name = self._dns_host.strip("[]")
+        if is_address(name):
+            return [place_of(name, self.port)]
+        try:
+            found = addresses_of(
+                name, self.port, min(self._until(), time.monotonic() + self._limit())
+            )
         except TimeoutError:
             raise self._out_of_time() from None
-        try:
-            self._claim(sock, self._until() if unbounded else until)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def _looked_up(self, until: float) -> socket.socket:
-        """Connect to the first address of the host that takes it."""
-        name = self._dns_host
-        if isinstance(self.timeout, int | float):
-            until = min(until, time.monotonic() + self.timeout)
-        try:
-            addresses = addresses_of(name, self.port, until)
         except socket.gaierror as error:
             raise NameResolutionError(self.host, self, error) from error
-        failure: Exception = self._out_of_time()
-        limit = self.timeout
-        try:
-            for number, address in enumerate(addresses):
-                left = until - time.monotonic()
-                if left <= 0 and _bounds.get() is not None:
-                    break
-                self._dns_host = address
-                if _bounds.get() is not None:
-                    # One that does not answer leaves some of the time to those behind it.
-                    share = max(left / (len(addresses) - number), min(_SHARE, left / 2))
-                    self.timeout = min(left, share)
-                try:
-                    return super()._new_conn()
-                except (NewConnectionError, ConnectTimeoutError) as error:
-                    failure = error
-        finally:
-            self._dns_host, self.timeout = name, limit
-        raise failure
+        return [place_of(address, self.port) for address in found]
 
-    def _to_unix_socket(self, path: str, until: float) -> socket.socket:
-        try:
-            return to_unix_socket(path, until)
-        except OSError as error:
-            raise NewConnectionError(self, f"no connection to {path}") from error
-
-    def _claim(self, sock: socket.socket, until: float) -> None:
+    def _claim(self, sock: socket.socket) -> None:
+        self._let_go()
         self._handle = self.owner.handle(sock)
+        self._require_not_cut()
+
+    def _require_not_cut(self) -> None:
         if self.owner.cuts != self._began:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-        left = until - time.monotonic()
-        if left <= 0:
-            raise self._out_of_time()
-        # For the handshake, which Python bounds as a whole.
-        sock.settimeout(min(left, self._limit()))
 
     def close(self) -> None:
         super().close()

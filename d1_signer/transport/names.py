@@ -98,23 +98,3 @@ def _after_fork_in_child() -> None:
 
 
 forks.in_child(_after_fork_in_child)
-
-
-def to_unix_socket(path: str, until: float) -> socket.socket:
-    """Connect to a Unix socket.
-
-    Args:
-        path: Its file.
-        until: Moment on ``time.monotonic()``.
-
-    Raises:
-        OSError: Nobody listens there in time.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(max(0.001, until - time.monotonic()))
-        sock.connect(path)
-    except OSError:
-        sock.close()
-        raise
-    return sock

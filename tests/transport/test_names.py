@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from d1_signer.sandbox import Sandbox
 from d1_signer.transport import names
 from d1_signer.transport.connections import Connections
 from d1_signer.transport.names import addresses_of
+from d1_signer.transport.reach import place_of, reach
 from tests.token.conftest import FetcherMaker
 from tests.token.test_fetcher import together, until
 
@@ -288,3 +290,43 @@ def test_a_body_that_is_made_while_it_is_sent_goes_as_it_comes() -> None:
         pool = Connections().pools()["http"]("127.0.0.1", listener.getsockname()[1], timeout=30)
         assert pool.request("POST", "/", body=body(), retries=False).status == 204
         serving.join(20)
+
+
+def test_a_connection_that_is_being_made_is_cut(
+    servers: NameServers, dead: tuple[list[str], int]
+) -> None:
+    servers.addresses, port = dead
+    connections = Connections()
+    pool = connections.pools()["http"](HOST, port, timeout=60.0)
+    ended: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            pool.request("GET", "/", retries=False)
+        except urllib3.exceptions.HTTPError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    # From here on it connects, and would do so for four minutes.
+    until(lambda: bool(connections._handles), seconds=20)
+    while thread.is_alive():  # it may be between two addresses
+        connections.cut()
+        thread.join(0.1)
+    assert "abort" in str(ended)
+
+
+def test_a_signals_exception_amid_connecting_leaves_no_socket(
+    dead: tuple[list[str], int],
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def refuse(_: socket.socket) -> None:
+        raise Stop
+
+    (first, *_), port = dead
+    before = set(Path("/proc/self/fd").iterdir())
+    with pytest.raises(Stop):
+        reach([place_of(first, port)], limit=1.0, until=None, options=(), claim=refuse)
+    assert set(Path("/proc/self/fd").iterdir()) == before
