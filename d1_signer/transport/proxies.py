@@ -77,7 +77,7 @@ class _Memory:
         self.one_at_a_time = threading.Lock()
 
     def knows(self, credentials: Secret | None) -> bool:
-        return time.monotonic() < self.good_until and _same(self.good, credentials)
+        return time.monotonic() < self.good_until and same(self.good, credentials)
 
     def forget_refusals(self) -> None:
         # Credentials that were refused, and when they may be sent again.
@@ -128,11 +128,10 @@ class Proxy:
         self._source = credentials_source
         self._kept = given
         self._memory = _memories.setdefault(self.address, _Memory())
-        self._credentials()
+        self.credentials()
 
-    def revealed_url(self) -> str:
-        """Its URL with the credentials in it, for a library that speaks CONNECT itself."""
-        credentials = self._credentials()
+    def revealed_url(self, credentials: Secret | None) -> str:
+        """Its URL with credentials in it, for a library that speaks CONNECT itself."""
         if credentials is None:
             return self.url
         pair = b64decode(credentials.reveal().removeprefix(_BASIC)).decode()
@@ -157,7 +156,7 @@ class Proxy:
             TunnelRefused: It was refused before, and is not asked for again yet.
             TimeoutError: Other threads were being answered until then.
         """
-        credentials, memory = self._credentials(), self._memory
+        credentials, memory = self.credentials(), self._memory
         with contextlib.ExitStack() as alone:
             if credentials is not None and not memory.knows(credentials):
                 lock = memory.one_at_a_time
@@ -181,18 +180,18 @@ class Proxy:
         if status in _OK:
             memory.good_until, memory.had_worked = now + _GOOD_FOR, credentials is not None
             memory.good = credentials
-            memory.refused = [kept for kept in memory.refused if not _same(kept[0], credentials)]
+            memory.refused = [kept for kept in memory.refused if not same(kept[0], credentials)]
             return
         refused = self._refusal(target, status, headers, known=credentials is not None)
         if status == _AUTHENTICATE and credentials is not None:
             # A proxy whose directory is away for a moment refuses good ones too.
-            if any(_same(kept[0], credentials) and now < kept[2] for kept in memory.refused):
+            if any(same(kept[0], credentials) and now < kept[2] for kept in memory.refused):
                 raise refused  # it was under way when another one was refused
-            had_worked = memory.had_worked and _same(memory.good, credentials)
+            had_worked = memory.had_worked and same(memory.good, credentials)
             again_at = now + _REST if had_worked else float("inf")
-            others = [kept for kept in memory.refused if not _same(kept[0], credentials)]
+            others = [kept for kept in memory.refused if not same(kept[0], credentials)]
             memory.refused = [*others[-_MOST_REFUSED:], (credentials, refused, again_at)]
-            if _same(memory.good, credentials):
+            if same(memory.good, credentials):
                 memory.good_until = float("-inf")
             memory.had_worked = memory.had_worked and not had_worked
         elif not refused.passes:
@@ -203,13 +202,18 @@ class Proxy:
     def _require_not_refused(self, target: str, credentials: Secret | None) -> None:
         now = time.monotonic()
         for sent, refused, again_at in self._memory.refused:
-            if now < again_at and _same(sent, credentials):
+            if now < again_at and same(sent, credentials):
                 raise refused.again()
         until, closed = self._memory.closed_to.get(target, (0.0, None))
         if closed is not None and now < until:
             raise closed.again()
 
-    def _credentials(self) -> Secret | None:
+    def credentials(self) -> Secret | None:
+        """The value of ``Proxy-Authorization`` that its source gives now, or None.
+
+        Raises:
+            SecretSourceError: It cannot be read, or is not ``USER:PASSWORD``.
+        """
         if self._kept is not None or self._source is None:
             return self._kept
         text = read_secret(self._source, what=_WHAT)
@@ -308,7 +312,8 @@ def _basic(text: Secret) -> Secret | None:
     return Secret(f"{_BASIC}{b64encode(pair.encode()).decode()}")
 
 
-def _same(one: Secret | None, other: Secret | None) -> bool:
+def same(one: Secret | None, other: Secret | None) -> bool:
+    """Whether two are the same credentials, or both none."""
     if one is None or other is None:
         return one is other
     return one.reveal() == other.reveal()

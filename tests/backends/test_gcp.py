@@ -430,7 +430,7 @@ def test_own_client_has_default_credentials_and_is_closed(own_client: tuple[gcp.
         client = signer._backend._clients.made_here()
     assert client is not None
     with pytest.raises(ValueError, match="closed channel"):
-        client.sdk.get_public_key(name=gcp.VERSION)
+        client.through(None).get_public_key(name=gcp.VERSION)
 
 
 def test_proxy_is_used_where_it_is_named(own_client: tuple[gcp.Gcp, str]) -> None:

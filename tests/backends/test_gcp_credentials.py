@@ -319,8 +319,9 @@ def test_cloud_of_the_environment_is_not_used(
     assert _run(_OPENS, tmp_path, tls[1], "30", **environment).startswith("signed")
     # Without an endpoint that is named, too; nothing is sent from here, for want of a network.
     program = (
-        "from d1_signer.backends.gcp_kms.client import _client, read_uri\n"
-        f"print(_client(read_uri('gcpkms://{gcp.VERSION}')).sdk.transport.host)"
+        "from d1_signer.backends.gcp_kms.client import _client\n"
+        "from d1_signer.backends.gcp_kms.place import read_uri\n"
+        f"print(_client(read_uri('gcpkms://{gcp.VERSION}')).through(None).transport.host)"
     )
     assert _run(program, tmp_path, **environment) == "cloudkms.googleapis.com:443\n"
     other = f"{tls[1]}&universe-domain=bank.example"

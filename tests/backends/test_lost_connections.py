@@ -17,7 +17,7 @@ import pytest
 from cryptography import x509
 
 from d1_signer import errors
-from d1_signer.backends.gcp_kms import client as gcp_client
+from d1_signer.backends.gcp_kms.place import Place
 from d1_signer.signing.signer import Signer, open_signer
 from tests.servers import aws, gcp
 from tests.servers.certificates import Authority
@@ -190,7 +190,7 @@ def test_gcp_follows_a_name_that_moves(
     port = server.tls_port
     with NameServer("127.0.0.2") as names, Forwarder(port, "127.0.0.2", port) as old:
         target = f"dns://127.0.0.1:{names.port}/kms.bank.test:{port}"
-        monkeypatch.setattr(gcp_client.Place, "target", property(lambda _: target))
+        monkeypatch.setattr(Place, "target", property(lambda _: target))
         uri = f"gcpkms://{gcp.VERSION}?ca_file={authority}"
         with open_signer(uri, timeout=_LIMIT) as signer:
             load = _Load(signer)

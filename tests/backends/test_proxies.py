@@ -14,7 +14,7 @@ import certifi
 import pytest
 
 from d1_signer import SignerError, SignerUnavailable, errors, open_signer
-from d1_signer.backends.gcp_kms.client import read_uri
+from d1_signer.backends.gcp_kms.place import read_uri
 from tests.backends.test_aws import endpoint, key, tls_endpoint
 from tests.backends.test_gcp import own_client, tls
 from tests.servers import aws, vault
@@ -115,6 +115,27 @@ def test_a_password_that_was_changed_is_refused_twice_at_most(
                 signer.sign(b"m")
         assert proxy.refused <= 2
         file.write_text(WRONG)
+        signer.public_key.verify(signer.sign(b"m"), b"m")
+
+
+def test_a_new_password_is_judged_by_its_own_answer(
+    gcp_key: tuple[str, str], proxy: ConnectProxy, tmp_path: Path
+) -> None:
+    """gRPC keeps a tunnel open, and shows on its next one what its channel was made with."""
+    file = tmp_path / "proxy"
+    file.touch(mode=0o600)
+    file.write_text(PAIR)
+    uri, _ = gcp_key
+    with open_signer(
+        uri, proxy=proxy.url, proxy_credentials_source=f"file:{file}", timeout=8.0
+    ) as signer:
+        signer.sign(b"m")
+        file.write_text(WRONG)
+        for _ in range(3):
+            with pytest.raises(SignerUnavailable, match="refuses the credentials"):
+                signer.sign(b"m")
+        assert proxy.sent.count(WRONG) == 1
+        file.write_text(PAIR)
         signer.public_key.verify(signer.sign(b"m"), b"m")
 
 

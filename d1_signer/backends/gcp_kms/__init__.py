@@ -32,7 +32,8 @@ try:
     import google_crc32c
     from google.cloud import kms_v1 as kms
 
-    from d1_signer.backends.gcp_kms.client import Client, Sdk, clients, read_uri
+    from d1_signer.backends.gcp_kms.channel import Sdk
+    from d1_signer.backends.gcp_kms.client import Client, clients
     from d1_signer.backends.gcp_kms.keys import (
         VERSIONS,
         check,
@@ -42,6 +43,7 @@ try:
         newest,
         public_key,
     )
+    from d1_signer.backends.gcp_kms.place import read_uri
 except ModuleNotFoundError:
     raise MissingExtraError.of("google-cloud-kms", "gcp") from None
 
@@ -74,7 +76,7 @@ class GcpKmsBackend(RemoteBackend[Client]):
         )
         # The plain message below the SDK's wrapper, whose every field costs a conversion.
         answer = kms.AsymmetricSignResponse.pb(
-            client.call(until, "to sign", "signature", client.sdk.asymmetric_sign, request)
+            client.call(until, "to sign", "signature", lambda sdk: sdk.asymmetric_sign, request)
         )
         signature: bytes = answer.signature
         check(

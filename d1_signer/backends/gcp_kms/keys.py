@@ -11,8 +11,9 @@ from typing import Final, TypeVar
 import google_crc32c
 from google.cloud import kms_v1 as kms
 
-from d1_signer.backends.gcp_kms.client import Client, Place
+from d1_signer.backends.gcp_kms.client import Client
 from d1_signer.backends.gcp_kms.failures import CLOUD_KMS, STATES
+from d1_signer.backends.gcp_kms.place import Place
 from d1_signer.backends.remote import facts_of
 from d1_signer.custody.evidence import Assurance, Evidence, Fact
 from d1_signer.errors import (
@@ -68,7 +69,7 @@ def make(client: Client, place: Place, protection_level: str, until: float) -> G
     name = f"{place.ring}/cryptoKeys/{place.key}{VERSIONS}1"
     try:
         client.call(
-            until, "to make a key", _MAKING, client.sdk.create_crypto_key, request, attempts=1
+            until, "to make a key", _MAKING, lambda sdk: sdk.create_crypto_key, request, attempts=1
         )
     except SignerThrottled:
         raise
@@ -113,7 +114,7 @@ def asked_again(until: float, ask: Callable[[], R]) -> R:
 def describe(client: Client, name: str, doing: str, until: float) -> kms.CryptoKeyVersion:
     """What Cloud KMS says of a version."""
     request = kms.GetCryptoKeyVersionRequest(name=name)
-    return client.call(until, doing, _LOOK_UP, client.sdk.get_crypto_key_version, request)
+    return client.call(until, doing, _LOOK_UP, lambda sdk: sdk.get_crypto_key_version, request)
 
 
 def newest(client: Client, key: str, until: float) -> str:
@@ -127,7 +128,7 @@ def newest(client: Client, key: str, until: float) -> str:
         until,
         "to list the key's versions",
         _LOOK_UP,
-        lambda **options: list(client.sdk.list_crypto_key_versions(**options)),
+        lambda sdk: lambda **options: list(sdk.list_crypto_key_versions(**options)),
         request,
     )
     usable = [v.name for v in found if (v.state, v.algorithm) == (_State.ENABLED, ALGORITHM)]
@@ -149,7 +150,7 @@ def public_key(client: Client, version: str, until: float) -> tuple[PublicKey, i
     """
     request = kms.GetPublicKeyRequest(name=version)
     answer = client.call(
-        until, "to give the public key", _LOOK_UP, client.sdk.get_public_key, request
+        until, "to give the public key", _LOOK_UP, lambda sdk: sdk.get_public_key, request
     )
     pem = answer.pem.encode()
     check(
