@@ -21,6 +21,7 @@ from hypothesis import given, strategies as st
 
 from d1_signer.errors import SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret
+from tests.owners import give_away
 
 from .secrecy import assert_hidden
 
@@ -129,19 +130,20 @@ def test_private_file_is_taken(tmp_path: Path, mode: int) -> None:
     assert read_private_file(str(path), what="file") == b"1234"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_file_of_another_user_is_taken_from_one_who_is_named(tmp_path: Path) -> None:
+def test_file_of_another_user_is_taken_from_one_who_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = secret_file(tmp_path, b"1234", 0o640)
-    os.chown(path, 100, 1000)
-    refuse(f"file:{path}", match="another user .uid 100.")
+    owner = give_away(path, monkeypatch)
+    refuse(f"file:{path}", match=f"another user .uid {owner}.")
     with pytest.raises(SecretSourceError):
-        read_private_file(str(path), what="file", trusted_owner=101)
-    assert read_private_file(str(path), what="file", trusted_owner=100) == b"1234"
-    assert read_secret(f"file:{path}", what="PIN", trusted_owner=100).reveal() == "1234"
+        read_private_file(str(path), what="file", trusted_owner=owner + 7)
+    assert read_private_file(str(path), what="file", trusted_owner=owner) == b"1234"
+    assert read_secret(f"file:{path}", what="PIN", trusted_owner=owner).reveal() == "1234"
     for mode in (0o660, 0o644):
         path.chmod(mode)
         with pytest.raises(SecretSourceError, match=f"{mode:04o}"):
-            read_private_file(str(path), what="file", trusted_owner=100)
+            read_private_file(str(path), what="file", trusted_owner=owner)
 
 
 def test_symbolic_link_counts_by_its_target(tmp_path: Path) -> None:

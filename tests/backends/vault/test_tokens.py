@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from d1_signer.backends.vault.settings import read_settings
 from d1_signer.backends.vault.tokens import Tokens
 from d1_signer.signing.signer import Signer, open_signer
 from tests.backends.vault.conftest import signs
+from tests.owners import give_away
 from tests.servers import vault
 from tests.servers.fault_proxy import Answer, Dropped, FaultProxy
 from tests.servers.vault import calls, refusal
@@ -83,21 +83,22 @@ def test_no_token_is_sent_where_none_is_wanted(proxy: FaultProxy) -> None:
     assert "X-Vault-Token" not in proxy.requests[-1].headers
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_token_file_of_the_kubernetes_injector(token: str, tmp_path: Path) -> None:
+def test_token_file_of_the_kubernetes_injector(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = _secret_file(tmp_path, token)
-    os.chown(file, 100, 1000)
     file.chmod(0o640)
-    with pytest.raises(errors.SecretSourceError, match="uid 100") as refused:
+    owner = give_away(file, monkeypatch)
+    with pytest.raises(errors.SecretSourceError, match=f"uid {owner}") as refused:
         open_signer(f"hashivault://d1?token-source=file:{file}")
     assert "trusted_owner" in refused.value.hint
-    with open_signer(f"hashivault://d1?token-source=file:{file}&trusted-owner=100") as signer:
+    with open_signer(f"hashivault://d1?token-source=file:{file}&trusted-owner={owner}") as signer:
         signs(signer)
-    with open_signer("hashivault://d1", token_source=f"file:{file}", trusted_owner=100) as signer:
+    with open_signer("hashivault://d1", token_source=f"file:{file}", trusted_owner=owner) as signer:
         signs(signer)
     file.chmod(0o660)
     with pytest.raises(errors.SecretSourceError, match="0660"):
-        open_signer(f"hashivault://d1?token-source=file:{file}&trusted-owner=100")
+        open_signer(f"hashivault://d1?token-source=file:{file}&trusted-owner={owner}")
 
 
 def test_time_in_which_a_token_is_typed_does_not_count(
