@@ -88,13 +88,11 @@ class Reply:
         status: HTTP status code; None where no usable answer came.
         clock_offset: Seconds by which the server's ``Date`` is ahead of this machine's clock; None
             where it sent none.
-        retry_after: Seconds that the server asks to wait; None where it does not.
     """
 
     outcome: Grant | D1SignerError
     status: int | None = None
     clock_offset: float | None = None
-    retry_after: float | None = None
 
 
 class TokenEndpoint:
@@ -215,7 +213,6 @@ class TokenEndpoint:
             outcome=outcome,
             status=response.status_code,
             clock_offset=clock_offset,
-            retry_after=retry_after,
         )
 
     def _outcome(

@@ -174,7 +174,7 @@ class Renewal:
         attempt = 0
         while True:
             attempt += 1
-            started = (self._clock(), self._wall())
+            started, began = (self._clock(), self._wall()), time.monotonic()
             try:
                 kid, reply = self._try_once(deadline, stopped, refused_kids)
             except (SignerError, ConfigurationError, TokenTimeout) as error:
@@ -187,6 +187,7 @@ class Renewal:
                 raise answered.fresh() from None
             if isinstance(reply.outcome, Grant):
                 return self._held(reply.outcome, *started)
+            self._require_time(reply, last, began, deadline)
             last = reply.outcome
             # The two attempts below do not repeat what was refused: each sends another assertion
             # that removes the reason which the refusal points to, and each happens once.
@@ -257,6 +258,14 @@ class Renewal:
         left_to("an observer")
         notify(self._observers, event)
         return kid, reply
+
+    def _require_time(
+        self, reply: Reply, before: D1SignerError | None, began: float, deadline: float
+    ) -> None:
+        """Raise what was known before an attempt that had too little time to tell anything."""
+        cut_short = time.monotonic() >= deadline and deadline - began < self._limits.connect
+        if before is not None and reply.status is None and cut_short:
+            raise before.fresh()
 
     def _held(
         self, grant: Grant, requested_at: float, requested_at_wall: float

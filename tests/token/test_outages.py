@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from d1_signer import (
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.token import renewal
 from d1_signer.token.renewal import asked_pause, pause_before
+from d1_signer.transport import connections, names
 from tests.token.conftest import FetcherMaker
 from tests.token.test_fetcher import together, until
 
@@ -161,3 +163,24 @@ def test_what_is_asked_for() -> None:
     assert asked(status=429, retry_after=0.0) == 1.0
     assert asked(status=429, retry_after=7.0) == 7.0
     assert asked(retry_after="5s") == 0.0
+
+
+def test_an_attempt_without_time_accuses_nobody(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline ends it in a look-up, and it is not the name servers that are at fault."""
+    real, asked = names.addresses_of, itertools.count()
+
+    def slow(host: str, port: int, moment: float) -> list[str]:
+        if next(asked) == 0:
+            return real(host, port, moment)
+        threading.Event().wait(max(0.0, moment - time.monotonic()))
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer in time")
+
+    monkeypatch.setattr(connections, "addresses_of", slow)
+    sandbox.misbehave(Fault.CLOSE_BEFORE_ANSWER, times=1)
+    environment = sandbox.base_url.replace("127.0.0.1", "localhost")
+    fetcher = make_fetcher(environment=environment, limits=Limits(total=1.5))
+    with pytest.raises(TokenUnavailable, match="the answer failed"):
+        fetcher.token()
+    assert next(asked) >= 2

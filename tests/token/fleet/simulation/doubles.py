@@ -162,7 +162,7 @@ class SimulatedEndpoint:
         if busy:
             wait, status = busy.value or None, 429 if busy.kind == "d1-throttles" else 503
             error = error_from(status, b"", assertion=assertion, retry_after=wait)
-            return Reply(outcome=error, status=status, clock_offset=offset, retry_after=wait)
+            return Reply(outcome=error, status=status, clock_offset=offset)
         if plan.now("d1-garbles"):
             return Reply(outcome=TokenResponseError("no JSON"), status=200, clock_offset=offset)
         refusal = d1.reads(assertion.reveal())
