@@ -42,6 +42,7 @@ _log = logging.getLogger("d1_signer.token")
 
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
+_NO_TIME = 0.05
 _TOO_MANY = 429
 _LEAST_AFTER_TOO_MANY = 1.0
 # Below the first a clock is right enough and D1 had another reason; beyond the second the machine
@@ -263,7 +264,9 @@ class Renewal:
         self, reply: Reply, before: D1SignerError | None, began: float, deadline: float
     ) -> None:
         """Raise what was known before an attempt that had too little time to tell anything."""
-        cut_short = time.monotonic() >= deadline and deadline - began < self._limits.connect
+        # A limit made of the deadline ends some microseconds before it.
+        ran_out = deadline - time.monotonic() < _NO_TIME
+        cut_short = ran_out and deadline - began < self._limits.connect
         if before is not None and reply.status is None and cut_short:
             raise before.fresh()
 

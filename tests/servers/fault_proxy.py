@@ -137,9 +137,11 @@ class FaultProxy:
 
 
 @contextlib.contextmanager
-def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+def listening(
+    serve: Callable[[socket.socket], None], *, host: str = "127.0.0.1", port: int = 0
+) -> Iterator[int]:
     """Give each connection to ``serve``, in a thread of its own, and close it after that."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server((host, port))
     handles: list[socket.socket] = []
 
     def one(connection: socket.socket, handle: socket.socket) -> None:

@@ -197,7 +197,9 @@ def _all_sign(signer: Signer, *, each: int = 3, timeout: float = 30) -> Counter[
 
 
 @contextlib.contextmanager
-def _switch(port: int) -> Iterator[tuple[int, list[int], list[socket.socket]]]:
+def _switch(
+    port: int, *, host: str = "127.0.0.1", own_port: int = 0
+) -> Iterator[tuple[int, list[int], list[socket.socket]]]:
     """Connections that go deaf together: raise the number, and those of before pass nothing."""
     generation, connections = [0], list[socket.socket]()
 
@@ -206,7 +208,7 @@ def _switch(port: int) -> Iterator[tuple[int, list[int], list[socket.socket]]]:
         connections.append(connection)
         _relay(connection, port, lambda: generation[0] != mine)
 
-    with listening(serve) as own:
+    with listening(serve, host=host, port=own_port) as own:
         yield own, generation, connections
 
 
@@ -253,23 +255,25 @@ def test_name_that_moves_to_another_address(
     server: vault.Vault, token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = socket.getaddrinfo
-    with _switch(server.port) as (old, generation, _), _switch(server.port) as (new, _, moved):
-        at = [old]
+    with (
+        _switch(server.port) as (port, generation, _),
+        _switch(server.port, host="127.0.0.2", own_port=port) as (_, _, moved),
+    ):
+        at = ["127.0.0.1"]
 
-        def look_up(host: str, port: int, *rest: Any, **options: Any) -> Any:
-            return real("127.0.0.1" if host == "localhost" else host,
-                        at[0] if port == old else port, *rest, **options)  # fmt: skip
+        def look_up(host: str, *rest: Any, **options: Any) -> Any:
+            return real(at[0] if host == "localhost" else host, *rest, **options)
 
         monkeypatch.setattr("socket.getaddrinfo", look_up)
         with open_signer(
             "hashivault://d1",
-            address=f"http://localhost:{old}",
+            address=f"http://localhost:{port}",
             token_source=lambda: token,
             read_timeout=1.5,
         ) as signer:
             assert _all_sign(signer) == {"signed": 24}
             assert not moved
-            at[0] = new
+            at[0] = "127.0.0.2"
             generation[0] += 1
             assert _all_sign(signer) == {"signed": 24}
             assert moved
