@@ -30,7 +30,7 @@ from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.transport.client import ClientTls
-from d1_signer.transport.session import TlsAdapter, new_session
+from d1_signer.transport.session import new_session
 from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
 from tests.token.test_fetcher import age, workers
 
@@ -232,8 +232,8 @@ def test_a_fork_amid_a_cut_does_not_hold_up_the_child(fetcher: TokenFetcher) -> 
     assert exit_code(child) == 0
 
 
-# A program of its own: a thread that waits for the interpreter at the fork would hold it in the child
-# for ever, whoever forks.
+# A program of its own: a thread that waits for the interpreter at the moment of the fork would hold
+# it in the child for ever, whatever the child does.
 FORKED_BY_C = """
 import ctypes, os, ssl, sys
 from d1_signer.transport.client import ClientTls
