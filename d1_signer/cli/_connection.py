@@ -10,12 +10,13 @@ from typing import Any, Literal
 import click
 
 from d1_signer.cli._callbacks import checked_path, checked_path_or_key, checked_proxy
+from d1_signer.cli._options import BackendOptions
 from d1_signer.cli._output import Command
-from d1_signer.cli._settings import HSM_PATIENCE, Issuer, setting
+from d1_signer.cli._settings import Issuer, open_key, setting
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.d1 import Environment
 from d1_signer.token.fetcher import TokenFetcher
@@ -29,7 +30,7 @@ class Connection:
 
     Attributes:
         client_cert: Path of the client certificate.
-        client_key: Path of its key.
+        client_key: Path of its key, or its key URI.
         passphrase_source: Where the key's passphrase comes from.
         ca_file: Path of the authorities for D1's certificate.
         proxy: URL of a proxy.
@@ -66,20 +67,19 @@ class Connection:
                 "A client certificate needs its key, and a key its certificate.",
                 hint="Give both --client-cert (D1_CLIENT_CERT) and --client-key (D1_CLIENT_KEY).",
             )
-        return ClientCertificate(
-            self.client_cert, self._client_key(), passphrase=self.passphrase_source
-        )
+        return self._certificate_with(self.client_cert, self.client_key)
 
-    def _client_key(self) -> str | Signer:
-        """The path of the client key's file, or its signer, which is closed with the command."""
-        key = self.client_key or ""
+    def _certificate_with(self, certificate: str, key: str) -> ClientCertificate:
+        """The certificate; a signer of its key is closed with the command."""
         scheme = scheme_of(key)
-        if not scheme:
-            return key
-        if scheme == "file":
-            return KeyUri.parse(key, query_names=frozenset()).path
-        options: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme == "pkcs11" else {}
-        return click.get_current_context().with_resource(open_signer(key, **options))
+        if scheme in {"", "file"}:
+            path = KeyUri.parse(key, query_names=frozenset()).path if scheme else key
+            return ClientCertificate(certificate, path, passphrase=self.passphrase_source)
+        context = click.get_current_context()
+        timeout = context.params["timeout"]
+        signer = context.with_resource(open_key(key, BackendOptions(timeout=timeout)))
+        limit = {} if timeout is None else {"timeout": timeout}
+        return ClientCertificate(certificate, signer, passphrase=self.passphrase_source, **limit)
 
     def fetcher(
         self, signers: Signer | SignerSet, issuer: Issuer, *, tls: ClientTls | None = None

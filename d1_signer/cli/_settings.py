@@ -33,6 +33,14 @@ def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorat
     return click.option(flag, envvar=variable, show_envvar=True, help=help_text, **options)
 
 
+def open_key(uri: str, options: BackendOptions, *, kid: str | None = None) -> Signer:
+    """Open a key; the caller closes it."""
+    # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
+    # as well.
+    limit: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme_of(uri) == "pkcs11" else {}
+    return open_signer(uri, kid=kid, **limit | options.for_key(uri))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keys:
     """The keys of a run.
@@ -81,12 +89,7 @@ class Keys:
 
     def open(self, uri: str) -> Signer:
         """Open one of the keys; the caller closes it."""
-        # The others have time limits by default. A vendor's library that hangs would be deaf to
-        # Ctrl-C as well.
-        options: dict[str, Any] = {}
-        if scheme_of(uri) == "pkcs11":
-            options["timeout"] = HSM_PATIENCE
-        return open_signer(uri, kid=self.kid, **options | self.options.for_key(uri))
+        return open_key(uri, self.options, kid=self.kid)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:

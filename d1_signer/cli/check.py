@@ -47,12 +47,11 @@ from d1_signer.token.d1 import Environment
 from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
 from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
-from d1_signer.transport.client import ClientTls
+from d1_signer.transport.client import DAYS_OF_WARNING, ClientTls
 from d1_signer.transport.proxies import optional_proxy
 
 _CERTIFICATE = "client-certificate"
 _ENDPOINT = "endpoint"
-_WARN_DAYS = 14
 
 
 @click.command(cls=OptionsOnly)
@@ -239,7 +238,7 @@ def _tell_dates(checklist: Checklist, certificate: x509.Certificate, warn_days: 
     detail = f"valid until {end:%Y-%m-%d} ({days} days)"
     if at_fault:
         detail = f"it {at_fault} by this machine's clock"
-    elif days < _WARN_DAYS:
+    elif days < DAYS_OF_WARNING:
         detail += ": have Thales sign a new one"
     not_after = end.isoformat()
     if warn_days is not None and days < warn_days:

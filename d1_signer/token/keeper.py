@@ -110,7 +110,7 @@ class TokenKeeper:
         Raises:
             TokenError: D1 gave none, and no earlier one is valid.
             SignerError: No signer could sign, and no earlier token is valid.
-            ConfigurationError: A PIN or key file cannot be read; or see `require_patched_first`.
+            ConfigurationError: A PIN or key file cannot be read; or gevent patched too late.
             TokenTimeout: It did not come in time.
             InvalidInputError: There is none yet, and ``timeout`` is not a number of seconds.
         """
@@ -158,7 +158,7 @@ class TokenKeeper:
 
         Raises:
             FetcherClosedError: The fetcher is closed.
-            ConfigurationError: See `require_patched_first`.
+            ConfigurationError: gevent patched the process too late.
         """
         require_patched_first()
         forks.notice()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One renewal: as many attempts as it takes within one deadline, each with an assertion of its own.
 
-Pauses between them grow, so that a minute of an outage costs about fifteen requests.
+Pauses between them grow, so that a minute of an outage costs about fifteen requests of one
+process.
 
 This is the only retry layer between a caller and D1's token endpoint.
 """

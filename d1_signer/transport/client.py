@@ -34,7 +34,7 @@ _LOOK_INTERVAL = 2.0
 # Seconds for forks that are under way: of whoever can wait, and of who looks in passing.
 _LONGEST_FORK, _SHORT_WAIT = 20.0, 0.5
 _DAY = 86_400
-_WARN_DAYS = 30
+DAYS_OF_WARNING = 30
 
 
 class ClientTls:
@@ -246,7 +246,7 @@ class ClientTls:
             return
         now = time.time()
         left = self.certificate.not_valid_after_utc.timestamp() - now
-        if left < _WARN_DAYS * _DAY and now - self._warned_on >= _DAY:
+        if left < DAYS_OF_WARNING * _DAY and now - self._warned_on >= _DAY:
             self._warned_on = now
             _log.warning(
                 "tls.client_certificate_expires in %d days, on %s: have Thales sign a new one",

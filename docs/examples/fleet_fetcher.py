@@ -5,13 +5,12 @@ Beside those of the command line (``D1_SIGNER_KEY`` and so on):
 
 - ``REDIS_URL``: ``redis://``, ``rediss://`` or ``unix://``; without it each process fetches its own
   token.
-- ``D1_STORE_KEY_FILE``: a file of 32 random bytes, the same for the whole fleet.
+- ``D1_STORE_KEY_FILE``: a file of 32 random bytes in hexadecimal, the same for the whole fleet.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import redis
 
@@ -22,6 +21,7 @@ from d1_signer import (
     SignerSet,
     TokenFetcher,
     open_signer,
+    read_secret,
 )
 
 
@@ -30,7 +30,8 @@ def new_fetcher() -> TokenFetcher:
     store = key = None
     if "REDIS_URL" in settings:
         client = redis.Redis.from_url(settings["REDIS_URL"], **RedisTokenStore.CLIENT_SETTINGS)
-        store, key = RedisTokenStore(client), Path(settings["D1_STORE_KEY_FILE"]).read_bytes()
+        secret = read_secret(f"file:{settings['D1_STORE_KEY_FILE']}", what="store key")
+        store, key = RedisTokenStore(client), bytes.fromhex(secret.reveal())
     return TokenFetcher(
         SignerSet([open_signer(uri) for uri in settings["D1_SIGNER_KEY"].split()]),
         issuer_id=settings["D1_ISSUER_ID"],

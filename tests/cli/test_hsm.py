@@ -92,6 +92,28 @@ def test_from_the_hsm_to_a_token(uri: str, softhsm_token: SoftHsmToken) -> None:
         assert softhsm_token.pin not in result.out + result.err
 
 
+def test_a_client_key_in_the_hsm(uri: str, softhsm_token: SoftHsmToken) -> None:
+    jwk = run_process("public-key", "--format", "jwk", "--key", uri).out
+    client = softhsm_token.uri.replace("object=d1", "object=d1-tls")
+    assert run_process("generate-key", "--key", client).status == 0
+    request = run_process("csr", "--key", client, "--subject", "CN=bank").out
+    with Sandbox(ISSUER) as sandbox:
+        sandbox.register_key("hsm-2026", json.loads(jwk))
+        settings = {
+            "D1_SIGNER_KEY": uri,
+            "D1_ISSUER_ID": ISSUER,
+            "D1_ENVIRONMENT": sandbox.base_url,
+            "D1_CLIENT_CERT": str(sandbox.sign_client_request(request.encode())),
+            "D1_CLIENT_KEY": client,
+            "D1_CA_FILE": str(sandbox.ca_file),
+        }
+        token = run_process("token", "--json", "--timeout", "25", "-vv", **settings)
+        checked = run_process("check", **settings)
+    assert token.document["token_type"] == "Bearer", token.err
+    assert checked.out.endswith("\nAll steps passed.\n")
+    assert softhsm_token.pin not in token.out + token.err
+
+
 def test_check_passes_each_step(uri: str) -> None:
     result = run_process("check", "--json", "--key", uri)
     assert result.status == 0

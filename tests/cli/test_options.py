@@ -13,6 +13,7 @@ import pytest
 from d1_signer import generate_key
 from d1_signer.es256 import PublicKey
 from d1_signer.signing import registry
+from d1_signer.signing.signer import Signer
 from tests.cli import open_ended, recording
 from tests.cli.conftest import Run
 
@@ -301,3 +302,24 @@ def test_every_option_of_our_backends_has_a_text_form(scheme: str) -> None:
             kind = _options._type_of(function, parameter)
             readable = _options.reader_for(kind) is not None
             assert readable is (option != "client"), f"{scheme}: {name}({option})"
+
+
+def test_the_time_limit_holds_for_a_client_key_in_a_signer_too(
+    run: Run, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    sign_digest = Signer.sign_digest
+
+    def signing(self: Signer, digest: bytes, **options: Any) -> bytes:
+        if options["use"] and options["use"].purpose == "tls-client-handshake":
+            limits.append(options["timeout"])
+        return sign_digest(self, digest, **options)
+
+    monkeypatch.setattr(Signer, "sign_digest", signing)
+    key = Path(settings["D1_CLIENT_KEY"]).as_uri().replace("file", "recording")
+    settings["D1_CLIENT_KEY"] = key
+    assert run("token", "--timeout", "9", **settings).status == 0
+    assert (given()["timeout"], given()["count"], limits) == (9.0, 1, [9.0])
+    limits.clear()
+    assert run("token", **settings).status == 0
+    assert (given()["timeout"], limits) == (10.0, [2.0])

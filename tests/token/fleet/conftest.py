@@ -60,7 +60,8 @@ def member_settings(
 ) -> dict[str, str]:
     """The environment of a process of the fleet."""
     key = tmp_path / "store.key"
-    key.write_bytes(os.urandom(32))
+    key.touch(mode=0o600)
+    key.write_text(os.urandom(32).hex())
     return {
         "D1_SIGNER_KEY": f"{pem_uri}#{KID}",
         "D1_ISSUER_ID": ISSUER,

@@ -417,7 +417,7 @@ def test_the_others_go_on_when_the_holder_of_the_lease_dies(
     holder.ask(1)
     until(lambda: sandbox.counters.token_requests == 1)
     holder.kill()
-    key = Path(member_settings["D1_STORE_KEY_FILE"]).read_bytes()
+    key = bytes.fromhex(Path(member_settings["D1_STORE_KEY_FILE"]).read_text())
     others = [fleet(store_key=key, limits=Limits(total=3.0)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         tokens = list(pool.map(lambda fetcher: fetcher.token().value, others))
