@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from d1_signer.backends.vault.failures import OWN_WORDS, TO_LOG_IN, TO_UNWRAP
 from d1_signer.backends.vault.held import Held
 from d1_signer.backends.vault.http import HttpClient, Told
-from d1_signer.backends.vault.settings import read_public
 from d1_signer.errors import LoginError, SecretSourceError
-from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.secret import Secret, SecretSource, read_public_file, read_secret
 from d1_signer.transport.deadlines import within
 
 # Seconds for which a login is left alone that was denied, not refused: the role may be locked, by
@@ -205,7 +204,7 @@ def _service_account_token() -> Secret:
     # Not `read_secret`: the kubelet chooses the mode, 0644 where a pod names no user or group, and
     # nobody can change it. The file is mounted into this pod alone.
     try:
-        return Secret(read_public(_SERVICE_ACCOUNT).decode("ascii").strip())
+        return Secret(read_public_file(_SERVICE_ACCOUNT).decode("ascii").strip())
     except (OSError, ValueError):
         pass
     raise SecretSourceError(
