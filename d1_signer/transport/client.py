@@ -59,6 +59,7 @@ class ClientTls:
         *,
         accept: Callable[[x509.Certificate], None] = lambda _: None,
         hints: Hints = Hints(),  # noqa: B008 (frozen)
+        patience: float = _LONGEST_FORK,
     ) -> None:
         """Build a context, so that a wrong setting shows now.
 
@@ -70,6 +71,7 @@ class ClientTls:
             observers: Told of a `CertificateEvent` for each certificate that is loaded.
             accept: Called with each certificate before it is used; raises to refuse it.
             hints: What to do about files that cannot be used.
+            patience: Seconds for which a caller waits for forks that are under way.
 
         Raises:
             ConfigurationError: A ready context that does not verify the server, or both a ready
@@ -80,6 +82,7 @@ class ClientTls:
         self._observers = observers
         self._accept = accept
         self._hints = hints
+        self._patience = patience
         self._new_locks()
         _all.add(self)
         self._looked_at = time.monotonic()
@@ -101,7 +104,7 @@ class ClientTls:
         self._authorities = ca_file
         self._unusable: tuple[object, ...] | None = None
         self._tried_at = self._looked_at
-        self._credentials = self._tried(_LONGEST_FORK)
+        self._credentials = self._tried(patience)
         self._loaded(None)
 
     def _take_given(self, context: ssl.SSLContext, ca_file: object) -> None:
@@ -137,7 +140,7 @@ class ClientTls:
         self._look()
         while True:
             credentials = self._credentials
-            with _no_fork(_LONGEST_FORK):
+            with _no_fork(self._patience):
                 context = credentials.context()
             context.before_each = self._look
             with self._handing_out:
@@ -197,7 +200,7 @@ class ClientTls:
             return
         forks.notice()
         with self._lock:
-            self._renew(_LONGEST_FORK)
+            self._renew(self._patience)
 
     def _renew(self, patience: float) -> None:
         fresh = self._tried(patience)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from d1_signer import errors
+from d1_signer.backends.vault.failures import Phase
 from d1_signer.es256 import PublicKey
 from tests.servers import aws, gcp, vault
 from tests.servers.certificates import self_signed
@@ -36,6 +37,14 @@ def test_error_codes_are_those_that_exist(page: Path) -> None:
     named = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
     assert named <= CODES
     assert len(named) >= 10 or page.stem == "backends"
+
+
+@pytest.mark.parametrize("page", ["aws", "gcp", "vault"])
+def test_phases_have_the_same_names_on_each_page(page: str) -> None:
+    text = (DOCS / "cloud" / f"{page}.md").read_text()
+    names = re.search(r"`error.details` \w+ `phase` \(([^)]*)\)", text)
+    assert names is not None
+    assert re.findall("`([a-z-]+)`", names.group(1)) == [phase.value for phase in Phase]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

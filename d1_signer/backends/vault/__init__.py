@@ -145,6 +145,7 @@ def open_backend(
         client_key,
         trusted_owner=credentials.trusted_owner,
         proxy=_proxy(parsed, proxy, proxy_credentials_source),
+        timeout=timeout,
         connect_timeout=connect_timeout,
         read_timeout=read_timeout,
     )

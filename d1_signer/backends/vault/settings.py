@@ -91,6 +91,7 @@ def read_settings(
     *,
     trusted_owner: int | None = None,
     proxy: Proxy | None = None,
+    timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
 ) -> Settings:
@@ -113,7 +114,7 @@ def read_settings(
             )
         certificate = None
     client = certificate and ClientCertificate(*certificate, trusted_owner=trusted_owner)
-    tls = ClientTls(client, _authorities(ca_file), hints=_HINTS)
+    tls = ClientTls(client, _authorities(ca_file), hints=_HINTS, patience=timeout)
     return Settings(
         address=address,
         namespace=namespace or variable("NAMESPACE"),
