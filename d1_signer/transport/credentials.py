@@ -48,7 +48,8 @@ class ClientCertificate:
         trusted_owner: A user (uid) who may own the files of key and passphrase, such as an agent's.
 
     Raises:
-        ConfigurationError: The timeout is not a number of seconds above 0.
+        ConfigurationError: The timeout is not a number of seconds above 0, or the trusted owner no
+            number.
     """
 
     certificate: str | os.PathLike[str]
@@ -58,13 +59,16 @@ class ClientCertificate:
     trusted_owner: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a timeout that no handshake could keep."""
+        """Refuse a timeout that no handshake could keep, and what names no user."""
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         if not number or not 0 < self.timeout < math.inf:
             raise ConfigurationError(
                 "The timeout of a ClientCertificate is not a number of seconds above 0.",
                 hint="Write ClientCertificate(certificate, signer, timeout=5.0).",
             )
+        owner = self.trusted_owner
+        if owner is not None and (not isinstance(owner, int) or isinstance(owner, bool)):
+            raise ConfigurationError("trusted_owner is not the number of a user (uid).")
 
     def signers(self) -> tuple[Signer | LazySigner, ...]:
         """The signers of the key; none where it is a file.
