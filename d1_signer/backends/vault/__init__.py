@@ -116,6 +116,7 @@ def open_backend(
     Raises:
         KeyUriError: The URI is not of this form.
         ConfigurationError: Settings that cannot be used.
+        SecretSourceError: A file of a secret, or the client certificate, cannot be used.
         KeyNotFoundError: No such key, or no such version.
         AccessDeniedError: The token's policy lacks a path.
         LoginError: No token, or it or the login is refused.

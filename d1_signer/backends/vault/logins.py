@@ -137,7 +137,7 @@ class Login:
         if not _TOKEN.fullmatch(secret.reveal()):
             return secret
         digest = known.digest("wrapping", self.mount, secret.reveal())
-        with known.unwrapping(until):
+        with known.unwrapping(digest, until):
             inner = known.unwrapped.get(digest)
             if inner is None:
                 self._check_may_try(digest)

@@ -39,25 +39,27 @@ class Known:
         self.refused: set[bytes] = set()
         self.good: set[bytes] = set()
         self.unwrapped: dict[bytes, Secret] = {}
-        self.new_lock()
+        self.new_locks()
 
-    def new_lock(self) -> None:
-        """In a child of a fork: the parent's lock may have been held at that moment."""
-        self._unwrapping = threading.Lock()
+    def new_locks(self) -> None:
+        """In a child of a fork: the parent's may have been held at that moment."""
+        # One for each wrapping token: a Vault that hangs must not hold up the signers of another.
+        self._unwrapping: dict[bytes, threading.Lock] = {}
 
     def digest(self, *parts: str) -> bytes:
         """The name of a secret here."""
         return hmac.digest(self._salt, "\0".join(parts).encode(), hashlib.sha256)
 
     @contextlib.contextmanager
-    def unwrapping(self, until: float) -> Iterator[None]:
+    def unwrapping(self, wrapping: bytes, until: float) -> Iterator[None]:
         """One signer after the other: the second finds what the first has unwrapped."""
-        if not self._unwrapping.acquire(timeout=max(0.0, until - time.monotonic())):
+        lock = self._unwrapping.setdefault(wrapping, threading.Lock())
+        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
             raise no_time_left()
         try:
             yield
         finally:
-            self._unwrapping.release()
+            lock.release()
 
     def keep(self, wrapping: bytes, inner: Secret) -> None:
         """Keep what a wrapping token held."""
@@ -67,4 +69,4 @@ class Known:
 
 
 known = Known()
-forks.in_child(known.new_lock)
+forks.in_child(known.new_locks)

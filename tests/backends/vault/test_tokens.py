@@ -593,10 +593,17 @@ def test_unwrapping_by_another_signer_is_waited_for_within_the_time_limit(
     server: vault.Vault,
 ) -> None:
     role_id, wrapping = server.make_wrapped("waits")
-    with known.unwrapping(time.monotonic() + 1), pytest.raises(errors.SignerTimeout):
-        open_signer(
-            "hashivault://d1", role_id=role_id, secret_id_source=lambda: wrapping, timeout=0.2
-        )
+    other_id, other = server.make_wrapped("does-not-wait")
+    digest = known.digest("wrapping", "approle", wrapping)
+    with known.unwrapping(digest, time.monotonic() + 1):
+        with pytest.raises(errors.SignerTimeout):
+            open_signer(
+                "hashivault://d1", role_id=role_id, secret_id_source=lambda: wrapping, timeout=0.2
+            )
+        with open_signer(
+            "hashivault://d1", role_id=other_id, secret_id_source=lambda: other
+        ) as signer:
+            signs(signer)
 
 
 def test_what_is_unwrapped_is_not_kept_without_bound() -> None:
