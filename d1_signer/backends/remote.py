@@ -154,7 +154,7 @@ def clients_of(
 
     def get() -> C:
         if callable(given):
-            return wrap(given())
+            return wrap(_made_by(given, what))
         if os.getpid() != owner:
             raise ConfigurationError(
                 f"The {what} was given as an object, and this process was forked after that.",
@@ -163,6 +163,26 @@ def clients_of(
         return wrap(given)
 
     return PerProcess(get)
+
+
+def _made_by(function: Callable[[], G], what: str) -> G:
+    made: G | None = None
+    how = "gave none"
+    try:
+        made = function()
+    except D1SignerError:
+        raise
+    except Exception as error:
+        if frames.of_signal_handler(error):
+            raise
+        how = f"failed with {type(error).__name__}"
+    # Only its type is told, and it is over here: it may quote credentials.
+    if made is None:
+        raise ConfigurationError(
+            f"The function that gives the {what} {how}.",
+            hint="It is yours, and called once in each process: try it by itself.",
+        )
+    return made
 
 
 def _ready(clients: PerProcess[C], until: float) -> C:
