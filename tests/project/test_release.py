@@ -38,7 +38,7 @@ def shell(command: str, cwd: Path, **variables: str) -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=150,
     )
 
 
