@@ -22,11 +22,21 @@ WRITERS = (
     ("d1_signer/testing/", "SECURITY.md: in the sandbox, and in the test doubles"),
 )
 
+# A part of the path of the code whose variables are not looked at, the reason.
+FRAMES = (
+    ("d1_signer/cli/", "the command's arguments, which the process list shows; no error leaves it"),
+    ("site-packages/click/", "the same"),
+)
+
 
 def line_is_left_out(record: logging.LogRecord) -> bool:
     return any(
         record.name.split(".")[0] == name and record.levelno <= level for name, level, _ in LOGGERS
     )
+
+
+def frame_is_left_out(code: str) -> bool:
+    return any(part in code for part, _ in FRAMES)
 
 
 def file_is_left_out(writer: str) -> bool:

@@ -23,6 +23,8 @@ _OTHER_FACES = (
     ("d1_signer.transport.session", "_CallersSession"),
     ("d1_signer.cli", "main"),
     ("d1_signer.sandbox", "Sandbox"),
+    ("d1_signer.es256", "raw_from_der"),
+    ("d1_signer.es256", "der_from_raw"),
 )
 
 between = LeakWatch()  # what is made outside of a test: by fixtures that serve many
@@ -30,19 +32,19 @@ current = between
 
 
 def begin() -> LeakWatch:
-    """Have a new watch told of everything; it knows what fixtures have made before."""
+    """Have a new watch told of everything; it knows and looks at what came since the last one."""
     global current  # noqa: PLW0603 (audit hooks stay for ever, so they ask here)
-    current = LeakWatch()
-    current.secrets |= between.secrets
-    current.keys += between.keys
-    return current
+    watch = LeakWatch()
+    watch.secrets |= between.known_secrets()
+    watch.errors, between.errors = between.errors, []
+    watch.lines, between.lines = between.lines, []
+    current = watch
+    return watch
 
 
 def end() -> None:
     """Go back to what belongs to no test."""
     global current  # noqa: PLW0603
-    between.errors.clear()
-    between.lines.clear()
     current = between
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from tests.leaks.allowed import line_is_left_out
+from tests.leaks.allowed import frame_is_left_out, line_is_left_out
 from tests.leaks.known import FOR_ALL_TESTS, forms, forms_of_key
 
 TESTS = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ class LeakWatch:
         if not told:
             return []
         everything = "\0".join(text for _, text in told)
-        shown = [one for one in self._secrets() if one in everything]
+        shown = [one for one in self.known_secrets() if one in everything]
         return [
             f"{where}: {one!r} in …{text[max(text.index(one) - 80, 0) :][: len(one) + 100]}…"
             for where, text in told
@@ -87,7 +87,8 @@ class LeakWatch:
             if one in text
         ]
 
-    def _secrets(self) -> set[str]:
+    def known_secrets(self) -> set[str]:
+        """Every form of every secret."""
         for key in self.keys:
             self.secrets.update(forms_of_key(key))
         self.keys.clear()
@@ -153,8 +154,9 @@ def _report(error: BaseException) -> Iterable[str]:
     )
     report.__cause__ = report.__context__ = None
     for frame in report.stack:
-        if frame.filename.startswith(str(TESTS)):
-            frame.locals = None  # what a test holds in its own hands is no leak
+        # What a test holds in its own hands is no leak.
+        if frame.filename.startswith(str(TESTS)) or frame_is_left_out(frame.filename):
+            frame.locals = None
     report.exceptions = None
     return report.format(chain=False)
 
