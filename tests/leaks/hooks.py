@@ -123,8 +123,10 @@ def _noting_files(event: str, args: tuple[Any, ...]) -> None:
             writer = _writer()
             ours = writer.startswith(_PACKAGE) and not file_is_left_out(writer)
             current.note_written(_absolute(path), ours=ours)
-    elif event in {"os.remove", "os.rename"} and isinstance(args[0], str | bytes | os.PathLike):
+    elif event == "os.remove":
         current.note_removed(_absolute(args[0]))
+    elif event == "os.rename":
+        current.note_renamed(_absolute(args[0]), _absolute(args[1]))
 
 
 def _absolute(path: str | bytes | os.PathLike[Any]) -> str:

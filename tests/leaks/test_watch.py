@@ -49,6 +49,8 @@ _PLANTED = {
     "folder=tempfile.mkdtemp())",
     "file_that_is_gone": 'ours(\'pathlib.Path(folder, "f").write_text(given); '
     'pathlib.Path(folder, "f").unlink()\', PIN, folder=tmp_path)',
+    "file_renamed": 'ours(\'pathlib.Path(folder, "f").write_text(given); '
+    'pathlib.Path(folder, "f").rename(folder / "g")\', PIN, folder=tmp_path)',
     "file_of_a_child": "subprocess.run([sys.executable, '-c', 'import sys; "
     "open(sys.argv[1], \"w\").write(sys.argv[2])', tmp_path / 'f', PIN])",
 }
@@ -56,6 +58,8 @@ _HARMLESS = {
     "masked": "raise_(InvalidInputError(repr(Secret(PIN))))",
     "in_the_tests_hands": "raise_(ValueError(1))",
     "file_of_the_test": "(tmp_path / 'pin').write_text(PIN)",
+    "file_of_the_test_renamed": "(tmp_path / 'p').write_text(PIN); "
+    "(tmp_path / 'p').rename(tmp_path / 'q')",
     "botocore": "logging.getLogger('botocore.endpoint').debug(PIN)",
 }
 _HEAD = """

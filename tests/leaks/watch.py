@@ -64,9 +64,15 @@ class LeakWatch:
         self.written[path] = ours
 
     def note_removed(self, path: str) -> None:
-        """A file is about to go, or to be renamed: look at it now."""
+        """A file of ours is about to go: look at it now."""
         if self.written.get(path):
             self.contents += _texts_of_file(path)
+
+    def note_renamed(self, path: str, name: str) -> None:
+        """A file has another name from now on, and is still of whoever has written it."""
+        self.note_removed(path)
+        if path in self.written:
+            self.written[name] = self.written[path]
 
     def leaks(self, folder: Path | None = None) -> list[str]:
         """What shows a secret, cut to the place; also in the files below the test's folder."""
@@ -153,9 +159,10 @@ def _report(error: BaseException) -> Iterable[str]:
         type(error), error, error.__traceback__, capture_locals=True, compact=True
     )
     report.__cause__ = report.__context__ = None
+    # What a test holds in its own hands, or says in its lines, is no leak.
+    report.stack[:] = [one for one in report.stack if not one.filename.startswith(str(TESTS))]
     for frame in report.stack:
-        # What a test holds in its own hands is no leak.
-        if frame.filename.startswith(str(TESTS)) or frame_is_left_out(frame.filename):
+        if frame_is_left_out(frame.filename):
             frame.locals = None
     report.exceptions = None
     return report.format(chain=False)
