@@ -27,6 +27,8 @@ FRAMES = (
     ("d1_signer/cli/", "the command's arguments, which the process list shows; no error leaves it"),
     ("site-packages/click/", "the same"),
 )
+# The name of a file that others write in a test's folder, the reason.
+FILES = (("spy.log", "OpenSC's spy writes down what is given to the module, the PIN as well"),)
 
 
 def line_is_left_out(record: logging.LogRecord) -> bool:
