@@ -428,5 +428,7 @@ def test_an_interrupted_call_leaves_its_request_in_no_frame(leak_watch: LeakWatc
 
     with pytest.raises(Stop) as caught:
         CLOUD.ask("to sign", send)
-    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
-    assert "send" not in frames
+    entries = traceback.walk_tb(caught.value.__traceback__)
+    held = {frame.f_code.co_name: dict(frame.f_locals) for frame, _ in entries}
+    assert held["send"] == {}
+    assert "ask" not in held
