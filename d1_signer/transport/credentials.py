@@ -14,10 +14,12 @@ from typing import Self, final
 from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, SecretSourceError
+from d1_signer.frames import without_locals
 from d1_signer.secret import (
     Secret,
     SecretSource,
     file_of,
+    holds_key,
     read_private_file,
     read_public_file,
     read_secret,
@@ -48,8 +50,8 @@ class ClientCertificate:
         trusted_owner: A user (uid) who may own the files of key and passphrase, such as an agent's.
 
     Raises:
-        ConfigurationError: The timeout is not a number of seconds above 0, or the trusted owner no
-            number.
+        ConfigurationError: A key itself is given where a path belongs, the timeout is not a number
+            of seconds above 0, or the trusted owner no number.
     """
 
     certificate: str | os.PathLike[str]
@@ -59,7 +61,10 @@ class ClientCertificate:
     trusted_owner: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a timeout that no handshake could keep, and what names no user."""
+        """Refuse what names no file or no user, and a timeout that no handshake could keep."""
+        for given in (self.certificate, self.key):
+            if isinstance(given, str | os.PathLike):
+                as_path(given)
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         if not number or not 0 < self.timeout < math.inf:
             raise ConfigurationError(
@@ -92,6 +97,10 @@ class ClientCertificate:
         key = [as_path(self.key)] if not self.signers() else []
         passphrase = [self.passphrase and file_of(self.passphrase)]
         return [as_path(self.certificate), *key, *filter(None, passphrase)]
+
+
+# What was given by mistake would stand in the frame of the error.
+ClientCertificate.__init__ = without_locals(ClientCertificate.__init__)  # type: ignore[method-assign]
 
 
 @final
@@ -236,12 +245,18 @@ def as_path(value: object) -> str:
     """A path as text.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: It is none, such as what the file should hold.
     """
     try:
-        return os.fsdecode(value)  # type: ignore[arg-type]
+        path = os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
+    if holds_key(path):
+        raise ConfigurationError(
+            "A key or a certificate itself is given where the path of its file belongs.",
+            hint="Write ClientCertificate('/etc/d1/client.pem', '/etc/d1/client.key').",
+        )
+    return path
 
 
 def _no_authorities(authorities: Authorities, reason: str, hints: Hints) -> ConfigurationError:

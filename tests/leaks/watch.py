@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 import traceback
 from collections.abc import Iterable, Iterator
@@ -105,7 +106,9 @@ class LeakWatch:
         if folder is None:
             return
         for path in islice(map(str, folder.rglob("*")), _MOST_FILES):
-            if path not in self.written and Path(path).name not in dict(FILES):
+            # Under the name that it was written by, where links lead to it.
+            told = {path, os.path.realpath(path)} & self.written.keys()
+            if not told and Path(path).name not in dict(FILES):
                 yield path
 
 
