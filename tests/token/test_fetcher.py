@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -37,6 +38,7 @@ from d1_signer import (
 from d1_signer.events import Event
 from d1_signer.sandbox import Fault, Sandbox
 from tests.conftest import LeakWatch
+from tests.servers.connect_proxy import ConnectProxy
 from tests.token.conftest import ISSUER, KID, FetcherMaker, certificate_of
 
 
@@ -112,6 +114,19 @@ def test_options_shape_the_assertion(make_fetcher: FetcherMaker, sandbox: Sandbo
     (request,) = sandbox.requests
     assert set(request.claims) == {"iss", "sub", "exp"}
     assert request.correlation_id == "order-66"
+
+
+def test_all_goes_through_the_proxy_that_is_named(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    with ConnectProxy().running() as proxy:
+        fetcher = make_fetcher(proxy=proxy.url)
+        assert fetcher.token().value
+        assert proxy.asked == [urlsplit(sandbox.base_url).netloc]
+        with fetcher.session() as session:
+            session.get(f"{sandbox.base_url}/any")
+    assert proxy.asked == [urlsplit(sandbox.base_url).netloc] * 2
+    assert proxy.sent == []
 
 
 def test_two_hundred_cold_threads_sign_once_and_post_once(
