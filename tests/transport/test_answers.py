@@ -80,6 +80,11 @@ GOOD: dict[str, Callable[[str], Sent]] = {
     "late-interim": lambda name: (answer(name), INTERIM, False),
     "closing-with-more": lambda name: (answer(name, "Connection: close") + OTHER, b"", False),
     "closed": lambda name: (answer(name), b"", True),
+    "chunks-in-1.0": lambda name: (
+        chunked(name, "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0"),
+        b"",
+        False,
+    ),
 }
 BAD: dict[str, Callable[[str], Sent]] = {
     "cut": lambda name: (answer(name, length=500), b"", True),
@@ -134,7 +139,7 @@ class Server:
             while len(left) < length:
                 left += connection.recv(65536)
             left = left[length:]
-            asked = re.search(rb"([a-z0-9-]+)_(\d{9})", head)
+            asked = re.search(rb"([a-z0-9.-]+)_(\d{9})", head)
             assert asked is not None
             now, behind, closed = KINDS[asked[1].decode()](asked[2].decode())
             connection.sendall(now)
@@ -220,6 +225,20 @@ def test_no_answer_is_that_of_another_request(
             assert got == (name if kind in GOOD else None), kind
             kept += server.connections == before
     assert kept > calls / 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "connections"), [("plain", 1), ("chunked", 1), ("chunks-in-1.0", 3)]
+)
+@pytest.mark.parametrize("client", [session_of, token_connection])
+def test_a_connection_is_used_again_where_the_end_of_its_answer_was_certain(
+    tmp_path: Path, client: Client, kind: str, connections: int
+) -> None:
+    server = Server()
+    with place_of(server, tmp_path, tls=True) as place, client(*place) as ask:
+        for number in range(3):
+            assert ask(kind, f"{number:09}") == f"{number:09}"
+    assert server.connections == connections
 
 
 def test_a_proxys_tunnel_is_made_anew_where_something_was_left(tmp_path: Path) -> None:
