@@ -24,8 +24,10 @@ from d1_signer import Environment, TokenResponseError, TokenUnavailable
 from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.response import Grant
+from d1_signer.transport import connections, session as sessions
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.proxies import Proxy
+from d1_signer.transport.response import received
 from d1_signer.transport.session import TlsAdapter, new_session
 from tests.servers.fault_proxy import listening, tunnel
 from tests.transport.test_handshakes import server_certificate, server_context
@@ -228,17 +230,36 @@ def test_no_answer_is_that_of_another_request(
 
 
 @pytest.mark.parametrize(
-    ("kind", "connections"), [("plain", 1), ("chunked", 1), ("chunks-in-1.0", 3)]
+    ("kind", "number_of_them"), [("plain", 1), ("chunked", 1), ("chunks-in-1.0", 3)]
 )
 @pytest.mark.parametrize("client", [session_of, token_connection])
 def test_a_connection_is_used_again_where_the_end_of_its_answer_was_certain(
-    tmp_path: Path, client: Client, kind: str, connections: int
+    tmp_path: Path, client: Client, kind: str, number_of_them: int
 ) -> None:
     server = Server()
     with place_of(server, tmp_path, tls=True) as place, client(*place) as ask:
         for number in range(3):
             assert ask(kind, f"{number:09}") == f"{number:09}"
-    assert server.connections == connections
+    assert server.connections == number_of_them
+
+
+def test_a_connection_rests_before_it_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waited: list[float] = []
+
+    def noting(sock: socket.socket, *, within: float = 0.0) -> bytes | None:
+        waited.append(within)
+        return received(sock)
+
+    monkeypatch.setattr(sessions, "_REST", 1000.0)
+    monkeypatch.setattr(connections, "received", noting)
+    server = Server()
+    with place_of(server, tmp_path, tls=True) as place, session_of(*place) as ask:
+        for number in range(2):
+            assert ask("plain", f"{number:09}") == f"{number:09}"
+    assert 900 < max(waited) <= 1000
+    assert server.connections == 1
 
 
 def test_a_proxys_tunnel_is_made_anew_where_something_was_left(tmp_path: Path) -> None:
