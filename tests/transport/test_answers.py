@@ -324,6 +324,9 @@ def test_a_body_where_there_can_be_none_is_no_answer(
             for number in range(5):
                 got = session.request(method, f"{url}/{kind}_{number:09}")
                 assert got.content == b""
+                # What a GET would have; of two ways to tell a length, neither is handed on.
+                assert ("Content-Length" in got.headers) == (not kind.endswith("-chunked"))
+                assert "Transfer-Encoding" not in got.headers
                 assert (
                     session.get(f"{url}/plain_{number:09}").json()["access_token"] == f"{number:09}"
                 )
