@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test matrix audit bench soak fuzz lock clean system-demo system-test system-matrix
+.PHONY: help demo check test matrix audit bench soak fuzz mutants lock clean system-demo system-test system-matrix
 
 help:
 	@echo 'make demo   a key in SoftHSM, an assertion, a D1 access token from the sandbox'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench  the measured figures, beside those of the peers'
 	@echo 'make soak   the long stress runs'
 	@echo 'make fuzz   changed bytes for every decoder, until it is stopped'
+	@echo 'make mutants  do the tests notice a change: 300 of them, by a seed (SEED=N, COUNT=N, ONLY=MODULE)'
 	@echo 'make lock   write requirements/ anew (UPGRADE=1: with the newest releases)'
 	@echo 'make clean  remove what the other targets made'
 	@echo 'PYTHON=python3.12 chooses the interpreter; it must be 3.11 or newer.'
@@ -56,6 +57,11 @@ fuzz: $(VENV)/.dev
 	    D1_SIGNER_FUZZ_CASES=20000 $(PYTEST) -p no:benchmark -p no:cacheprovider -q tests/fuzz \
 	        --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
+
+# Each change is made in a copy; tests/project/mutants.toml explains what may survive.
+mutants: $(VENV)/.dev system-test
+	nice $(BIN)/python scripts/mutants --jobs $(JOBS) --seed $(or $(SEED),1) --count $(or $(COUNT),300) \
+	    $(addprefix --only ,$(ONLY))
 
 soak: $(VENV)/.dev system-test
 	$(PYTEST) -p no:benchmark -m soak

@@ -145,6 +145,16 @@ def test_reason_and_request_id_of_a_refusal(reason: str) -> None:
     assert refused.value.details["request_id"] == "request-17"
 
 
+def test_a_refusal_that_says_nothing_is_told_by_its_status_alone() -> None:
+    def refuse() -> None:
+        raise sdk.PermissionDenied("")  # type: ignore[no-untyped-call]
+
+    with pytest.raises(errors.AccessDeniedError) as refused:
+        CLOUD_KMS.ask("to sign", refuse)
+    assert "PERMISSION_DENIED" in refused.value.message
+    assert '"' not in refused.value.message
+
+
 @pytest.mark.parametrize("status", ["PERMISSION_DENIED", "UNAVAILABLE", "INVALID_ARGUMENT"])
 def test_text_of_the_service_is_quoted_short_and_without_our_token(
     status: str, server: gcp.Gcp, signer: Signer

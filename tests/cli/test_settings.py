@@ -211,6 +211,8 @@ def test_passphrase_of_the_client_key(
     flag = "--client-key-passphrase-source"
     assert run("token", flag, "env:CLIENT_PASSPHRASE", **settings).status == 0
     assert run("token", flag, f"file:{file}", "-vv").status == 0
+    as_uri = Path(settings["D1_CLIENT_KEY"]).as_uri()  # the file that it names, no signer
+    assert run("token", "--client-key", as_uri, flag, f"file:{file}").status == 0
     without = run("token", "--json")
     assert without.status == 2
     assert without.document["code"] == "secret_source"

@@ -300,6 +300,15 @@ def test_coordinates_with_leading_zeros_keep_their_length() -> None:
     assert PublicKey.from_jwk(key.jwk()) == key
 
 
+def test_a_bare_point_that_looks_wrapped_is_bare() -> None:
+    # An OCTET STRING of 63 bytes begins as a point does whose x begins with 0x3F: one key in 256.
+    keys = (ec.derive_private_key(n, ec.SECP256R1()).public_key() for n in range(1, 5000))
+    theirs = next(key for key in keys if key.public_numbers().x >> 248 == 0x3F)
+    flat = theirs.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    assert PublicKey.from_point(flat) == PublicKey(theirs)
+    assert PublicKey.from_point(tlv(0x04, flat)) == PublicKey(theirs)
+
+
 def invalid_point(public_key: PublicKey) -> bytes:
     return public_key.der()[-65:-1] + bytes((public_key.der()[-1] ^ 1,))
 
@@ -307,6 +316,7 @@ def invalid_point(public_key: PublicKey) -> bytes:
 def test_points_that_are_none_are_refused(public_key: PublicKey) -> None:
     flat = public_key.der()[-65:]
     x = flat[1:33]
+    short = bytes((2 + flat[-1] % 2,)) + x
     p384 = ec.generate_private_key(ec.SECP384R1()).public_key()
     off_curve_x = next(n.to_bytes(32, "big") for n in range(2, 100) if not _is_x_of_a_point(n))
     bad: list[object] = [
@@ -330,6 +340,8 @@ def test_points_that_are_none_are_refused(public_key: PublicKey) -> None:
         tlv(0x03, b"\x00" + flat),
         b"\x04\x81\x41" + flat,
         tlv(0x04, tlv(0x04, flat)),
+        *(b"\x05\x41" + flat, b"\x04\x42" + flat, b"\x04\x40" + flat, b"\x00\x00" + flat),
+        *(b"\x05\x21" + short, b"\x04\x22" + short, b"\x04\x20" + short, b"\x00\x00" + short),
         p384.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint),
         "04" + "00" * 64,
         None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer import SecretSourceError, open_signer
+from d1_signer.backends.pkcs11.session.pin import Pin
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 from tests.servers.process import free_port
@@ -49,6 +50,43 @@ def test_more_than_a_pin_is_not_sent(
 def test_what_editors_write_is(token: SoftHsmToken, shim: Shim, form: bytes) -> None:
     token.pin_file.write_bytes(form % token.pin.encode())
     open_signer(token.uri, module_path=shim.path).close()
+
+
+def test_a_pin_that_is_typed_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def person(prompt: str, **_: object) -> str:
+        asked.append(prompt)
+        return "98765432"
+
+    monkeypatch.setattr("d1_signer.secret.getpass.getpass", person)
+    monkeypatch.setattr("d1_signer.secret.sys.stdin.isatty", lambda: True, raising=False)
+    pin = Pin("prompt", None)
+    for _ in range(2):
+        typed = pin.read()
+        assert typed is not None
+        assert typed is pin.kept
+        assert typed.reveal() == "98765432"
+    assert asked == ["PIN: "]
+    assert Pin(None, None).read() is None
+
+
+def test_a_pin_of_a_file_is_read_each_time_and_kept_where_the_file_is_away(tmp_path: Path) -> None:
+    file = tmp_path / "pin"
+    file.touch(mode=0o600)
+    pin = Pin(f"file:{file}", None)
+    for text in ("98765432", "23456789"):
+        file.write_text(text)
+        read = pin.read()
+        assert read is not None
+        assert read.reveal() == text
+    file.unlink()
+    kept = pin.read()
+    assert kept is not None
+    assert kept.reveal() == "23456789"
+    with pytest.raises(SecretSourceError) as away:
+        Pin(f"file:{file}", None).read()
+    assert away.value.details["step"] == "login"
 
 
 def test_a_pin_with_blanks_comes_by_other_ways(token: SoftHsmToken, shim: Shim) -> None:

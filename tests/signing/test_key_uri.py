@@ -153,6 +153,27 @@ def test_a_secret_put_where_a_uri_belongs_is_not_shown(uri: str, secret: str) ->
     assert secret not in str(failure.value)
 
 
+STRANGE = [
+    *("x:y z", "x: y", "x:y ", "x:y\n", "\nx:y", "x:\0y", "x:y\x1b[31m", "x:y\x7f", "x:y\u200b"),
+    *("x:y\u2028z", "x:y\xa0z", "x:\ud800", "x:" + "y" * 511, "", "y", "/y", ":y", "1x:y"),
+]
+
+
+@pytest.mark.parametrize("uri", STRANGE, ids=ascii)
+def test_of_a_strange_text_nothing_is_shown(uri: str) -> None:
+    assert without_secrets(uri) == "(not a key URI)"
+
+
+@pytest.mark.parametrize("uri", ["x:y", "x://a/%20?", "x:é", "file:///k.pem", "x:" + "y" * 510])
+def test_a_uri_as_it_should_be_is_shown(uri: str) -> None:
+    assert without_secrets(f"{uri}") == uri.removesuffix("?")
+
+
+def test_a_user_in_a_uri_is_masked() -> None:
+    assert without_secrets("x://user:hunter2@host/key") == "x://****@host/key"
+    assert without_secrets("x:token=a;pin-value=b;id=c") == "x:token=a;pin-value=****;id=c"
+
+
 @pytest.mark.parametrize(
     "path", [PEM, "hunter2", "/" + "MIGHAgEAMBMGByqGSM49" * 4, "/" + "x" * 300, "a/b\nc"]
 )

@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -664,3 +665,17 @@ def test_pool_use_that_fails_is_an_error_of_ours() -> None:
         Signer(BrokenPool(KEY), observers=[told.append]).sign(b"m")
     assert "s3cret" not in str(raised.value)
     assert [event.error for event in told if isinstance(event, SignEvent)] == [raised.value.code]
+
+
+def test_options_that_do_not_fit_a_plug_in_are_told_with_those_that_do() -> None:
+    def open_key(uri: str, pin: str, *rest: str, slot: int = 0, **others: str) -> None:
+        raise AssertionError((uri, pin, rest, slot, others))
+
+    module = types.ModuleType("plug_in")
+    module.open_key = open_key  # type: ignore[attr-defined]
+    assert registry.option_names(open_key) == ["pin", "slot"]
+    with pytest.raises(ConfigurationError, match="a required one is missing") as refused:
+        registry.call_backend(module, "open_key", "unit:x", {"slot": 1})
+    assert refused.value.hint == "Known here: pin, slot."
+    with pytest.raises(ConfigurationError, match=r"has no close_key\(\)"):
+        registry.call_backend(module, "close_key", "unit:x", {})

@@ -29,6 +29,7 @@ from d1_signer.errors import (
     SignerClosedError,
     SignerError,
     SignerThrottled,
+    SignerTimeout,
     SignerUnavailable,
     TokenTimeout,
 )
@@ -417,6 +418,66 @@ def test_threads_open_a_lazy_signer_once() -> None:
         found = list(pool.map(lambda _: lazy.signer(), range(64)))
     assert len(opened) == 1
     assert set(map(id, found)) == {id(opened[0])}
+
+
+def test_an_opening_that_takes_too_long_goes_on() -> None:
+    go_on = threading.Event()
+    opened: list[Signer] = []
+
+    def opener() -> Signer:
+        assert go_on.wait(PATIENCE)
+        opened.append(signer(0))
+        return opened[-1]
+
+    lazy = LazySigner(opener, kid="k0", public_key=PUBLIC[0])
+    for _ in range(2):  # no second opening begins
+        with pytest.raises(SignerTimeout, match=r"'k0' is not open within 0\.01 seconds") as caught:
+            lazy.signer(timeout=0.01)
+        assert caught.value.retryable
+    go_on.set()
+    found = lazy.signer(timeout=PATIENCE)
+    assert opened == [found]
+    assert lazy.signer(timeout=0) is found
+    lazy.close()
+    assert backend(found).closed == 1
+
+
+def test_a_lazy_signer_that_is_closed_while_it_opens_says_so_and_leaves_nothing_open() -> None:
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    late = signer(0)
+    close = backend(late).close
+
+    def noting_close() -> None:
+        close()
+        closed.set()
+
+    backend(late).close = noting_close  # type: ignore[method-assign]
+
+    def opener() -> Signer:
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        return late
+
+    lazy = LazySigner(opener, kid="k0", public_key=PUBLIC[0])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lazy.signer, timeout=PATIENCE)
+        assert begun.wait(PATIENCE)
+        lazy.close()
+        go_on.set()
+        with pytest.raises(SignerClosedError, match="'k0' is closed"):
+            waiting.result(PATIENCE)
+    assert closed.wait(PATIENCE)
+    with pytest.raises(SignerClosedError):
+        lazy.signer()
+    assert backend(late).closed == 1
+
+
+@pytest.mark.parametrize(
+    ("opener", "key"), [(None, PUBLIC[0]), (signer, PUBLIC[0].pem()), (signer, None)]
+)
+def test_a_lazy_signer_of_something_else_is_refused(opener: object, key: object) -> None:
+    with pytest.raises(ConfigurationError, match="callable"):
+        LazySigner(opener, kid="k0", public_key=key)  # type: ignore[arg-type]
 
 
 def test_lazy_signer_without_a_thread_is_opened_later(monkeypatch: pytest.MonkeyPatch) -> None:

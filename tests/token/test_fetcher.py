@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -36,7 +37,9 @@ from d1_signer import (
 )
 from d1_signer.events import Event
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token import endpoint
 from tests.conftest import LeakWatch
+from tests.servers.connect_proxy import ConnectProxy
 from tests.token.conftest import ISSUER, KID, FetcherMaker, certificate_of
 
 
@@ -112,6 +115,19 @@ def test_options_shape_the_assertion(make_fetcher: FetcherMaker, sandbox: Sandbo
     (request,) = sandbox.requests
     assert set(request.claims) == {"iss", "sub", "exp"}
     assert request.correlation_id == "order-66"
+
+
+def test_all_goes_through_the_proxy_that_is_named(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    with ConnectProxy().running() as proxy:
+        fetcher = make_fetcher(proxy=proxy.url)
+        assert fetcher.token().value
+        assert proxy.asked == [urlsplit(sandbox.base_url).netloc]
+        with fetcher.session() as session:
+            session.get(f"{sandbox.base_url}/any")
+    assert proxy.asked == [urlsplit(sandbox.base_url).netloc] * 2
+    assert proxy.sent == []
 
 
 def test_two_hundred_cold_threads_sign_once_and_post_once(
@@ -383,6 +399,25 @@ def test_a_wrong_clock_is_corrected_once(
         fetcher.invalidate(fetcher.token())
         assert fetcher.token().value
         assert sandbox.counters.token_requests == 3
+
+
+@pytest.mark.parametrize(
+    ("offset", "words"),
+    [
+        (0.0, None),
+        (4.9, None),
+        (-4.9, None),
+        (5.0, "5 seconds behind D1's"),
+        (-5.0, "5 seconds ahead of D1's"),
+        (61.2, "61 seconds behind D1's"),
+    ],
+)
+def test_a_clock_is_called_wrong_from_five_seconds_on(offset: float, words: str | None) -> None:
+    refusal = TokenRefusedError("no", status=401, error="invalid_client", hint="Ask Thales.")
+    endpoint._tell_clock(refusal, offset)
+    assert refusal.details.get("clock_offset") == (round(offset) if words else None)
+    assert refusal.hint.endswith("Ask Thales.")
+    assert (words or "Ask") in refusal.hint
 
 
 def test_a_skew_that_is_too_large_is_an_error(fetcher: TokenFetcher, sandbox: Sandbox) -> None:

@@ -24,8 +24,10 @@ from d1_signer import Environment, TokenResponseError, TokenUnavailable
 from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.response import Grant
+from d1_signer.transport import connections, session as sessions
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.proxies import Proxy
+from d1_signer.transport.response import received
 from d1_signer.transport.session import TlsAdapter, new_session
 from tests.servers.fault_proxy import listening, tunnel
 from tests.transport.test_handshakes import server_certificate, server_context
@@ -80,6 +82,11 @@ GOOD: dict[str, Callable[[str], Sent]] = {
     "late-interim": lambda name: (answer(name), INTERIM, False),
     "closing-with-more": lambda name: (answer(name, "Connection: close") + OTHER, b"", False),
     "closed": lambda name: (answer(name), b"", True),
+    "chunks-in-1.0": lambda name: (
+        chunked(name, "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0"),
+        b"",
+        False,
+    ),
 }
 BAD: dict[str, Callable[[str], Sent]] = {
     "cut": lambda name: (answer(name, length=500), b"", True),
@@ -134,7 +141,7 @@ class Server:
             while len(left) < length:
                 left += connection.recv(65536)
             left = left[length:]
-            asked = re.search(rb"([a-z0-9-]+)_(\d{9})", head)
+            asked = re.search(rb"([a-z0-9.-]+)_(\d{9})", head)
             assert asked is not None
             now, behind, closed = KINDS[asked[1].decode()](asked[2].decode())
             connection.sendall(now)
@@ -222,6 +229,39 @@ def test_no_answer_is_that_of_another_request(
     assert kept > calls / 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "number_of_them"), [("plain", 1), ("chunked", 1), ("chunks-in-1.0", 3)]
+)
+@pytest.mark.parametrize("client", [session_of, token_connection])
+def test_a_connection_is_used_again_where_the_end_of_its_answer_was_certain(
+    tmp_path: Path, client: Client, kind: str, number_of_them: int
+) -> None:
+    server = Server()
+    with place_of(server, tmp_path, tls=True) as place, client(*place) as ask:
+        for number in range(3):
+            assert ask(kind, f"{number:09}") == f"{number:09}"
+    assert server.connections == number_of_them
+
+
+def test_a_connection_rests_before_it_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waited: list[float] = []
+
+    def noting(sock: socket.socket, *, within: float = 0.0) -> bytes | None:
+        waited.append(within)
+        return received(sock)
+
+    monkeypatch.setattr(sessions, "_REST", 1000.0)
+    monkeypatch.setattr(connections, "received", noting)
+    server = Server()
+    with place_of(server, tmp_path, tls=True) as place, session_of(*place) as ask:
+        for number in range(2):
+            assert ask("plain", f"{number:09}") == f"{number:09}"
+    assert 900 < max(waited) <= 1000
+    assert server.connections == 1
+
+
 def test_a_proxys_tunnel_is_made_anew_where_something_was_left(tmp_path: Path) -> None:
     server = Server()
     kinds = ("plain", "second", "plain", "second", "second-behind-chunks", "plain", "plain")
@@ -284,6 +324,9 @@ def test_a_body_where_there_can_be_none_is_no_answer(
             for number in range(5):
                 got = session.request(method, f"{url}/{kind}_{number:09}")
                 assert got.content == b""
+                # What a GET would have; of two ways to tell a length, neither is handed on.
+                assert ("Content-Length" in got.headers) == (not kind.endswith("-chunked"))
+                assert "Transfer-Encoding" not in got.headers
                 assert (
                     session.get(f"{url}/plain_{number:09}").json()["access_token"] == f"{number:09}"
                 )

@@ -124,3 +124,6 @@ def test_connections_are_probed_while_they_are_open(
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
         if hasattr(socket, "TCP_KEEPIDLE"):
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+            # A peer that is gone is noticed within two minutes of silence.
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 20
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= 3

@@ -30,11 +30,11 @@ from tests.transport.test_handshakes import server_certificate, server_context, 
 SECRET = b"assertion=secret"
 
 
-def send_file(sock: Any) -> None:
+def send_file(sock: Any) -> object:
     with tempfile.TemporaryFile() as file:
         file.write(SECRET)
         file.seek(0)
-        sock.sendfile(file)
+        return sock.sendfile(file)
 
 
 SENDING: dict[str, Callable[[Any], object]] = {
@@ -83,6 +83,19 @@ def test_nothing_passes_a_socket_whose_handshake_was_left_to_openssl(
         ):
             (SENDING | RECEIVING)[way](tls)
     assert not told
+
+
+@pytest.mark.parametrize("way", [way for way in SENDING if way != "sendto"])  # not for TLS
+def test_what_is_sent_after_the_handshake_arrives_and_is_counted(tmp_path: Path, way: str) -> None:
+    certificate = server_certificate(tmp_path, x509.DNSName("localhost"), common_name="any")
+    with serving(server_context(certificate)) as (port, told):
+        plain = socket.create_connection(("127.0.0.1", port), timeout=20)
+        with verifying_context(str(certificate)).wrap_socket(
+            plain, server_hostname="localhost"
+        ) as tls:
+            assert SENDING[way](tls) == (None if way == "sendall" else len(SECRET))
+            assert tls.recv(12) == b"HTTP/1.1 200"
+    assert told == SECRET
 
 
 @pytest.mark.parametrize("way", SENDING)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from d1_signer import errors
-from d1_signer.backends.vault.settings import read_settings
+from d1_signer.backends.vault.settings import read_public, read_settings
 from d1_signer.signing.signer import open_signer
 from tests.backends.vault.conftest import signs
 from tests.owners import give_away
@@ -405,3 +405,14 @@ def test_answers_over_a_unix_socket_end_by_the_time_limit(tmp_path: Path) -> Non
         with pytest.raises(errors.SignerTimeout):
             open_signer("hashivault://d1", address=f"unix://{path}", timeout=0.5)
         assert time.monotonic() - started < 5.0
+
+
+def test_a_public_file_is_read_whole_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "public.pem"
+    for size in (0, 1 << 20):
+        file.write_bytes(b"x" * size)
+        assert len(read_public(str(file))) == size
+    file.write_bytes(b"x" * ((1 << 20) + 1))
+    for path in (file, tmp_path):
+        with pytest.raises((ValueError, IsADirectoryError)):
+            read_public(str(path))
