@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
 import random
 import re
@@ -25,6 +27,7 @@ from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.response import Grant
 from d1_signer.transport import connections, session as sessions
+from d1_signer.transport.chunks import Chunks
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.response import received
@@ -393,3 +396,10 @@ def test_interim_answers_without_end_are_no_answer() -> None:
             pytest.raises(requests.ConnectionError, match="informational"),
         ):
             session.get(f"http://127.0.0.1:{port}/")
+
+
+@pytest.mark.parametrize("cut", [b"", b"5", b"5\r", b"5\r\nabc", b"3\r\nabc\r\n0\r\n"])
+def test_what_is_cut_amid_the_framing_is_told_as_cut(cut: bytes) -> None:
+    chunks = Chunks(io.BufferedReader(io.BytesIO(cut)))
+    with pytest.raises(http.client.IncompleteRead):
+        chunks.read()

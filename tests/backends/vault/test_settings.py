@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from d1_signer import errors
-from d1_signer.backends.vault.settings import read_public, read_settings
+from d1_signer.backends.vault.settings import read_settings
+from d1_signer.secret import read_public_file
 from d1_signer.signing.signer import open_signer
 from tests.backends.vault.conftest import signs
 from tests.owners import give_away
@@ -411,8 +412,8 @@ def test_a_public_file_is_read_whole_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "public.pem"
     for size in (0, 1 << 20):
         file.write_bytes(b"x" * size)
-        assert len(read_public(str(file))) == size
+        assert len(read_public_file(str(file))) == size
     file.write_bytes(b"x" * ((1 << 20) + 1))
     for path in (file, tmp_path):
-        with pytest.raises((ValueError, IsADirectoryError)):
-            read_public(str(path))
+        with pytest.raises(OSError, match="larger|regular|directory"):
+            read_public_file(str(path))
