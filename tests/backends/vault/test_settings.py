@@ -415,5 +415,5 @@ def test_a_public_file_is_read_whole_or_refused(tmp_path: Path) -> None:
         assert len(read_public_file(str(file))) == size
     file.write_bytes(b"x" * ((1 << 20) + 1))
     for path in (file, tmp_path):
-        with pytest.raises(OSError, match="larger|regular|directory"):
+        with pytest.raises(OSError, match=r"larger|regular|directory"):
             read_public_file(str(path))
