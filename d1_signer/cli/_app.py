@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from d1_signer.cli._output import Output, StdoutError, with_output_options
+from d1_signer.cli._output import Output, StdoutError, is_full, with_output_options
 from d1_signer.cli._stdout import give_up_stdout
 from d1_signer.cli.check import check
 from d1_signer.cli.keys import csr, custody, generate_key, public_key
@@ -89,6 +89,12 @@ def _run(arguments: Sequence[str], output: Output) -> int:
         return MISUSED if isinstance(error, ConfigurationError | InvalidInputError) else FAILED
     except StdoutError:
         raise
+    except OSError as error:
+        if not is_full(error):
+            _report_defect(error, output)
+            return FAILED
+        # click writes its own texts, to standard output as well.
+        raise StdoutError(error.strerror) from None
     except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
         _report_defect(error, output)
         return FAILED

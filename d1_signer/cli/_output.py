@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import logging
@@ -32,6 +34,14 @@ class OptionsOnly(click.Command):
         if found:
             ctx.fail("This takes options only. Quote a value that has blanks in it.")
         return found
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file system, or this user's share of it, has no room left."""
+    return error.errno in _FULL
 
 
 class StdoutError(Exception):
@@ -69,7 +79,8 @@ class Output:
 
     def note(self, text: str) -> None:
         """Tell a person something beside the result; never on standard output."""
-        click.echo(text, err=True)
+        with contextlib.suppress(OSError):  # it is closed or full: nothing is left to tell it to
+            click.echo(text, err=True)
 
     def failure(self, error: D1SignerError) -> None:
         """Print why the command failed: JSON on standard output, or text on standard error."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from pathlib import Path
 from urllib.parse import quote
 
 import click
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from d1_signer.cli._callbacks import checked_client_key, checked_subject
+from d1_signer.cli._files import OutputFile, with_output_file
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import (
     OptionsOnly,
@@ -22,6 +22,7 @@ from d1_signer.cli._output import (
     facts,
     indented,
     moment,
+    printable,
     table,
     to_stdout,
     with_output_options,
@@ -29,12 +30,9 @@ from d1_signer.cli._output import (
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError
-from d1_signer.secret import shown_path
 from d1_signer.signing.key_uri import split_fragment
 from d1_signer.signing.signer import Signer, generate_key as generate
 from d1_signer.signing.signer_set import SignerSet
-
-_to_file = click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
 
 
 @click.command("public-key", cls=OptionsOnly)
@@ -47,9 +45,9 @@ _to_file = click.option("-o", "--output-file", metavar="FILE", help="Write it to
     show_default=True,
     help="jwks holds all given keys, the others a single one.",
 )
-@_to_file
+@with_output_file
 @with_output_options
-def public_key(keys: Keys, *, form: str, output_file: str | None, output: Output) -> None:
+def public_key(keys: Keys, *, form: str, output_file: OutputFile | None, output: Output) -> None:
     """Print the public key to register at D1.
 
     With --json it is the member public_key: an object for jwk and jwks, base64 text for der.
@@ -61,7 +59,8 @@ def public_key(keys: Keys, *, form: str, output_file: str | None, output: Output
         encoded, shown = _encode(signers, form)
         named = [{"kid": s.kid, "thumbprint": s.public_key.thumbprint()} for s in signers]
     document = {"format": form, "keys": named, "public_key": shown}
-    _deliver(encoded, document, output_file, output)
+    kids = ", ".join(printable(signer.kid) for signer in signers)
+    _deliver(encoded, document, output_file, output, what=f"the public key of kid {kids}")
 
 
 def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
@@ -76,7 +75,7 @@ def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
     return json.dumps(document, indent=2).encode() + b"\n", document
 
 
-def _refuse_der_on_terminal(form: str, output_file: str | None, output: Output) -> None:
+def _refuse_der_on_terminal(form: str, output_file: OutputFile | None, output: Output) -> None:
     if form == "der" and not output.json and output_file is None and _at_terminal():
         raise ConfigurationError(
             "DER is binary and is not written to a terminal.", hint="Give -o FILE, or use a pipe."
@@ -88,14 +87,16 @@ def _at_terminal() -> bool:
 
 
 def _deliver(
-    encoded: bytes, document: dict[str, object], output_file: str | None, output: Output
+    encoded: bytes,
+    document: dict[str, object],
+    output_file: OutputFile | None,
+    output: Output,
+    *,
+    what: str,
 ) -> None:
     if output_file is not None:
-        try:
-            Path(output_file).write_bytes(encoded)
-        except OSError as error:
-            shown = shown_path(Path(output_file).absolute())
-            raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
+        output_file.write(encoded, what, output)
+        document = {**document, "file": output_file.shown}
     if output.json:
         output.result(document, "")
     elif output_file is None:
@@ -125,7 +126,7 @@ def _deliver(
     default="pem",
     show_default=True,
 )
-@_to_file
+@with_output_file
 @with_output_options
 def csr(
     *,
@@ -133,7 +134,7 @@ def csr(
     options: BackendOptions,
     subject: x509.Name,
     form: str,
-    output_file: str | None,
+    output_file: OutputFile | None,
     output: Output,
 ) -> None:
     """Print a certificate signing request (PKCS#10), signed by the key.
@@ -154,7 +155,8 @@ def csr(
         "thumbprint": thumbprint,
         "csr": base64.b64encode(encoded).decode() if form == "der" else encoded.decode(),
     }
-    _deliver(encoded, document, output_file, output)
+    what = f"the signing request of the key {thumbprint}"
+    _deliver(encoded, document, output_file, output, what=what)
 
 
 @click.command("generate-key", cls=OptionsOnly)
