@@ -48,6 +48,12 @@ class Connection:
     proxy_adds_certificate: bool
     request_format: Literal["form", "json"]
 
+    @property
+    def given(self) -> bool:
+        """Whether any of it is given."""
+        named = (self.client_cert, self.client_key, self.ca_file, self.proxy)
+        return any(value is not None for value in named)
+
     def certificate(self, environment: Environment | None) -> ClientCertificate | None:
         """The client certificate; None where none is given and none is needed.
 

@@ -135,6 +135,11 @@ class Issuer:
     environment: str | None
     audience: str | Audience | None
 
+    @property
+    def given(self) -> bool:
+        """Whether any of it is given."""
+        return self.issuer_id is not None or self.environment is not None
+
     def required_id(self) -> str:
         """The issuer id.
 

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from d1_signer.cli._checklist import Checklist, Status, Step
+from d1_signer.cli._checklist import Checklist, Status
 from d1_signer.cli._connection import Connection, with_connection
-from d1_signer.cli._opening import Opening
+from d1_signer.cli._opening import PKCS11_STEPS, Opening
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -40,18 +40,21 @@ from d1_signer.errors import (
     TokenResponseError,
 )
 from d1_signer.secret import Secret
-from d1_signer.signing.key_uri import scheme_of, without_secrets
+from d1_signer.signing.key_uri import scheme_of, split_fragment, without_secrets
 from d1_signer.signing.registry import load_backend_module
 from d1_signer.signing.signer import Signer
-from d1_signer.token.d1 import Environment
+from d1_signer.token.d1 import Environment, origin
 from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
 from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import DAYS_OF_WARNING, ClientTls
+from d1_signer.transport.hosts import shown_address
 from d1_signer.transport.proxies import optional_proxy
 
 _CERTIFICATE = "client-certificate"
 _ENDPOINT = "endpoint"
+_TOKEN = "access-token"  # noqa: S105 (a step)
+_STEPS = (*PKCS11_STEPS, "signature", "custody", _CERTIFICATE, _ENDPOINT, _TOKEN)
 
 
 @click.command(cls=OptionsOnly)
@@ -64,6 +67,15 @@ _ENDPOINT = "endpoint"
     metavar="N",
     help="Fail where the client certificate is valid for fewer days than that.",
 )
+@click.option(
+    "--require",
+    "required",
+    type=click.Choice(_STEPS),
+    multiple=True,
+    metavar="STEP",
+    help="Fail where this step does not pass, also where it is skipped or unclear; repeat it for "
+    f"several. Steps: {', '.join(_STEPS)}.",
+)
 @with_output_options
 @click.pass_context
 def check(
@@ -73,33 +85,40 @@ def check(
     connection: Connection,
     *,
     warn_days: int | None,
+    required: tuple[str, ...],
     output: Output,
 ) -> None:
     """Check keys, TLS and D1 step by step.
 
     It says at which step it stopped and what to do. With a key alone, the key is checked; with
-    the other settings, the client certificate, the endpoint and a token for each key as well. The
-    exit status is 0 only if no step failed.
+    any setting of D1, the client certificate, the endpoint and a token for each key as well, and
+    settings that are missing then fail. The exit status is 0 only if no step failed.
     """
     keys.require()
-    checklist = Checklist(output)
+    checklist = Checklist(output, frozenset(required))
     with ExitStack() as stack:
-        signers = [_check_key(checklist, keys, uri, stack) for uri in keys.uris]
+        signers = [
+            (_about(keys, uri), _check_key(checklist, keys, uri, stack)) for uri in keys.uris
+        ]
         _check_d1(checklist, signers, issuer, connection, warn_days)
-    stopped = checklist.first_failure
+    checklist.end()
+    failures = checklist.failures
+    stopped = failures[0] if failures else None
     document = {
         "ok": stopped is None,
         "stopped_at": stopped and stopped.to_dict(),
         "steps": [step.to_dict() for step in checklist.steps],
     }
-    output.result(document, f"\n{_conclusion(checklist, stopped)}")
+    output.result(document, f"\n{_conclusion(checklist)}")
     if stopped:
         context.exit(1)
 
 
-def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
-    if stopped:
-        return f"Stopped at {stopped.name} of {printable(stopped.subject)}; see above what to do."
+def _conclusion(checklist: Checklist) -> str:
+    if checklist.failures:
+        first, *others = (f"{step.name} of {printable(step.about)}" for step in checklist.failures)
+        too = f"; failed too: {', '.join(others)}" if others else ""
+        return f"Stopped at {first}{too}."
     found = [
         f"{word}: {', '.join(names)}"
         for word, status in (("unclear", Status.UNCLEAR), ("not checked", Status.SKIPPED))
@@ -110,7 +129,7 @@ def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
     """Check one key; returns its signer if it can sign."""
-    checklist.begin(_shown_key(uri))
+    checklist.begin(_shown_key(uri), _about(keys, uri))
     opening = Opening(uri=uri, options=keys.options.given)
     try:
         signer = stack.enter_context(keys.open(uri))
@@ -120,7 +139,8 @@ def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> 
         _tell_where_it_stopped(checklist, opening, error)
         return None
     _tell_steps(checklist, opening.steps[:-1], opening.not_taken(None))
-    checklist.ok("key", f"kid {signer.kid}")
+    checklist.go_on(f"kid {signer.kid}", kid=signer.kid)
+    checklist.ok("key")
     with checklist.step("signature") as detail:
         _verify_with_cryptography(signer)
         detail("verified by cryptography")
@@ -136,14 +156,28 @@ def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> 
     return signer if able else None
 
 
+def _about(keys: Keys, uri: str) -> str:
+    """The key in short, before it is open."""
+    try:
+        kid = keys.kid or (split_fragment(uri)[1] if _is_served(uri) else None)
+    except KeyUriError:  # opening it will tell
+        kid = None
+    return f"kid {kid}" if kid else _shown_key(uri)
+
+
 def _shown_key(uri: str) -> str:
+    # What nothing serves may be anything, a password even.
+    return without_secrets(uri) if _is_served(uri) else f"{scheme_of(uri)}:"
+
+
+def _is_served(uri: str) -> bool:
     try:
         load_backend_module(uri)
     except KeyUriError:
-        return f"{scheme_of(uri)}:"  # what nothing serves may be anything, a password even
+        return False
     except D1SignerError:
         pass  # opening it will tell
-    return without_secrets(uri)
+    return True
 
 
 def _tell_where_it_stopped(checklist: Checklist, opening: Opening, error: D1SignerError) -> None:
@@ -182,33 +216,58 @@ def _verify_with_cryptography(signer: Signer) -> None:
 
 def _check_d1(
     checklist: Checklist,
-    signers: list[Signer | None],
+    signers: Sequence[tuple[str, Signer | None]],
     issuer: Issuer,
     connection: Connection,
     warn_days: int | None,
 ) -> None:
     environment = issuer.optional_environment()
-    checklist.begin(f"D1 {environment.base_url}" if environment else "D1")
-    tls = _check_certificate(checklist, environment, connection, warn_days)
-    if environment is None or tls is None:
-        reason = "the TLS settings failed" if environment else "no environment is given"
-        checklist.skipped(_ENDPOINT, reason)
-        checklist.skipped("access-token", reason)
+    checklist.begin(*_shown_environment(environment))
+    if not (issuer.given or connection.given):
+        for name in (_CERTIFICATE, _ENDPOINT, _TOKEN):
+            checklist.skipped(name, "no setting of D1 is given")
         return
-    reached = _check_endpoint(checklist, environment, tls, connection)
-    for signer in signers:
-        if signer is None or not reached or issuer.issuer_id is None:
-            missing = (
-                "no issuer id is given" if issuer.issuer_id is None else "an earlier step failed"
-            )
-            checklist.skipped("access-token", missing)
-            continue
-        with (
-            checklist.step("access-token") as detail,
-            connection.fetcher(signer, issuer, tls=tls) as fetcher,
-        ):
+    tls = _check_certificate(checklist, environment, connection, warn_days)
+    if environment is None:
+        with checklist.step(_ENDPOINT):
+            issuer.required_environment()
+    elif tls is None:
+        checklist.skipped(_ENDPOINT, "the TLS settings failed")
+    elif not _check_endpoint(checklist, environment, tls, connection):
+        tls = None
+    host = _shown_environment(environment)[1]
+    for about, signer in signers:
+        if signer is None:
+            checklist.go_on(f"{about} at {host}")
+        else:
+            checklist.go_on(f"kid {signer.kid} at {host}", kid=signer.kid)
+        _check_token(checklist, signer, issuer, connection, tls if environment else None)
+
+
+def _shown_environment(environment: Environment | None) -> tuple[str, str]:
+    if environment is None:
+        return "D1", "D1"
+    _, host, port = origin(environment.base_url)
+    return f"D1 {environment.base_url}", shown_address(host, port)
+
+
+def _check_token(
+    checklist: Checklist,
+    signer: Signer | None,
+    issuer: Issuer,
+    connection: Connection,
+    tls: ClientTls | None,
+) -> None:
+    """Get a token for a key; ``tls`` is None where the endpoint was not reached."""
+    if issuer.issuer_id is not None and (signer is None or tls is None):
+        checklist.skipped(_TOKEN, "an earlier step failed")
+        return
+    with checklist.step(_TOKEN) as detail:
+        issuer.required_id()
+        assert signer is not None  # noqa: S101 (tells the type checker)
+        with connection.fetcher(signer, issuer, tls=tls) as fetcher:
             token = fetcher.token()
-            detail(f"kid {signer.kid}, scope {token.scope!r}, expires {moment(token.expires_at)}")
+        detail(f"scope {token.scope!r}, expires {moment(token.expires_at)}")
 
 
 def _check_certificate(
