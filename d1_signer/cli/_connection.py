@@ -54,11 +54,11 @@ class Connection:
         named = (self.client_cert, self.client_key, self.ca_file, self.proxy)
         return any(value is not None for value in named)
 
-    def certificate(self, environment: Environment | None) -> ClientCertificate | None:
-        """The client certificate; None where none is given and none is needed.
+    def require(self, environment: Environment | None) -> None:
+        """Refuse half of a client certificate, or none for an environment that needs one.
 
         Raises:
-            ConfigurationError: Half of it is given, or none for an environment that needs one.
+            ConfigurationError: Such settings.
         """
         if self.client_cert is None and self.client_key is None:
             if environment and environment.is_thales and not self.proxy_adds_certificate:
@@ -67,12 +67,21 @@ class Connection:
                     hint="Give --client-cert and --client-key, or set D1_CLIENT_CERT and "
                     "D1_CLIENT_KEY; or state --proxy-adds-certificate.",
                 )
-            return None
-        if self.client_cert is None or self.client_key is None:
+        elif self.client_cert is None or self.client_key is None:
             raise ConfigurationError(
                 "A client certificate needs its key, and a key its certificate.",
                 hint="Give both --client-cert (D1_CLIENT_CERT) and --client-key (D1_CLIENT_KEY).",
             )
+
+    def certificate(self, environment: Environment | None) -> ClientCertificate | None:
+        """The client certificate; None where none is given and none is needed.
+
+        Raises:
+            ConfigurationError: As for `require`, or it cannot be used.
+        """
+        self.require(environment)
+        if self.client_cert is None or self.client_key is None:
+            return None
         return self._certificate_with(self.client_cert, self.client_key)
 
     def _certificate_with(self, certificate: str, key: str) -> ClientCertificate:

@@ -15,12 +15,10 @@ from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.secret import Secret
 from d1_signer.signing.key_uri import scheme_of
 from d1_signer.signing.signer import Signer, open_signer
 from d1_signer.signing.signer_set import SignerSet
-from d1_signer.token.assertion import sign_assertion
-from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
+from d1_signer.token.d1 import AssertionProfile, Environment
 from d1_signer.token.fetcher import Audience
 
 HSM_PATIENCE = 30.0  # seconds
@@ -175,20 +173,19 @@ class Issuer:
         """
         return None if self.environment is None else Environment.of(self.environment)
 
-    def sign(self, signers: SignerSet, *, lifetime: int = DEFAULT_ASSERTION_LIFETIME) -> Secret:
-        """Sign one assertion.
+    def profile(self, *, lifetime: int) -> AssertionProfile:
+        """What its assertions say.
 
         Args:
-            signers: The first that can signs.
             lifetime: Seconds from now to ``exp``.
+
+        Raises:
+            ConfigurationError: A setting is missing.
         """
         audience = self.audience
         if audience is Audience.TOKEN_ENDPOINT:
             audience = self.required_environment().token_endpoint
-        profile = AssertionProfile(
-            issuer_id=self.required_id(), audience=audience, lifetime=lifetime
-        )
-        return signers.attempt(lambda signer: sign_assertion(signer, profile))
+        return AssertionProfile(issuer_id=self.required_id(), audience=audience, lifetime=lifetime)
 
 
 def with_keys(command: Command) -> Command:

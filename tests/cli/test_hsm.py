@@ -171,10 +171,11 @@ def test_a_pin_in_the_variable_is_taken_with_a_warning(
     assert softhsm_token.pin not in result.out + result.err
 
 
-def test_pin_at_the_prompt(uri: str, softhsm_token: SoftHsmToken) -> None:
+@pytest.mark.parametrize("options", [(), ("--option", "isolation=process")])
+def test_pin_at_the_prompt(uri: str, softhsm_token: SoftHsmToken, options: tuple[str, ...]) -> None:
     prompting = uri.replace(f"file:{softhsm_token.pin_file}", "prompt")
-    terminal = AtTerminal("public-key", "--key", prompting)
-    terminal.wait_for("PIN: ")
+    terminal = AtTerminal("public-key", "--key", prompting, *options)
+    terminal.wait_for(f"PIN for {uri.partition('?')[0]}: ")
     terminal.type(softhsm_token.pin + "\n")
     status, out = terminal.end()
     assert status == 0, terminal.shown
