@@ -11,6 +11,10 @@ from enum import StrEnum
 from d1_signer.cli._output import Output, explanation, printable, to_stdout
 from d1_signer.errors import ConfigurationError, D1SignerError
 
+CERTIFICATE = "client-certificate"
+ENDPOINT = "endpoint"
+ACCESS_TOKEN = "access-token"  # noqa: S105 (a step's name)
+
 
 class Status(StrEnum):
     """How a step ended."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,12 +16,14 @@ from d1_signer.cli._settings import Issuer, open_key, setting
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
-from d1_signer.signing.signer import Signer
-from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.d1 import Environment
-from d1_signer.token.fetcher import TokenFetcher
-from d1_signer.transport.client import ClientTls
-from d1_signer.transport.credentials import ClientCertificate
+
+if TYPE_CHECKING:
+    from d1_signer.signing.signer import Signer
+    from d1_signer.signing.signer_set import SignerSet
+    from d1_signer.token.fetcher import TokenFetcher
+    from d1_signer.transport.client import ClientTls
+    from d1_signer.transport.credentials import ClientCertificate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +88,8 @@ class Connection:
 
     def _certificate_with(self, certificate: str, key: str) -> ClientCertificate:
         """The certificate; a signer of its key is closed with the command."""
+        from d1_signer.transport.credentials import ClientCertificate
+
         scheme = scheme_of(key)
         if scheme in {"", "file"}:
             path = KeyUri.parse(key, query_names=frozenset()).path if scheme else key
@@ -106,6 +110,8 @@ class Connection:
             issuer: Who asks which D1.
             tls: What was made of the TLS settings before, so that no passphrase is asked for again.
         """
+        from d1_signer.token.fetcher import TokenFetcher
+
         environment = issuer.required_environment()
         return TokenFetcher(
             signers,

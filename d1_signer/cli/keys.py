@@ -6,12 +6,10 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import click
-from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from d1_signer.cli._callbacks import checked_client_key, checked_subject
 from d1_signer.cli._files import OutputFile, with_output_file
@@ -31,8 +29,11 @@ from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError
 from d1_signer.signing.key_uri import split_fragment
-from d1_signer.signing.signer import Signer, generate_key as generate
-from d1_signer.signing.signer_set import SignerSet
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from d1_signer.signing.signer import Signer
 
 
 @click.command("public-key", cls=OptionsOnly)
@@ -47,20 +48,31 @@ from d1_signer.signing.signer_set import SignerSet
 )
 @with_output_file
 @with_output_options
-def public_key(keys: Keys, *, form: str, output_file: OutputFile | None, output: Output) -> None:
+@click.pass_context
+def public_key(
+    context: click.Context,
+    keys: Keys,
+    *,
+    form: str,
+    output_file: OutputFile | None,
+    output: Output,
+) -> None:
     """Print the public key to register at D1.
 
-    With --json it is the member public_key: an object for jwk and jwks, base64 text for der.
+    With --json it is the member public_key: an object for jwk and jwks, base64 text for der. Where
+    one of several keys is away, jwks holds the others, and the exit status is 1.
     """
     if form != "jwks":
         keys.single()
     _refuse_der_on_terminal(form, output_file, output)
-    with keys.opened() as signers:
+    with keys.openable(output) as signers:
         encoded, shown = _encode(signers, form)
         named = [{"kid": s.kid, "thumbprint": s.public_key.thumbprint()} for s in signers]
     document = {"format": form, "keys": named, "public_key": shown}
     kids = ", ".join(printable(signer.kid) for signer in signers)
     _deliver(encoded, document, output_file, output, what=f"the public key of kid {kids}")
+    if len(signers) < len(keys.uris):
+        context.exit(1)
 
 
 def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
@@ -70,6 +82,8 @@ def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
         return key.pem().encode(), key.pem()
     if form == "der":
         return key.der(), base64.b64encode(key.der()).decode()
+    from d1_signer.signing.signer_set import SignerSet
+
     jwks = SignerSet(signers).jwks()
     document = jwks if form == "jwks" else jwks["keys"][0]
     return json.dumps(document, indent=2).encode() + b"\n", document
@@ -142,6 +156,10 @@ def csr(
     Thales makes the client certificate of mutual TLS from one. Its key must be another than the
     one that signs assertions. With --json it is the member csr: text for pem, base64 for der.
     """
+    from cryptography import x509
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding
+
     _refuse_der_on_terminal(form, output_file, output)
     keys = Keys(uris=(key,), kid=None, options=options)
     with keys.open(keys.single()) as signer:
@@ -168,6 +186,8 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     The key URI says where; nothing is ever overwritten. In an HSM it is made on the device:
     sensitive, not extractable, for signing only.
     """
+    from d1_signer.signing.signer import generate_key as generate
+
     uri = keys.single()
     made = generate(uri, **keys.options.for_key(uri, "generate_key"))
     thumbprint = made.public_key.thumbprint()

@@ -8,11 +8,9 @@ import time
 
 import click
 
-from d1_signer import jose
 from d1_signer.cli._connection import Connection, with_connection
 from d1_signer.cli._output import OptionsOnly, Output, facts, indented, moment, with_output_options
 from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
-from d1_signer.token.assertion import sign_assertion
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, MAX_ASSERTION_LIFETIME
 
 _MASK = "****"
@@ -87,6 +85,9 @@ def assertion(
 
     It is what D1 would get for a token; nothing is sent.
     """
+    from d1_signer import jose
+    from d1_signer.token.assertion import sign_assertion
+
     keys.require()
     profile = issuer.profile(lifetime=lifetime)
     with keys.signers(output) as signers:

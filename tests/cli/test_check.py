@@ -251,7 +251,7 @@ def dripping() -> Iterator[str]:
 def test_a_server_that_never_comes_to_the_point_is_left(
     run: Run, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d1_signer.cli.check.Limits", lambda: Limits(total=1))
+    monkeypatch.setattr("d1_signer.cli._checking.Limits", lambda: Limits(total=1))
     with dripping() as environment:
         settings["D1_ENVIRONMENT"] = environment
         for name in ("D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE"):
