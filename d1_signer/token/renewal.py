@@ -278,7 +278,7 @@ class Renewal:
     def _tell(self, tried: Attempt, reply: Reply) -> None:
         error = reply.outcome if isinstance(reply.outcome, D1SignerError) else None
         if error is not None:
-            error.details = {**self.whose, **error.details, **tried.details()}
+            error.details = {**error.details, **tried.details(), **self.whose}
         event = RequestEvent(
             correlation_id=tried.correlation_id,
             duration=tried.seconds,
