@@ -15,7 +15,13 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from d1_signer.cli._output import Output, StdoutError, is_full, with_output_options
+from d1_signer.cli._output import (
+    Output,
+    StdoutError,
+    flush_stdout,
+    is_full,
+    with_output_options,
+)
 from d1_signer.cli._stdout import give_up_stdout
 from d1_signer.errors import ConfigurationError, D1SignerError, InvalidInputError
 
@@ -133,16 +139,24 @@ def _run(arguments: Sequence[str], output: Output) -> int:
         return MISUSED if isinstance(error, ConfigurationError | InvalidInputError) else FAILED
     except StdoutError:
         raise
-    except OSError as error:
-        if not is_full(error):
-            _report_defect(error, output)
-            return FAILED
-        # click writes its own texts, to standard output as well.
-        raise StdoutError(error.strerror) from None
     except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
-        _report_defect(error, output)
+        if isinstance(error, OSError) and is_full(error):
+            _report_full_disk(error, output)
+        else:
+            _report_defect(error, output)
         return FAILED
     return status if isinstance(status, int) else 0
+
+
+def _report_full_disk(error: OSError, output: Output) -> None:
+    flush_stdout()  # click writes its own texts there, without us
+    output.failure(
+        D1SignerError(
+            f"A file cannot be written: {error.strerror}.",
+            hint="Make room, most likely where temporary files are (TMPDIR).",
+            retryable=True,
+        )
+    )
 
 
 def _report_defect(error: Exception, output: Output) -> None:

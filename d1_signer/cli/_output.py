@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,25 @@ def to_stdout(content: str | bytes) -> None:
     try:
         click.echo(content, nl=isinstance(content, str))
     except OSError as error:
-        reader_left = isinstance(error, BrokenPipeError)
-        raise StdoutError("" if reader_left else error.strerror) from None
+        raise _told(error) from None
+
+
+def flush_stdout() -> None:
+    """Write what is held back for standard output, which may be why writing failed before.
+
+    Raises:
+        StdoutError: It cannot be written.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise _told(error) from None
+
+
+def _told(error: OSError) -> StdoutError:
+    reader_left = isinstance(error, BrokenPipeError)
+    return StdoutError("" if reader_left else error.strerror)
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
+import d1_signer.cli.keys
 from d1_signer import generate_key
 from d1_signer.cli import _files
 from d1_signer.cli._files import OutputFile
@@ -221,3 +222,16 @@ def test_a_full_disk_behind_the_file(
     assert "Make room" in result.err
     assert "defect" not in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["key.pem"]
+
+
+def test_a_full_disk_behind_a_file_of_a_library(
+    run: Run, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(d1_signer.cli.keys, "custody_text", full)
+    result = run("custody", "--key", key.as_uri(), "--json")
+    assert result.status == 1
+    assert result.document["message"] == "A file cannot be written: No space left on device."
+    assert "TMPDIR" in result.document["hint"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import d1_signer
 import d1_signer.cli.keys
 from d1_signer import generate_key
 from d1_signer.sandbox import Sandbox
@@ -34,6 +35,17 @@ def test_console_script() -> None:
     script = Path(sys.executable).with_name("d1-signer")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("d1-signer ")
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "d1_signer", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == f"d1-signer {d1_signer.__version__}\n"
 
 
 def test_without_click_the_extra_is_named() -> None:
