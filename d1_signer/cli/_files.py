@@ -24,7 +24,12 @@ from d1_signer.secret import shown_path
 
 _MODE = 0o644  # what is written is public, and nobody else's to change
 _LOOKED_AT = 1 << 16
-_PRIVATE_KEY = b"PRIVATE KEY-----"
+# PEM, the private members of a JWK, or DER: RFC 5958, RFC 5915 and RFC 7292 begin with an INTEGER.
+_PRIVATE_KEYS = (
+    re.compile(rb"PRIVATE KEY-----"),
+    re.compile(rb'"kty"(?=.*"d"\s*:)|"d"\s*:(?=.*"kty")', re.DOTALL),
+    re.compile(rb"\A\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01\x03]", re.DOTALL),
+)
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})  # of a file system
 _FILE = "file:"
 _PARTS = re.compile(r"[\s?&;#=]+")
@@ -98,8 +103,9 @@ class OutputFile:
                 "source of a secret. It is never written to.",
                 hint="Name another file.",
             )
-        with contextlib.suppress(PermissionError), self.path.open("rb") as file:
-            if _PRIVATE_KEY in file.read(_LOOKED_AT):
+        # One that cannot be read may be a key of somebody else: that error stays.
+        with self.path.open("rb") as file:
+            if _holds_private_key(file.read(_LOOKED_AT)):
                 raise ConfigurationError(
                     f"{self.shown} holds a private key, which is never overwritten.",
                     hint="Name another file.",
@@ -138,6 +144,10 @@ def with_output_file(command: Command) -> Command:
         return command(*args, output_file=file, **options)
 
     return wrapper
+
+
+def _holds_private_key(content: bytes) -> bool:
+    return any(pattern.search(content) for pattern in _PRIVATE_KEYS)
 
 
 def _put(target: Path, content: bytes, *, overwrite: bool) -> None:

@@ -13,6 +13,14 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 
 import d1_signer.cli.keys
 from d1_signer import generate_key
@@ -130,16 +138,43 @@ def test_no_file_of_the_settings_is_overwritten(
         assert path.read_text() == "what stands there"
 
 
+def other_keys() -> dict[str, bytes]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    encodings = {"PEM": Encoding.PEM, "DER": Encoding.DER}
+    formats = {"PKCS#8": PrivateFormat.PKCS8, "SEC 1": PrivateFormat.TraditionalOpenSSL}
+    forms = {
+        f"{form} in {encoding}": key.private_bytes(
+            encodings[encoding], formats[form], NoEncryption()
+        )
+        for encoding in encodings
+        for form in formats
+    }
+    encrypted = BestAvailableEncryption(b"passphrase")
+    forms["encrypted"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encrypted)
+    forms["PKCS#12"] = serialize_key_and_certificates(b"name", key, None, None, encrypted)
+    return {**forms, "JWK": b'{"kty": "EC", "crv": "P-256", "d": "AA"}'}
+
+
+@pytest.mark.parametrize("form", other_keys())
 def test_another_private_key_is_not_overwritten_either(
-    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path, form: str
 ) -> None:
-    other = tmp_path / "other.pem"
-    generate_key(other.as_uri())
-    before = other.read_bytes()
+    other = tmp_path / "other"
+    before = other_keys()[form]
+    other.write_bytes(before)
     result = run(*command, "--key", key.as_uri(), "-o", str(other), "--force")
     assert result.status == 2
     assert "private key" in result.err
     assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["pem", "der"])
+def test_what_was_written_before_is_replaced(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path, form: str
+) -> None:
+    arguments = (*command, "--key", key.as_uri(), "--format", form, "-o", str(tmp_path / "out"))
+    assert run(*arguments).status == 0
+    assert run(*arguments, "--force").status == 0
 
 
 def test_what_is_no_file_is_left(run: Run, key: Path, tmp_path: Path) -> None:
