@@ -6,7 +6,8 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK_VENV := build/lock
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# From wheels only: no code of a package runs while it is installed.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -88,9 +89,10 @@ $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt requirements/bench-no-deps.t
 	$(PIP_INSTALL) --no-deps --ignore-requires-python --require-hashes -r requirements/bench-no-deps.txt
 	@touch $@
 
-lock: $(VENV)/bin/python
+lock: $(VENV)/bin/python requirements/lock.txt
 	$(VENV)/bin/python -m venv $(LOCK_VENV)
-	$(LOCK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOCK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+	    --require-hashes -r requirements/lock.txt
 	UV=$(LOCK_VENV)/bin/uv scripts/lock $(if $(UPGRADE),--upgrade)
 
 clean:

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from d1_signer import jose
 from d1_signer.errors import InvalidInputError, InvalidKeyError, InvalidSignatureError
+from d1_signer.frames import without_locals
 
 ALGORITHM = "ES256"
 """The JWS algorithm name (RFC 7518 section 3.1)."""
@@ -143,6 +144,7 @@ class PublicKey:
         self._thumbprint = jose.b64url_encode(digest).decode("ascii")
 
     @classmethod
+    @without_locals  # what is given by mistake may be a private key
     def from_pem(cls, pem: str | bytes) -> PublicKey:
         """Read a SubjectPublicKeyInfo in PEM (RFC 7468 section 13).
 
@@ -156,6 +158,7 @@ class PublicKey:
         return cls(key)  # type: ignore[arg-type]
 
     @classmethod
+    @without_locals  # what is given by mistake may be a private key
     def from_der(cls, der: bytes) -> PublicKey:
         """Read a SubjectPublicKeyInfo in DER (RFC 5480 section 2).
 
@@ -169,6 +172,7 @@ class PublicKey:
         return cls(key)  # type: ignore[arg-type]
 
     @classmethod
+    @without_locals  # what is given by mistake may be a private key
     def from_jwk(cls, jwk: Mapping[str, object]) -> PublicKey:
         """Read a JWK (RFC 7518 section 6.2.1); members beside the key itself are ignored.
 

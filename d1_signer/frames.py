@@ -9,10 +9,13 @@ that was given where its source belongs.
 from __future__ import annotations
 
 import functools
+import inspect
 import signal
+import sys
 import traceback
-from collections.abc import Callable
-from types import CodeType
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import CodeType, FrameType, TracebackType
 from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -27,40 +30,95 @@ def without_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def called(*args: _P.args, **options: _P.kwargs) -> _T:
+        outer = sys.exception()
         try:
             return function(*args, **options)
         except BaseException as error:
-            del args, options
-            clear(error)
+            clear(error, outer=outer)
             raise
 
     return called
 
 
-def clear(error: BaseException) -> None:
-    """Empty the frames that an exception and its chain have left; the lines stay."""
-    seen: set[int] = set()
-    left: list[BaseException | None] = [error]
-    while left:
-        one = left.pop()
-        if one is None or id(one) in seen:
+def causes(error: BaseException, *, outer: BaseException | None = None) -> Iterator[BaseException]:
+    """The error, and what it was raised from or holds, innermost last; each once.
+
+    Args:
+        error: Where to begin.
+        outer: Where to end: what was being handled before, and has nothing to do with it.
+    """
+    seen = {id(outer)}
+    todo: list[object] = [error]
+    while todo:
+        link = todo.pop(0)
+        if not isinstance(link, BaseException) or id(link) in seen:
             continue
-        seen.add(id(one))
-        traceback.clear_frames(one.__traceback__)
-        left += (one.__cause__, one.__context__)
-        if isinstance(one, BaseExceptionGroup):
-            left += one.exceptions
+        seen.add(id(link))
+        yield link
+        todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
+        # botocore keeps it as an argument of its message.
+        todo.append(getattr(link, "kwargs", {}).get("error"))
+        if isinstance(link, BaseExceptionGroup):
+            todo += link.exceptions
+
+
+def clear(error: BaseException, *, outer: BaseException | None) -> None:
+    """Empty the frames that an error and what it came from have left; the lines stay.
+
+    Frames that still run cannot be emptied and are left out: of this call, and of a thread that
+    the error was brought from. ``raise`` alone, which is to follow, does not add the one that it
+    stands in.
+
+    Args:
+        error: Any, before it is raised again.
+        outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
+    """
+    for link in causes(error, outer=outer):
+        emptied = [entry for entry in _entries(link.__traceback__) if _emptied(entry.tb_frame)]
+        for entry, following in zip(emptied, [*emptied[1:], None], strict=False):
+            entry.tb_next = following
+        link.__traceback__ = emptied[0] if emptied else None
+
+
+def _entries(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
+
+
+def _emptied(frame: FrameType) -> bool:
+    if _has_arguments_of_handler(frame):
+        return True  # by which it is known; what it interrupted is emptied
+    try:
+        frame.clear()
+    except RuntimeError:
+        return False
+    return True
 
 
 def of_signal_handler(error: BaseException) -> bool:
     """Whether a signal handler of Python's raised it, amid whatever ran then.
 
     Celery's soft time limit, gunicorn's ``worker_abort`` and Ctrl-C come so: they say nothing of
-    the code that they interrupt.
+    the code that they interrupt. A handler is one that is set, or that has been given the frame
+    that it interrupted: it may have set another one before it raised.
     """
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code in handlers for frame, _ in frames)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(frame.f_code in handlers or _has_arguments_of_handler(frame) for frame in frames)
+
+
+def _has_arguments_of_handler(frame: FrameType) -> bool:
+    """Whether it was called with a signal's number and the frame that it interrupted."""
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount]
+    given = [frame.f_locals.get(name) for name in names]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += frame.f_locals.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
+    return frame.f_back is not None and any(
+        interrupted is frame.f_back and isinstance(number, int) and number in signal.valid_signals()
+        for number, interrupted in pairwise(given)
+    )
 
 
 def _code(handler: object) -> CodeType | None:

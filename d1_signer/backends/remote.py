@@ -30,7 +30,7 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import Backend
 from d1_signer.transport.deadlines import within
-from d1_signer.transport.failures import causes, drop_frames, is_untrusted
+from d1_signer.transport.failures import is_untrusted
 from d1_signer.transport.processes import PerProcess
 from d1_signer.transport.proxies import TunnelRefused
 
@@ -78,17 +78,20 @@ class Service:
             failure = error.with_traceback(None)
         except Exception as error:
             if frames.of_signal_handler(error):
+                frames.clear(error, outer=outer)
                 raise
             failure = self.refused(error, doing) or self._not_asked(error, doing)
         except BaseException as error:  # such as a signal's handler raises
-            drop_frames(error, outer=outer)
+            frames.clear(error, outer=outer)
             raise
         failure.__context__ = None
         raise failure
 
     def _not_asked(self, error: Exception, doing: str) -> D1SignerError:
         name = type(error).__name__
-        by_proxy = next((link for link in causes(error) if isinstance(link, TunnelRefused)), None)
+        by_proxy = next(
+            (link for link in frames.causes(error) if isinstance(link, TunnelRefused)), None
+        )
         if by_proxy is not None:
             return SignerUnavailable(
                 f"{self.name} could not be asked {doing}: the proxy {by_proxy.proxy} answers "
@@ -154,7 +157,7 @@ def clients_of(
 
     def get() -> C:
         if callable(given):
-            return wrap(given())
+            return wrap(_made_by(given, what))
         if os.getpid() != owner:
             raise ConfigurationError(
                 f"The {what} was given as an object, and this process was forked after that.",
@@ -163,6 +166,26 @@ def clients_of(
         return wrap(given)
 
     return PerProcess(get)
+
+
+def _made_by(function: Callable[[], G], what: str) -> G:
+    made: G | None = None
+    how = "gave none"
+    try:
+        made = function()
+    except D1SignerError:
+        raise
+    except Exception as error:
+        if frames.of_signal_handler(error):
+            raise
+        how = f"failed with {type(error).__name__}"
+    # Only its type is told, and it is over here: it may quote credentials.
+    if made is None:
+        raise ConfigurationError(
+            f"The function that gives the {what} {how}.",
+            hint="It is yours, and called once in each process: try it by itself.",
+        )
+    return made
 
 
 def _ready(clients: PerProcess[C], until: float) -> C:

@@ -72,7 +72,7 @@ class Renewed(ABC, Generic[T]):
         """The error where a search does not end in time."""
 
     def search(self, ask: Ask) -> T:
-        """Look for credentials, and hold what is found.
+        """Look for credentials that are good now.
 
         Raises:
             D1SignerError: There are none, or they have ended already.
@@ -85,8 +85,11 @@ class Renewed(ABC, Generic[T]):
                 retryable=True,
                 details={"phase": "credentials"},
             )
-        self._held = found
         return found
+
+    def hold(self, found: T) -> None:
+        """Have the calls use what was found."""
+        self._held = found
 
     def held(self) -> T | None:
         """What is in hand, good or not."""
@@ -139,12 +142,19 @@ class Renewed(ABC, Generic[T]):
 class _Search(Generic[T]):
     """One search, in a thread of its own, for all that wait."""
 
-    def __init__(self, renewed: Renewed[T], *, interactive: bool) -> None:
+    def __init__(
+        self,
+        renewed: Renewed[T],
+        keep: Callable[[_Search[T], T], T],
+        *,
+        interactive: bool,
+    ) -> None:
         self.over = threading.Event()
         self.began = time.monotonic()
         self.found: T | None = None
         self.failure: D1SignerError | None = None
         self._renewed = renewed
+        self._keep = keep
         self._interactive = interactive
         self._questions: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -166,7 +176,7 @@ class _Search(Generic[T]):
 
     def _run(self) -> None:
         try:
-            self.found = self._renewed.search(self._ask)
+            self.found = self._keep(self, self._renewed.search(self._ask))
         except D1SignerError as error:
             self.failure = error.with_traceback(None)
         finally:
@@ -215,6 +225,8 @@ class _Searches(Generic[T]):
         self._renewed = renewed
         self._lock = threading.Lock()
         self._last: _Search[T] | None = None
+        # When the search began whose credentials are held.
+        self._newest = float("-inf")
         # All that have not ended; the last one is among them, or has ended.
         self._under_way: list[_Search[T]] = []
 
@@ -230,11 +242,21 @@ class _Searches(Generic[T]):
             self._under_way = [each for each in self._under_way if not each.over.is_set()]
             if last is not None and len(self._under_way) >= _MOST_HANGING:
                 return last
-            search = _Search(self._renewed, interactive=interactive)
+            search = _Search(self._renewed, self._keep, interactive=interactive)
             if search.start():
                 self._last = search
                 self._under_way.append(search)
             return search
+
+    def _keep(self, search: _Search[T], found: T) -> T:
+        """Hold what a search found, unless one that began later was quicker; what is held then."""
+        with self._lock:
+            held = self._renewed.held()
+            if held is not None and search.began < self._newest and not self._renewed.is_over(held):
+                return held
+            self._newest = max(self._newest, search.began)
+            self._renewed.hold(found)
+            return found
 
     def _is_past(self, search: _Search[T]) -> bool:
         age = time.monotonic() - search.began

@@ -12,7 +12,6 @@ from urllib.parse import quote
 import click
 
 from d1_signer.cli._callbacks import checked_client_key, checked_subject
-from d1_signer.cli._files import OutputFile, with_output_file
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import (
     OptionsOnly,
@@ -25,6 +24,7 @@ from d1_signer.cli._output import (
     to_stdout,
     with_output_options,
 )
+from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError

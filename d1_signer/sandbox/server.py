@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from d1_signer.errors import ConfigurationError, InvalidInputError
+from d1_signer.frames import without_locals
 from d1_signer.sandbox.assertions import AssertionVerifier, KeyRegister
 from d1_signer.sandbox.certificates import CertificateFolder
 from d1_signer.sandbox.faults import TOKEN_ONLY
@@ -182,6 +183,7 @@ class Sandbox:
         """
         return self._folder().sign_request(request)
 
+    @without_locals
     def register_key(self, kid: str, jwk: Mapping[str, str]) -> None:
         """Make a public key known, as D1 does at onboarding; the kid's former key is replaced.
 

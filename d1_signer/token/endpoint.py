@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import requests
 import urllib3
 
-from d1_signer import jose
+from d1_signer import frames, jose
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -30,7 +30,7 @@ from d1_signer.token.peer import Peer
 from d1_signer.token.response import MAX_BODY, Grant, error_from, read_grant, seconds_until
 from d1_signer.transport.chunks import FramingError
 from d1_signer.transport.client import ClientTls
-from d1_signer.transport.failures import causes, drop_frames, failure_of
+from d1_signer.transport.failures import failure_of
 from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.response import BoundedResponse
 from d1_signer.transport.session import TlsAdapter, new_session
@@ -173,7 +173,7 @@ class TokenEndpoint:
                 )
             )
         except BaseException as error:  # such as a signal's handler raises
-            drop_frames(error, outer=outer)
+            frames.clear(error, outer=outer)
             raise
         if isinstance(reply.outcome, D1SignerError):
             reply.outcome.details["correlation_id"] = correlation_id
@@ -244,7 +244,9 @@ class TokenEndpoint:
             return TokenError(
                 "The token endpoint's URL cannot be used.", hint="Check the environment."
             )
-        unframed = next((link for link in causes(error) if isinstance(link, FramingError)), None)
+        unframed = next(
+            (link for link in frames.causes(error) if isinstance(link, FramingError)), None
+        )
         if unframed is not None:
             return TokenResponseError(
                 f"D1's answer cannot be read: {unframed}.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -242,8 +243,12 @@ class Members(dict[str, object]):
 def read_object(body: bytes) -> Members | None:
     """Read a JSON object in UTF-8; a byte order mark is dropped. None for anything else."""
     try:
+        # Not the codec of that name: it is loaded at its first use, and a module that is being
+        # loaded at a fork stays locked in the child.
         value = json.loads(
-            body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=Members
+            body.removeprefix(BOM_UTF8).decode(),
+            parse_constant=_no_constant,
+            object_pairs_hook=Members,
         )
     except (ValueError, RecursionError):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client's side of mutual TLS towards D1: contexts that follow what is on disk."""
+"""The client's side of TLS towards D1 and Vault: contexts that follow what is on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from d1_signer.errors import ConfigurationError, D1SignerError, SignerUnavailabl
 from d1_signer.events import CertificateEvent, Observer, notify
 from d1_signer.secret import Secret, read_secret, shown_path
 from d1_signer.signing import forks
-from d1_signer.transport.credentials import ClientCertificate, Credentials, as_path, state_of
+from d1_signer.transport.credentials import (
+    Authorities,
+    ClientCertificate,
+    Credentials,
+    Hints,
+    as_path,
+    state_of,
+)
 from d1_signer.transport.patching import require_patched_first
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.tls import VerifyingContext, look_at_sockets_of
@@ -38,7 +45,7 @@ DAYS_OF_WARNING = 30
 
 
 class ClientTls:
-    """The contexts of one fetcher, with what their files hold now.
+    """The contexts of one fetcher or signer, with what their files hold now.
 
     A change of a file serves the next connection; a file that is broken or half-written keeps what
     was good last. Thread-safe. There is no thread that watches: whoever makes a connection looks.
@@ -47,10 +54,12 @@ class ClientTls:
     def __init__(
         self,
         certificate: ClientCertificate | ssl.SSLContext | None,
-        ca_file: str | os.PathLike[str] | None,
+        ca_file: str | os.PathLike[str] | Authorities | None,
         observers: Sequence[Observer] = (),
         *,
         accept: Callable[[x509.Certificate], None] = lambda _: None,
+        hints: Hints = Hints(),  # noqa: B008 (frozen)
+        patience: float = _LONGEST_FORK,
     ) -> None:
         """Build a context, so that a wrong setting shows now.
 
@@ -58,9 +67,11 @@ class ClientTls:
             certificate: The client certificate; or a ready context, whose sockets are looked at as
                 those of ours from now on.
             ca_file: PEM file of the authorities that may sign the server's certificate, instead of
-                the public ones that ``certifi`` lists.
+                the public ones that ``certifi`` lists; or other `Authorities`.
             observers: Told of a `CertificateEvent` for each certificate that is loaded.
             accept: Called with each certificate before it is used; raises to refuse it.
+            hints: What to do about files that cannot be used.
+            patience: Seconds for which a caller waits for forks that are under way.
 
         Raises:
             ConfigurationError: A ready context that does not verify the server, or both a ready
@@ -70,6 +81,8 @@ class ClientTls:
         require_patched_first()
         self._observers = observers
         self._accept = accept
+        self._hints = hints
+        self._patience = patience
         self._new_locks()
         _all.add(self)
         self._looked_at = time.monotonic()
@@ -86,13 +99,15 @@ class ClientTls:
                 hint="Give ClientCertificate(certificate, key).",
             )
         self._client = certificate and _asking_once(certificate)
-        self._authorities = certifi.where() if ca_file is None else as_path(ca_file)
+        if not isinstance(ca_file, Authorities):
+            ca_file = Authorities(file=certifi.where() if ca_file is None else as_path(ca_file))
+        self._authorities = ca_file
         self._unusable: tuple[object, ...] | None = None
         self._tried_at = self._looked_at
-        self._credentials = self._tried(_LONGEST_FORK)
+        self._credentials = self._tried(patience)
         self._loaded(None)
 
-    def _take_given(self, context: ssl.SSLContext, ca_file: str | os.PathLike[str] | None) -> None:
+    def _take_given(self, context: ssl.SSLContext, ca_file: object) -> None:
         if ca_file is not None:
             raise ConfigurationError(
                 "A CA file and a ready ssl.SSLContext were both given.",
@@ -125,7 +140,7 @@ class ClientTls:
         self._look()
         while True:
             credentials = self._credentials
-            with _no_fork(_LONGEST_FORK):
+            with _no_fork(self._patience):
                 context = credentials.context()
             context.before_each = self._look
             with self._handing_out:
@@ -185,7 +200,7 @@ class ClientTls:
             return
         forks.notice()
         with self._lock:
-            self._renew(_LONGEST_FORK)
+            self._renew(self._patience)
 
     def _renew(self, patience: float) -> None:
         fresh = self._tried(patience)
@@ -197,7 +212,7 @@ class ClientTls:
 
     def _tried(self, patience: float) -> Credentials:
         """What the files hold, after it has served a context that nobody uses."""
-        credentials = Credentials.read(self._authorities, self._client)
+        credentials = Credentials.read(self._authorities, self._client, self._hints)
         if credentials.certificate is not None:
             self._accept(credentials.certificate)
         with _no_fork(patience):
@@ -242,16 +257,17 @@ class ClientTls:
         self._warn_of_expiry()
 
     def _warn_of_expiry(self) -> None:
-        if self.certificate is None:
+        if self.certificate is None or self._hints.expiry is None:
             return
         now = time.time()
         left = self.certificate.not_valid_after_utc.timestamp() - now
         if left < DAYS_OF_WARNING * _DAY and now - self._warned_on >= _DAY:
             self._warned_on = now
             _log.warning(
-                "tls.client_certificate_expires in %d days, on %s: have Thales sign a new one",
+                "tls.client_certificate_expires in %d days, on %s: %s",
                 left // _DAY,
                 self.certificate.not_valid_after_utc,
+                self._hints.expiry,
             )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client certificate of mutual TLS, and what the files of it held when they were read."""
+"""What TLS with one server is made of, and what the files of it held when they were read."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ from d1_signer.transport import handshake
 from d1_signer.transport.processes import fork_gate
 from d1_signer.transport.tls import VerifyingContext, as_file, new_context
 
-_ENCRYPTED_HINT = "Name the source of its passphrase: file:PATH or env:NAME."
-
 ClientKey = str | os.PathLike[str] | Signer | LazySigner | Sequence[Signer | LazySigner]
 
 
@@ -47,24 +45,30 @@ class ClientCertificate:
             that a certificate for a new key can take this one's place. They stay the caller's.
         passphrase: Source of a key file's passphrase; None for one that is not encrypted.
         timeout: Seconds for a signer's signature of one handshake.
+        trusted_owner: A user (uid) who may own the files of key and passphrase, such as an agent's.
 
     Raises:
-        ConfigurationError: The timeout is not a number of seconds above 0.
+        ConfigurationError: The timeout is not a number of seconds above 0, or the trusted owner no
+            number.
     """
 
     certificate: str | os.PathLike[str]
     key: ClientKey
     passphrase: SecretSource | None = field(default=None, repr=False, kw_only=True)
     timeout: float = field(default=2.0, kw_only=True)
+    trusted_owner: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a timeout that no handshake could keep."""
+        """Refuse a timeout that no handshake could keep, and what names no user."""
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         if not number or not 0 < self.timeout < math.inf:
             raise ConfigurationError(
                 "The timeout of a ClientCertificate is not a number of seconds above 0.",
                 hint="Write ClientCertificate(certificate, signer, timeout=5.0).",
             )
+        owner = self.trusted_owner
+        if owner is not None and (not isinstance(owner, int) or isinstance(owner, bool)):
+            raise ConfigurationError("trusted_owner is not the number of a user (uid).")
 
     def signers(self) -> tuple[Signer | LazySigner, ...]:
         """The signers of the key; none where it is a file.
@@ -92,6 +96,46 @@ class ClientCertificate:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Authorities:
+    """Who may sign the server's certificate: a file's, a text's, or else the system's.
+
+    Attributes:
+        file: A file in PEM, looked at again where it changes.
+        pem: The same as text.
+        name: What error texts call the text.
+    """
+
+    file: str | None = None
+    pem: bytes | None = None
+    name: str = "the system's"
+
+    def shown(self) -> str:
+        """How error texts name them."""
+        return self.name if self.file is None else shown_path(self.file)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hints:
+    """What to do about files that cannot be used: those for D1, where nothing else is said.
+
+    Attributes:
+        certificate: The certificate cannot be read.
+        pair: The key is another certificate's.
+        passphrase: The key is encrypted.
+        authorities: The authorities cannot be read.
+        expiry: The certificate ends within weeks; None where none lives longer.
+    """
+
+    certificate: str = "Give the file in PEM that Thales sent for your CSR, its chain behind it."
+    pair: str = "Give the key from whose CSR Thales signed the certificate."
+    passphrase: str = "Name the source of its passphrase: file:PATH or env:NAME."  # noqa: S105 (advice)
+    authorities: str = "It must hold certificates in PEM."
+    expiry: str | None = "have Thales sign a new one"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
     """What the files held when they were read, so that all contexts are made of the same.
 
@@ -102,11 +146,13 @@ class Credentials:
 
     state: tuple[object, ...]
     certificate: x509.Certificate | None
-    _authorities: tuple[str, bytes] = field(repr=False)
+    _authorities: Authorities = field(repr=False)
+    _trusted: bytes | None = field(repr=False)
+    _hints: Hints = field(repr=False)
     _show: Callable[[ssl.SSLContext], None] | None = field(repr=False)
 
     @classmethod
-    def read(cls, authorities: str, client: ClientCertificate | None) -> Self:
+    def read(cls, authorities: Authorities, client: ClientCertificate | None, hints: Hints) -> Self:
         """Read the files, each once.
 
         Raises:
@@ -116,13 +162,20 @@ class Credentials:
             KeyMismatchError: The key of none of the signers is the certificate's.
         """
         state = state_of(authorities, client)
+        trusted = authorities.pem
         try:
-            trusted = read_public_file(authorities)
+            if authorities.file is not None:
+                trusted = read_public_file(authorities.file)
         except (OSError, ValueError) as error:
-            raise _no_authorities(authorities, unreadable(error)) from None
-        certificate, show = (None, None) if client is None else _read_client(client)
+            raise _no_authorities(authorities, unreadable(error), hints) from None
+        certificate, show = (None, None) if client is None else _read_client(client, hints)
         return cls(
-            state=state, certificate=certificate, _authorities=(authorities, trusted), _show=show
+            state=state,
+            certificate=certificate,
+            _authorities=authorities,
+            _trusted=trusted,
+            _hints=hints,
+            _show=show,
         )
 
     def context(self) -> VerifyingContext:
@@ -143,14 +196,16 @@ class Credentials:
         Raises:
             D1SignerError: See `context`.
         """
-        path, trusted = self._authorities
         try:
             # Authorities that are no longer in the file stay in it.
-            context.trust(trusted)
+            if self._trusted is None:
+                context.load_default_certs()
+            else:
+                context.trust(self._trusted)
         except ssl.SSLError:
-            raise _no_authorities(path, "it holds none") from None
+            raise _no_authorities(self._authorities, "it holds none", self._hints) from None
         except OSError as error:
-            raise _no_authorities(path, unreadable(error)) from None
+            raise _no_authorities(self._authorities, unreadable(error), self._hints) from None
         self._shown_by(context)
 
     def _shown_by(self, context: VerifyingContext) -> None:
@@ -162,10 +217,11 @@ class Credentials:
         context.client_certificate = self.certificate
 
 
-def state_of(authorities: str, client: ClientCertificate | None) -> tuple[object, ...]:
+def state_of(authorities: Authorities, client: ClientCertificate | None) -> tuple[object, ...]:
     """What tells that a file was changed or replaced, also behind symbolic links."""
     found: list[object] = []
-    for file in [authorities, *(client.files() if client else [])]:
+    trusted = [] if authorities.file is None else [authorities.file]
+    for file in [*trusted, *(client.files() if client else [])]:
         try:
             status = os.stat(file)  # noqa: PTH116 (paths come as text)
         except (OSError, ValueError):
@@ -188,15 +244,14 @@ def as_path(value: object) -> str:
         raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
 
 
-def _no_authorities(path: str, reason: str) -> ConfigurationError:
+def _no_authorities(authorities: Authorities, reason: str, hints: Hints) -> ConfigurationError:
     return ConfigurationError(
-        f"The CA file cannot be read: {shown_path(path)}: {reason}.",
-        hint="It must hold certificates in PEM.",
+        f"The CA file cannot be read: {authorities.shown()}: {reason}.", hint=hints.authorities
     )
 
 
 def _read_client(
-    client: ClientCertificate,
+    client: ClientCertificate, hints: Hints
 ) -> tuple[x509.Certificate, Callable[[ssl.SSLContext], None]]:
     """The certificate, and what has a context show it."""
     path = as_path(client.certificate)
@@ -206,9 +261,9 @@ def _read_client(
     except (OSError, ValueError) as error:
         raise SecretSourceError(
             f"The client certificate cannot be read: {shown}: {unreadable(error)}.",
-            hint="Give the file that Thales sent for your CSR.",
+            hint=hints.certificate,
         ) from None
-    chain = handshake.chain_of(pem, shown)
+    chain = handshake.chain_of(pem, shown, hints.certificate)
     signers = client.signers()
     if signers:
         public_key = handshake.public_key_of(chain[0], shown)
@@ -222,21 +277,26 @@ def _read_client(
         )
     key_path = as_path(client.key)
     # One character for each byte: a Secret is text.
-    key = Secret(read_private_file(key_path, what="client key file").decode("latin-1"))
+    owner = client.trusted_owner
+    content = read_private_file(key_path, what="client key file", trusted_owner=owner)
+    key = Secret(content.decode("latin-1"))
+    del content
     return chain[0], functools.partial(
         _load_pair,
         certificate=pem,
         key=key,
-        passphrase=_Passphrase(client.passphrase),
+        passphrase=_Passphrase(client.passphrase, owner),
         shown=f"{shown}, {shown_path(key_path)}",
+        hints=hints,
     )
 
 
 class _Passphrase:
     """That of a key file: asked for once, where OpenSSL asks, and kept as long as that key is."""
 
-    def __init__(self, source: SecretSource | None) -> None:
+    def __init__(self, source: SecretSource | None, trusted_owner: int | None) -> None:
         self._source = source
+        self._owner = trusted_owner
         self._kept: Secret | None = None
         self.asked = False
 
@@ -246,12 +306,20 @@ class _Passphrase:
             return ""  # an empty answer keeps OpenSSL from asking on the terminal
         if self._kept is None:
             with fork_gate.left():
-                self._kept = read_secret(self._source, what="client key's passphrase")
+                self._kept = read_secret(
+                    self._source, what="client key's passphrase", trusted_owner=self._owner
+                )
         return self._kept.reveal()
 
 
 def _load_pair(
-    context: ssl.SSLContext, *, certificate: bytes, key: Secret, passphrase: _Passphrase, shown: str
+    context: ssl.SSLContext,
+    *,
+    certificate: bytes,
+    key: Secret,
+    passphrase: _Passphrase,
+    shown: str,
+    hints: Hints,
 ) -> None:
     try:
         with (
@@ -263,11 +331,11 @@ def _load_pair(
         if "MISMATCH" in (error.reason or ""):
             raise ConfigurationError(
                 f"The client key does not belong to the client certificate: {shown}.",
-                hint="Give the key from whose CSR Thales signed the certificate.",
+                hint=hints.pair,
             ) from None
         raise SecretSourceError(
             f"The client certificate or its key cannot be read: {shown}.",
-            hint=_ENCRYPTED_HINT if passphrase.asked else "Both must be PEM files.",
+            hint=hints.passphrase if passphrase.asked else "Both must be PEM files.",
         ) from None
     except OSError as error:
         raise SecretSourceError(

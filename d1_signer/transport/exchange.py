@@ -16,10 +16,10 @@ from urllib.parse import SplitResult, urlsplit
 from urllib3 import HTTPConnectionPool, PoolManager, ProxyManager, Timeout
 from urllib3.exceptions import HTTPError
 
+from d1_signer import frames
 from d1_signer.errors import IntegrityError
 from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
 from d1_signer.transport.deadlines import no_time_left
-from d1_signer.transport.failures import drop_frames
 from d1_signer.transport.proxies import Proxy
 
 # More threads than connections would work too, but warn for each connection thrown away.
@@ -102,7 +102,7 @@ class Http:
         try:
             return self._exchange(method, url, headers, body, until)
         except BaseException as error:  # such as a signal's handler raises
-            drop_frames(error, outer=outer)
+            frames.clear(error, outer=outer)
             raise
 
     def _exchange(

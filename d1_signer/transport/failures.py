@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from http.client import HTTPException
@@ -19,7 +18,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util.ssl_match_hostname import CertificateError
 
-from d1_signer.frames import clear, of_signal_handler
+from d1_signer.frames import causes
 from d1_signer.transport.proxies import TunnelRefused
 
 # What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
@@ -80,43 +79,6 @@ class Failure:
     reason: str
     tls: TlsFailure | None = None
     refused: TunnelRefused | None = None
-
-
-def causes(error: BaseException, *, outer: BaseException | None = None) -> Iterator[BaseException]:
-    """The error, and what it was raised from or holds, innermost last; each once.
-
-    Args:
-        error: Where to begin.
-        outer: Where to end: what was being handled before, and has nothing to do with it.
-    """
-    seen = {id(outer)}
-    todo: list[object] = [error]
-    while todo:
-        link = todo.pop(0)
-        if not isinstance(link, BaseException) or id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
-        # botocore keeps it as an argument of its message.
-        todo.append(getattr(link, "kwargs", {}).get("error"))
-
-
-def drop_frames(error: BaseException, *, outer: BaseException | None) -> None:
-    """Leave no traceback to an error and to what it came from.
-
-    Their frames hold what was being sent. Whatever a signal's handler raises passes through them.
-    ``raise`` alone, which is to follow, does not add the frame that it stands in.
-
-    Args:
-        error: Any, before it is raised again.
-        outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
-    """
-    if of_signal_handler(error):
-        clear(error)  # where it came from is still to be seen
-        return
-    for link in causes(error, outer=outer):
-        link.__traceback__ = None
 
 
 def is_untrusted(error: BaseException) -> bool:

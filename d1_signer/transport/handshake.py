@@ -81,8 +81,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def chain_of(pem: bytes, shown: str) -> list[x509.Certificate]:
-    """The certificates of a PEM file, the client's own first.
+def chain_of(pem: bytes, shown: str, hint: str) -> list[x509.Certificate]:
+    """The certificates of a PEM file, the client's own first; ``hint`` for where it is none.
 
     Raises:
         SecretSourceError: It holds none that can be read.
@@ -95,8 +95,7 @@ def chain_of(pem: bytes, shown: str) -> list[x509.Certificate]:
         _ = (own.not_valid_before_utc, own.not_valid_after_utc)
     except (ValueError, OverflowError, x509.InvalidVersion):
         raise SecretSourceError(
-            f"The client certificate cannot be read: {shown}.",
-            hint="Give the file in PEM that Thales sent for your CSR, its chain behind it.",
+            f"The client certificate cannot be read: {shown}.", hint=hint
         ) from None
     return chain
 

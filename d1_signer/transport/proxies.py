@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 from urllib3.exceptions import ProxyError
 
 from d1_signer.errors import ConfigurationError, SecretSourceError
+from d1_signer.frames import without_locals
 from d1_signer.secret import Secret, SecretSource, read_secret
 from d1_signer.signing import forks
 from d1_signer.transport.hosts import shown_address
@@ -261,6 +262,7 @@ def may_pass(status: int) -> bool:
     return status >= _BROKEN or status in {_TIMEOUT, _TOO_EARLY, _TOO_MANY}
 
 
+@without_locals
 def optional_proxy(
     url: Secret | str | None, credentials_source: SecretSource | None
 ) -> Proxy | None:

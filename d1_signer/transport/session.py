@@ -16,11 +16,11 @@ from typing import Any, Final
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 
+from d1_signer import frames
 from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.signing import forks
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.connections import SOCKET_OPTIONS, Connections
-from d1_signer.transport.failures import drop_frames
 from d1_signer.transport.hosts import is_loopback
 from d1_signer.transport.patching import require_patched_first
 from d1_signer.transport.proxies import Proxy
@@ -190,7 +190,7 @@ class _CallersSession(_Session):
         except D1SignerError as error:
             failure = error.fresh()
         except BaseException as error:  # such as a signal's handler raises
-            drop_frames(error, outer=outer)
+            frames.clear(error, outer=outer)
             raise
         failure.__context__ = None
         raise failure

@@ -286,21 +286,18 @@ class VerifyingContext(ssl.SSLContext):
             return super()._wrap_bio(*args, **options)  # type: ignore[misc]
 
 
-def verifying_context(authorities: str | None, *, pem: str | None = None) -> VerifyingContext:
+def verifying_context(authorities: str | None) -> VerifyingContext:
     """A context that verifies the server.
 
     Args:
         authorities: PEM file of those that may sign its certificate; None: the system's.
-        pem: The same as text, instead of a file.
 
     Raises:
         OSError: The file cannot be read, is none, or is larger than 1 MiB.
         ssl.SSLError: It holds no certificates.
     """
     context = new_context()
-    if pem is not None:
-        context.trust(pem.encode())
-    elif authorities is None:
+    if authorities is None:
         context.load_default_certs()
     else:
         context.trust(read_public_file(authorities))

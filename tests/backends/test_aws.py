@@ -598,7 +598,7 @@ def test_32_threads_without_a_pool_warning(
 
 def test_signers_are_opened_by_many_threads_at_once(endpoint: aws.Aws, key: str) -> None:
     def work(_: int) -> None:
-        with open_signer(f"awskms:///{key}?endpoint={endpoint.url}") as signer:
+        with open_signer(f"awskms:///{key}?endpoint={endpoint.url}", timeout=60.0) as signer:
             signer.public_key.verify(signer.sign(b"m"), b"m")
 
     with ThreadPoolExecutor(8) as pool:

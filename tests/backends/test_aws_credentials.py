@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -196,6 +197,21 @@ def any_source(
     tokens = sys.modules["botocore.tokens"]
     monkeypatch.setattr(tokens.SSOTokenProvider, "_SSO_TOKEN_CACHE_DIR", folder)
     return source
+
+
+def test_monitoring_that_the_environment_asks_for_is_off(
+    any_source: Source, gate: FaultProxy, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as monitor:
+        monitor.bind(("127.0.0.1", 0))
+        monitor.setblocking(False)  # noqa: FBT003 (positional only)
+        monkeypatch.setenv("AWS_CSM_ENABLED", "true")
+        monkeypatch.setenv("AWS_CSM_PORT", str(monitor.getsockname()[1]))
+        with open_signer(f"awskms:///{key}?endpoint={gate.url}") as signer:
+            _sign(signer)
+        assert any_source.given
+        with pytest.raises(BlockingIOError):
+            monitor.recv(1)
 
 
 def test_every_source_opens_signs_and_survives_a_renewal(

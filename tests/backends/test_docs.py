@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import subprocess
@@ -10,15 +12,26 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import boto3
+import botocore.credentials
+import botocore.tokens
+import google.api_core
+import google.auth
+import google.cloud.kms_v1
+import google.oauth2
 import pytest
+import requests
+from google.auth import environment_vars
 
 from d1_signer import errors
+from d1_signer.backends.vault.failures import Phase
 from d1_signer.es256 import PublicKey
 from tests.servers import aws, gcp, vault
 from tests.servers.certificates import self_signed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [*sorted((DOCS / "cloud").glob("*.md")), DOCS / "backends.md"]
@@ -36,6 +49,14 @@ def test_error_codes_are_those_that_exist(page: Path) -> None:
     named = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
     assert named <= CODES
     assert len(named) >= 10 or page.stem == "backends"
+
+
+@pytest.mark.parametrize("page", ["aws", "gcp", "vault"])
+def test_phases_have_the_same_names_on_each_page(page: str) -> None:
+    text = (DOCS / "cloud" / f"{page}.md").read_text()
+    names = re.search(r"`error.details` \w+ `phase` \(([^)]*)\)", text)
+    assert names is not None
+    assert re.findall("`([a-z-]+)`", names.group(1)) == [phase.value for phase in Phase]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -117,3 +138,64 @@ def test_commands_of_the_gcp_page(tmp_path: Path) -> None:
         pem = _run(*command, "public-key", "--key", uri, "--format", "pem", **environment)
         told = server.client().get_public_key(name=f"{key}/cryptoKeyVersions/1"[9:])
         assert PublicKey.from_pem(pem) == PublicKey.from_pem(told.pem)
+
+
+def _strings_of(package: ModuleType, pattern: str) -> set[str]:
+    """The string constants of a package's modules that look like names of variables."""
+    assert package.__file__
+    return {
+        node.value
+        for module in Path(package.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(pattern, node.value)
+    }
+
+
+@pytest.mark.parametrize(
+    ("library", "package", "pattern"),
+    [
+        ("boto3", boto3, "(AWS|BOTO|BOTOCORE)_[A-Z0-9_]+"),
+        ("boto3", botocore, "(AWS|BOTO|BOTOCORE)_[A-Z0-9_]*[A-Z0-9]|SSLKEYLOGFILE|.*_CA_BUNDLE"),
+        ("google-auth", google.auth, "(GCE|GOOGLE|CLOUDSDK|AWS)_[A-Z_]+"),
+        ("google-auth", google.oauth2, "(GCE|GOOGLE|CLOUDSDK|AWS)_[A-Z_]+"),
+        ("google-auth", google.api_core, "GOOGLE_[A-Z_]+"),
+        ("google-auth", google.cloud.kms_v1, "GOOGLE_[A-Z_]+"),
+        ("google-auth", requests, "[A-Z]+_CA_BUNDLE|NETRC"),
+    ],
+)
+def test_security_names_every_variable_that_the_libraries_read(
+    library: str, package: ModuleType, pattern: str
+) -> None:
+    read = _strings_of(package, pattern)
+    assert read - _listed(library) == set()
+
+
+def test_security_names_every_variable_of_google_auth() -> None:
+    named = {value for name, value in vars(environment_vars).items() if name.isupper()}
+    assert len(named) > 20
+    assert named - _listed("google-auth") == set()
+
+
+def test_security_names_the_endpoints_of_the_services_that_give_credentials() -> None:
+    asked = {
+        node.args[0].value
+        for module in (botocore.credentials, botocore.tokens)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+        and re.fullmatch("[a-z-]+", node.args[0].value)
+        and "client" in ast.unparse(node.func)
+    }
+    assert {"sts", "sso"} <= asked
+    names = {f"AWS_ENDPOINT_URL_{name.upper().replace('-', '_')}" for name in asked}
+    assert names - _listed("boto3") == set()
+
+
+def _listed(library: str) -> set[str]:
+    rows = (DOCS.parent / "SECURITY.md").read_text().splitlines()
+    rows = [row for row in rows if row.startswith(f"| {library} | ")]
+    return set(re.findall(r"`([A-Z0-9_]+)`", "".join(rows)))

@@ -183,6 +183,31 @@ def test_every_source_opens_signs_and_survives_a_renewal(
     assert not [path for path in source.asked if "cloudresourcemanager" in path]
 
 
+_LOGS = """
+import logging, sys
+class Told(logging.Handler):
+    def emit(self, record):
+        print("record", record.name, vars(record))  # with what structured loggers show
+logging.basicConfig(level=logging.DEBUG, handlers=[Told()])
+logging.getLogger("google").setLevel(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_secrets_are_logged_by_google_auth_at_debug_alone(
+    name: str, tls: tuple[gcp.Gcp, str], source: Source, tmp_path: Path
+) -> None:
+    environment = SOURCES[name](source, tmp_path)
+    told = _run(_LOGS + _OPENS, tmp_path, tls[1], "30", "INFO", **environment)
+    assert "record d1_signer" in told
+    secrets = ["made.up.token", "refresh-token-of-the-user", "secret-of-the-client", *source.given]
+    assert not [secret for secret in secrets if secret in told]
+    if name.startswith("federated"):  # why the page says so
+        told = _run(_LOGS + _OPENS, tmp_path, tls[1], "30", "DEBUG", **environment)
+        shown = [line for line in told.splitlines() if "made.up.token" in line]
+        assert {line.split()[1] for line in shown} == {"google.auth.transport.requests"}
+
+
 def test_service_account_signs_its_own_tokens_for_this_api_alone(
     tls: tuple[gcp.Gcp, str], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import os
+import signal
 import ssl
 import threading
 import time
@@ -254,6 +255,51 @@ def test_own_client_is_closed_and_a_given_one_stays_open() -> None:
         assert _sdk(backend).closed is (client is None)
 
 
+def test_function_that_fails_is_told_as_the_part_at_fault() -> None:
+    def fails() -> Sdk:
+        secret = TOKEN
+        raise OSError(11, f"not with {secret}")  # EAGAIN, as where no thread can be started
+
+    for given, told in ((fails, "failed with BlockingIOError"), (lambda: None, "gave none")):
+        with pytest.raises(errors.ConfigurationError) as refused:
+            _opened(given)
+        assert refused.value.message == f"The function that gives the cloud client {told}."
+        assert refused.value.__context__ is None
+        assert TOKEN not in repr(refused.value.to_dict())
+        with (
+            pytest.raises(errors.ConfigurationError, match="The function"),
+            remote.client_for(_clients(given), 60.0),
+        ):
+            pass
+
+
+class _SoftLimit(Exception):
+    """As Celery's."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, errors.LoginError])
+def test_what_is_not_the_functions_failure_passes_through(kind: type[BaseException]) -> None:
+    def fails() -> Sdk:
+        raise kind("x")
+
+    with pytest.raises(kind):
+        _clients(fails).get()
+    with pytest.raises(kind):
+        _opened(fails)
+
+
+def test_signal_that_interrupts_the_function_passes_through() -> None:
+    def handler(*_: object) -> None:
+        raise _SoftLimit
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(_SoftLimit):
+            _clients(lambda: signal.raise_signal(signal.SIGUSR1)).get()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.parametrize("kind", [SdkError, KeyboardInterrupt])
 def test_client_of_an_opening_that_fails_is_closed(kind: type[BaseException]) -> None:
     sdk = Sdk()
@@ -382,5 +428,7 @@ def test_an_interrupted_call_leaves_its_request_in_no_frame(leak_watch: LeakWatc
 
     with pytest.raises(Stop) as caught:
         CLOUD.ask("to sign", send)
-    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
-    assert "send" not in frames
+    entries = traceback.walk_tb(caught.value.__traceback__)
+    held = {frame.f_code.co_name: dict(frame.f_locals) for frame, _ in entries}
+    assert held["send"] == {}
+    assert "ask" not in held

@@ -125,6 +125,52 @@ def test_searches_that_hang_are_four_at_most(tickets: _Tickets) -> None:
     assert tickets.begun == 5
 
 
+def test_search_that_ends_late_does_not_replace_what_a_later_one_found(tickets: _Tickets) -> None:
+    ends = threading.Event()
+    find = tickets.find
+
+    def late(ask: renewal.Ask) -> float:
+        found = find(ask)
+        assert ends.wait(60)
+        return found
+
+    tickets.find = late  # type: ignore[method-assign]
+    with pytest.raises(errors.SignerTimeout):
+        tickets.get(_soon())
+    (first,) = tickets._searches.get()._under_way
+    tickets.find = find  # type: ignore[method-assign]
+    newer = tickets.get(_later())
+    ends.set()
+    assert first.over.wait(20)
+    assert tickets.held() == newer
+    assert first.found == newer  # for those who had waited for it
+
+
+def test_search_that_ends_late_replaces_what_has_ended_meanwhile(tickets: _Tickets) -> None:
+    ends = threading.Event()
+    find = tickets.find
+
+    def late(ask: renewal.Ask) -> float:
+        found = find(ask)
+        assert ends.wait(60)
+        return found
+
+    tickets.find = late  # type: ignore[method-assign]
+    with pytest.raises(errors.SignerTimeout):
+        tickets.get(_soon())
+    (first,) = tickets._searches.get()._under_way
+    tickets.find = find  # type: ignore[method-assign]
+    tickets.life = 0.05
+    short = tickets.get(_later())
+    while not tickets.is_over(short):
+        time.sleep(0.01)
+    ends.set()
+    assert first.over.wait(20)
+    held = tickets.held()
+    assert held is not None
+    assert held > short
+
+
 def test_service_that_refuses_begins_no_fifth_search(tickets: _Tickets) -> None:
     held = tickets.get(_later())
     tickets.may_end.clear()

@@ -16,9 +16,10 @@ from d1_signer.signing import registry
 from d1_signer.signing.signer import Signer
 from tests.cli import open_ended, recording
 from tests.cli.conftest import Run
+from tests.leaks.known import known
 
-SECRET = "7391-never-shown"
-PASSPHRASE = "a passphrase, never shown"
+SECRET = known("7391-never-shown")
+PASSPHRASE = known("a passphrase, never shown")
 ALL = {
     "token": [],
     "assertion": ["--issuer-id", "x", "--no-audience"],

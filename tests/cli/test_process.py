@@ -21,8 +21,9 @@ import d1_signer.cli.keys
 from d1_signer import generate_key
 from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import COMMAND, Run
+from tests.leaks.known import known
 
-PASSPHRASE = "never to be seen"
+PASSPHRASE = known("never to be seen")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,10 @@ import pytest
 
 from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import ISSUER, Run
+from tests.leaks.known import known
 from tests.servers.connect_proxy import ConnectProxy
 
-PIN = "7391-never-shown"
+PIN = known("7391-never-shown")
 MISTAKE = "a secret where its source should stand"
 
 

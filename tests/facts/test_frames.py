@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,13 +24,13 @@ from d1_signer import (
     D1SignerError,
     Environment,
     TokenFetcher,
+    frames,
     generate_key,
     open_signer,
     read_secret,
 )
 from d1_signer.frames import of_signal_handler, without_locals
 from d1_signer.signing.backend import guarded
-from d1_signer.transport.failures import drop_frames
 from tests.conftest import told_by
 
 SECRET = "s3cret-" + "that-nobody-may-see"
@@ -186,14 +187,169 @@ def test_frames_of_a_request_are_dropped_but_not_where_a_handler_raised() -> Non
         assert held
         signal.raise_signal(signal.SIGUSR1)
 
-    def asks() -> None:
+    def asks(held: str) -> None:
         try:
-            sends(SECRET)
+            sends(held)
         except _SoftLimit as error:
-            drop_frames(error, outer=None)
+            frames.clear(error, outer=None)
             raise
 
     with pytest.raises(_SoftLimit) as raised:
-        asks()
+        asks(SECRET)
     assert of_signal_handler(raised.value)
-    assert not [text for text in told_by(raised.value) if SECRET in text]
+    assert "_function" in _functions(raised.value)
+    assert not _holders(raised.value)
+
+
+def _functions(error: BaseException) -> list[str]:
+    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _holders(error: BaseException) -> list[str]:
+    """The functions whose variables still hold the secret, in the error and all that it holds."""
+    return [
+        frame.f_code.co_name
+        for one in frames.causes(error)
+        for frame, _ in traceback.walk_tb(one.__traceback__)
+        if SECRET in map(str, frame.f_locals.values())
+    ]
+
+
+def _raised_in_a_frame_with_the_secret(error: BaseException) -> BaseException:
+    def fails(held: str) -> None:
+        assert held
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        fails(SECRET)
+    assert _holders(raised.value) == ["fails"]
+    return raised.value
+
+
+@pytest.mark.parametrize("held_by", ["argument", "reason", "group", "kwargs", "cause", "context"])
+def test_what_an_error_holds_is_emptied_too(held_by: str) -> None:
+    held = _raised_in_a_frame_with_the_secret(ValueError("x"))
+    error: BaseException = KeyError("y")
+    match held_by:
+        case "argument":
+            error.args = ("y", held)
+        case "group":
+            error = BaseExceptionGroup("y", [held])
+        case "cause":
+            error.__cause__ = held
+        case "context":
+            error.__context__ = held
+        case "reason":
+            setattr(error, held_by, held)
+        case "kwargs":
+            setattr(error, held_by, {"error": held})
+    assert _holders(error) == ["fails"]
+    frames.clear(error, outer=None)
+    assert not _holders(error)
+    assert "fails" in _functions(held), "where it was raised is still told"
+
+
+def test_what_was_handled_before_the_call_is_left_to_the_caller() -> None:
+    outer = _raised_in_a_frame_with_the_secret(ValueError("the caller's"))
+
+    @without_locals
+    def fails(_: str) -> None:
+        raise KeyError
+
+    def calls() -> None:
+        try:
+            raise outer
+        except ValueError:
+            fails(SECRET)
+
+    with pytest.raises(KeyError) as raised:
+        calls()
+    assert raised.value.__context__ is outer
+    assert _holders(raised.value) == ["fails"]
+    assert "fails" in _functions(outer)
+
+
+def test_a_frame_that_runs_in_another_thread_is_left_out() -> None:
+    caught: list[BaseException] = []
+    ready, over = threading.Event(), threading.Event()
+
+    def runs(held: str) -> None:
+        try:
+            _raise(held)
+        except ValueError as error:
+            caught.append(error)
+            ready.set()
+            over.wait(20)
+
+    def _raise(held: str) -> None:
+        raise ValueError(len(held))
+
+    thread = threading.Thread(target=runs, args=(SECRET,))
+    thread.start()
+    assert ready.wait(20)
+    frames.clear(caught[0], outer=None)
+    assert _functions(caught[0]) == ["_raise"]
+    over.set()
+    thread.join()
+    assert not _holders(caught[0])
+
+
+def _resets_itself(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise _SoftLimit
+
+
+def _puts_another_in_its_place(*given: object) -> None:
+    signal.signal(signal.SIGUSR1, _function)
+    raise _SoftLimit(len(given))
+
+
+class _Restoring:
+    def once(self, number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise _SoftLimit
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(
+    "handler",
+    [
+        _resets_itself,
+        _puts_another_in_its_place,
+        _Restoring().once,
+        functools.partial(_Restoring.once, _Restoring()),
+        lambda *given: _resets_itself(*given),  # noqa: PLW0108 (its arguments are one tuple)
+    ],
+)
+@pytest.mark.parametrize("emptied", [0, 1, 2], ids=["kept", "emptied", "emptied twice"])
+def test_handler_that_is_no_longer_set_is_known_by_what_it_was_given(
+    handler: Callable[..., object], emptied: int
+) -> None:
+    signal.signal(signal.SIGUSR1, handler)
+
+    def backend() -> None:
+        held = SECRET
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except _SoftLimit as error:
+            for _ in range(emptied):
+                frames.clear(error, outer=None)
+            raise
+        assert held
+
+    with pytest.raises(_SoftLimit) as raised:
+        guarded("some", backend)
+    assert of_signal_handler(raised.value)
+    assert not emptied or not _holders(raised.value)
+
+
+@pytest.mark.usefixtures("restored")
+def test_backend_that_merely_sets_a_handler_is_told_as_its_own_defect() -> None:
+    def backend(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _SoftLimit(frame)
+
+    # As the interpreter calls a handler, but for the frame, which is not the one that was left.
+    for frame in (None, sys._getframe(1)):
+        with pytest.raises(D1SignerError, match="failed with _SoftLimit"):
+            guarded("some", backend, signal.SIGUSR1, frame)

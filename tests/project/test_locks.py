@@ -57,6 +57,7 @@ def declared() -> dict[str, list[Requirement]]:
         "dev.txt": core + optional + tools + read(groups["dev"]),
         "bench.txt": core + optional + tools + read(groups["dev"]) + read(groups["bench"]),
         "bench-no-deps.txt": read(groups["bench-no-deps"]),
+        "lock.txt": read(groups["lock"]),
         "lowest.txt": library + optional + read(groups["lowest"]),
     }
 
@@ -107,3 +108,21 @@ def test_extra_all_holds_every_extra() -> None:
     (everything,) = (Requirement(text) for text in extras["all"])
     assert everything.name == document["project"]["name"]
     assert everything.extras == set(extras) - {"all", "test"}
+
+
+def test_locks_are_installed_from_wheels_with_their_hashes_only() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    matrix = (ROOT / "scripts" / "matrix").read_text(encoding="utf-8")
+    assert re.search(
+        r"^PIP_INSTALL := .*pip install .*--only-binary :all:$", makefile, re.MULTILINE
+    )
+    assert re.search(r"^ *local pip=\([^)]*--only-binary :all:\)$", matrix, re.MULTILINE)
+    installing = re.findall(r"^\t.*(?:PIP_INSTALL|pip install).*$", makefile, re.MULTILINE)
+    installing += re.findall(r".*\$\{pip\[@\]\}.*", matrix)
+    assert len(installing) == 8
+    for line in installing:
+        itself = "--no-deps --no-build-isolation --editable" in line
+        assert itself != ("--require-hashes" in line), line
+    by_hand = [line for line in installing if "pip install" in line]
+    assert all("--only-binary :all:" in line for line in by_hand)
+    assert "--only-binary :all:" in (ROOT / "scripts" / "lock").read_text(encoding="utf-8")

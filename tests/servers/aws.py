@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import boto3
 from botocore.config import Config
 
+from tests.leaks.known import known
 from tests.servers.fault_proxy import Answer, Dropped, Fault, FaultProxy, Forward, Request
 from tests.servers.process import accepts, free_port, running
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 REGION = "eu-central-1"
 ACCESS_KEY = "AKIATESTTESTTEST"
-SECRET_KEY = "secret-access-key-of-the-tests"
-SESSION_TOKEN = "session-token-of-the-tests"
+SECRET_KEY = known("secret-access-key-of-the-tests")
+SESSION_TOKEN = known("session-token-of-the-tests")
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,

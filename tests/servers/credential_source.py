@@ -16,7 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs
 
-AWS_SECRET = "secret-access-key-of-the-source"
+from tests.leaks.known import known
+
+AWS_SECRET = known("secret-access-key-of-the-source")
 _STS = "https://sts.amazonaws.com/doc/2011-06-15/"
 _OAUTH = "urn:ietf:params:oauth"
 _OF_GOOGLE = "/computeMetadata/v1"

@@ -18,6 +18,7 @@ from typing import Any
 
 import requests
 
+from tests.leaks.known import known
 from tests.servers.certificates import Authority, self_signed
 from tests.servers.fault_proxy import (
     Answer,
@@ -31,7 +32,7 @@ from tests.servers.fault_proxy import (
 from tests.servers.process import accepts, free_port, running
 
 BAO = str(Path(sys.executable).parent / "bao")
-ROOT_TOKEN = "root-token-of-the-tests"
+ROOT_TOKEN = known("root-token-of-the-tests")
 
 POLICY = """
 path "transit/keys/*" { capabilities = ["read"] }

@@ -38,6 +38,7 @@ from d1_signer import (
 from d1_signer.sandbox import Sandbox
 from d1_signer.transport import connections
 from tests.cli.conftest import Run, no_settings, run
+from tests.leaks.known import known
 from tests.servers.certificates import Authority
 from tests.servers.connect_proxy import ConnectProxy
 from tests.servers.nginx import Nginx
@@ -48,7 +49,7 @@ __all__ = ["no_settings", "run"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_attempt")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tls.md").read_text()
-SECRET = "proxy-pass-word"
+SECRET = known("proxy-pass-word")
 Pair = tuple[Path, Path]
 
 PROXIES = {

@@ -23,6 +23,7 @@ from d1_signer import (
     LazySigner,
     Signer,
     TokenFetcher,
+    errors,
     generate_key,
     open_signer,
 )
@@ -31,6 +32,7 @@ from d1_signer.sandbox import Sandbox
 from d1_signer.transport import client
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.tls import verifying_context
+from tests.owners import give_away
 from tests.token.conftest import FetcherMaker
 from tests.transport.in_memory import Pair
 from tests.transport.test_client_key import request_of
@@ -150,6 +152,27 @@ def test_a_key_whose_permissions_are_mended_is_taken(
     assert caplog.text.count("tls.files_unusable") == 1
     files.key.chmod(0o600)
     assert shown(fetcher) == serial(certificate)
+
+
+def test_key_and_passphrase_of_another_user_need_that_user_to_be_trusted(
+    make_fetcher: FetcherMaker, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = files.renew(PASSPHRASES[0])
+    files.passphrase.touch(0o600)
+    files.passphrase.write_bytes(PASSPHRASES[0])
+    give_away(files.passphrase, monkeypatch)
+    owner = give_away(files.key, monkeypatch)
+    source = f"file:{files.passphrase}"
+    with pytest.raises(errors.SecretSourceError, match="another user"):
+        make_fetcher(client_certificate=files.client(passphrase=source))
+    trusting = files.client(passphrase=source, trusted_owner=owner)
+    assert shown(make_fetcher(client_certificate=trusting)) == after
+
+
+@pytest.mark.parametrize("owner", ["root", True, 1.5])
+def test_trusted_owner_that_is_no_number_is_refused(files: Files, owner: object) -> None:
+    with pytest.raises(errors.ConfigurationError, match="uid"):
+        files.client(trusted_owner=owner)
 
 
 def test_what_does_not_show_in_the_files_is_tried_again(

@@ -143,7 +143,7 @@ def open_backend(
     Args:
         uri: ``awskms:///`` and a key id, a key ARN, ``alias/NAME`` or an alias ARN; optionally
             ``?region=``, ``endpoint=``, ``profile=``, ``fips=true``, ``proxy=``,
-            ``proxy-credentials-source=``, ``ca_file=``.
+            ``proxy-credentials-source=``, ``ca-file=``.
         region: AWS region; None: the ARN's, else boto3's own search.
         profile: Profile in the AWS configuration files.
         endpoint: URL of a private endpoint; https, or http on loopback.

@@ -62,6 +62,8 @@ def new_session(settings: Settings) -> botocore.session.Session:
     session = botocore.session.Session(profile=settings.profile)
     models = Loader([Loader.BUILTIN_DATA_PATH], include_default_search_paths=False)
     session.register_component("data_loader", models)
+    # It would tell a host that a variable names of each call, with the access key's id, over UDP.
+    session.set_config_variable("csm_enabled", False)  # noqa: FBT003 (positional)
     if settings.region:
         session.set_config_variable("region", settings.region)
     return session

@@ -16,6 +16,7 @@ from botocore import exceptions as sdk
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
+from d1_signer import frames
 from d1_signer.backends.remote import Details, Failures, Service
 from d1_signer.errors import (
     AccessDeniedError,
@@ -33,7 +34,7 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.transport.failures import Stage, TlsFailure, causes, failure_of
+from d1_signer.transport.failures import Stage, TlsFailure, failure_of
 from d1_signer.transport.foreign import quoted
 
 
@@ -241,7 +242,7 @@ def _authorities(name: str) -> str:
 
 def _refused(error: Exception, doing: str) -> D1SignerError | None:
     # What our sender raised stands in botocore's own error.
-    ours = next((link for link in causes(error) if isinstance(link, D1SignerError)), None)
+    ours = next((link for link in frames.causes(error) if isinstance(link, D1SignerError)), None)
     if ours is not None:
         return ours.with_traceback(None)
     if isinstance(error, sdk.HTTPClientError | sdk.ConnectionError | HTTPError | OSError):

@@ -126,7 +126,7 @@ def open_backend(
     Args:
         uri: ``gcpkms://`` and the resource name of a key version, or of a key: then the newest
             enabled version is taken. Optionally ``?endpoint=HOST[:PORT]``, ``proxy=``,
-            ``proxy-credentials-source=``, ``ca_file=``, ``universe_domain=``.
+            ``proxy-credentials-source=``, ``ca-file=``, ``universe-domain=``.
         endpoint: A private or regional endpoint, as ``HOST[:PORT]``.
         proxy: ``http://HOST:PORT`` of a proxy through which Cloud KMS is reached.
         proxy_credentials_source: Source of its ``USER:PASSWORD``, for Basic authentication.

@@ -22,11 +22,11 @@ from urllib.parse import quote, unquote
 
 from d1_signer.backends.remote import client_for
 from d1_signer.backends.vault.backend import VaultBackend, described
-from d1_signer.backends.vault.credentials import NAMES, Credentials
+from d1_signer.backends.vault.credentials import MOUNT, NAMES, Credentials
 from d1_signer.backends.vault.failures import FOR_THE_KEY, TO_MAKE
 from d1_signer.backends.vault.keys import KEY_TYPE
-from d1_signer.backends.vault.settings import Settings, read_public, read_settings
-from d1_signer.backends.vault.tokens import Client, clients
+from d1_signer.backends.vault.settings import read_settings
+from d1_signer.backends.vault.tokens import clients
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -35,17 +35,15 @@ from d1_signer.errors import (
     KeyUriError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.secret import SecretSource, shown_path
+from d1_signer.secret import SecretSource, read_public_file, shown_path
 from d1_signer.signing.backend import GeneratedKey
 from d1_signer.signing.key_uri import KeyUri
-from d1_signer.transport.processes import PerProcess
 from d1_signer.transport.proxies import Proxy, optional_proxy
 
 __all__ = ["VaultBackend", "generate_key", "open_backend"]
 
 _TIME_TO_GENERATE = 60.0  # seconds
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _QUERY = frozenset(
     {
@@ -118,6 +116,7 @@ def open_backend(
     Raises:
         KeyUriError: The URI is not of this form.
         ConfigurationError: Settings that cannot be used.
+        SecretSourceError: A file of a secret, or the client certificate, cannot be used.
         KeyNotFoundError: No such key, or no such version.
         AccessDeniedError: The token's policy lacks a path.
         LoginError: No token, or it or the login is refused.
@@ -129,16 +128,6 @@ def open_backend(
     version = parsed.query.get("version")
     if version is not None and not _VERSION.fullmatch(version):
         raise KeyUriError("The version in the hashivault: URI is not a number.")
-    settings = read_settings(
-        address,
-        namespace,
-        ca_file or parsed.query.get("ca-file"),
-        client_cert,
-        client_key,
-        proxy=_proxy(parsed, proxy, proxy_credentials_source),
-        connect_timeout=connect_timeout,
-        read_timeout=read_timeout,
-    )
     credentials = Credentials(
         token_source=token_source,
         auth=auth,
@@ -148,10 +137,22 @@ def open_backend(
         role=role,
         jwt_source=jwt_source,
         trusted_owner=trusted_owner,
+    ).completed(parsed.query)
+    settings = read_settings(
+        address,
+        namespace,
+        ca_file or parsed.query.get("ca-file"),
+        client_cert,
+        client_key,
+        trusted_owner=credentials.trusted_owner,
+        proxy=_proxy(parsed, proxy, proxy_credentials_source),
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
     )
     return VaultBackend(
         key,
-        _clients(settings, credentials, parsed),
+        clients(settings, credentials.source(settings)),
         timeout,
         mount=mount,
         version=None if version is None else int(version),
@@ -190,15 +191,6 @@ def generate_key(
     parsed, mount, key = _read_uri(uri)
     if not {"version", "public-key"}.isdisjoint(parsed.query):
         raise KeyUriError("A new key is named without a version.", hint="It begins with 1.")
-    settings = read_settings(
-        address,
-        namespace,
-        ca_file or parsed.query.get("ca-file"),
-        client_cert,
-        client_key,
-        proxy=_proxy(parsed, proxy, proxy_credentials_source),
-        read_timeout=10.0,
-    )
     credentials = Credentials(
         token_source=token_source,
         auth=auth,
@@ -208,8 +200,18 @@ def generate_key(
         role=role,
         jwt_source=jwt_source,
         trusted_owner=trusted_owner,
+    ).completed(parsed.query)
+    settings = read_settings(
+        address,
+        namespace,
+        ca_file or parsed.query.get("ca-file"),
+        client_cert,
+        client_key,
+        trusted_owner=credentials.trusted_owner,
+        proxy=_proxy(parsed, proxy, proxy_credentials_source),
+        read_timeout=10.0,
     )
-    made = _clients(settings, credentials, parsed)
+    made = clients(settings, credentials.source(settings))
     with client_for(made, _TIME_TO_GENERATE) as (client, until):
         path = f"{mount}/keys/{quote(key)}"
         # Vault answers the making of a key that exists as if it had made it.
@@ -226,11 +228,6 @@ def generate_key(
     return GeneratedKey(uri=f"{uri}{'&' if '?' in uri else '?'}version=1", public_key=new)
 
 
-def _clients(settings: Settings, given: Credentials, parsed: KeyUri) -> PerProcess[Client]:
-    credentials = given.completed(parsed.query)
-    return clients(settings, credentials.source(settings))
-
-
 def _proxy(parsed: KeyUri, url: str | None, source: SecretSource | None) -> Proxy | None:
     return optional_proxy(
         url or parsed.query.get("proxy"), source or parsed.query.get("proxy-credentials-source")
@@ -242,7 +239,7 @@ def _read_uri(uri: str) -> tuple[KeyUri, str, str]:
     mount = parsed.query.get("mount", "transit")
     if parsed.path not in {"", "/"} or not _NAME.fullmatch(parsed.authority):
         raise KeyUriError("The hashivault: URI names no key.", hint="Write hashivault://KEY.")
-    if not _MOUNT.fullmatch(mount):
+    if not MOUNT.fullmatch(mount):
         raise KeyUriError("The mount in the hashivault: URI is not a path.")
     return parsed, mount, parsed.authority
 
@@ -259,7 +256,7 @@ def _public_key(given: PublicKey | str | None, parsed: KeyUri) -> PublicKey | No
     try:
         if not source.startswith("file:"):
             raise KeyUriError("public-key in the hashivault: URI is not file:PATH.")
-        return PublicKey.from_pem(read_public(unquote(path)))
+        return PublicKey.from_pem(read_public_file(unquote(path)))
     except (OSError, ValueError) as error:
         if isinstance(error, D1SignerError):
             raise

@@ -25,7 +25,8 @@ NAMES = (
 )
 """The options, whose names in a URI have hyphens."""
 
-_MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+MOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+"""The path at which an engine or a login is mounted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Credentials:
         """
         kind = self._kind()
         mount = self.auth_mount or kind
-        if not _MOUNT.fullmatch(mount):
+        if not MOUNT.fullmatch(mount):
             raise ConfigurationError("auth_mount is not the path of an auth method.")
         if kind == "cert" and not settings.client_certificate:
             raise ConfigurationError(

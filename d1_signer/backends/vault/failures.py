@@ -59,7 +59,7 @@ class Phase(StrEnum):
     CREDENTIALS = "credentials"
     LOOK_UP = "look-up"
     SIGNATURE = "signature"
-    MAKING = "making a key"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Purpose:
 
 TO_SIGN = Purpose("to sign", Phase.SIGNATURE)
 FOR_THE_KEY = Purpose("to describe the key", Phase.LOOK_UP)
-TO_MAKE = Purpose("to make a key", Phase.MAKING)
+TO_MAKE = Purpose("to make a key", Phase.GENERATION)
 TO_LOG_IN = Purpose("to log in", Phase.CREDENTIALS)
 TO_UNWRAP = Purpose("to unwrap the secret id", Phase.CREDENTIALS)
 TO_RENEW = Purpose("to renew the token", Phase.CREDENTIALS)
@@ -86,6 +86,14 @@ class Again(Enum):
     HARMLESS = "it may have been dealt with: what counts attempts is not sent again"
 
 
+class Refused(StrEnum):
+    """What an answer to a login judges; in ``details["refused"]``."""
+
+    SECRET = "secret"  # noqa: S105 (a word)
+    ROLE = "role"
+    ADDRESS = "address"
+
+
 @dataclass(frozen=True, slots=True)
 class Meaning:
     """A line of the table.
@@ -96,6 +104,8 @@ class Meaning:
         error: Our error.
         hint: What to do.
         again: Whether we ask again within the time limit.
+        refused: What it judges; None where that is not sure. Only a secret (id, or the token that
+            wraps it) that is judged is never sent again.
     """
 
     status: int
@@ -103,6 +113,7 @@ class Meaning:
     error: type[D1SignerError]
     hint: str
     again: Again = Again.NEVER
+    refused: Refused | None = None
 
 
 _LOCATION = "Check the key's name, its mount and the namespace."
@@ -110,6 +121,7 @@ _WITHOUT = "Set VAULT_TOKEN, run vault login, or name a token source or a login.
 _STATE = "Look at the state of Vault: sealed, a standby, failing over."
 _REFUSED_ID = "Check the AppRole's secret id: wrong, used up, expired, or for other addresses."
 _ROLE_ID = "Check the AppRole's role id, and auth-mount."
+_ADDRESS = "Log in from an address that the role and the secret id are bound to."
 _APP_ROLE = "Check the AppRole's secret id (wrong, used up, expired) and its role id."
 _WRAPPED = (
     "The wrapped secret id was unwrapped before or has expired: if nobody of yours did it, treat "
@@ -123,11 +135,14 @@ _GRANT = "Grant the external key to this mount: sys/external-keys/configs/…/gr
 # The first that fits counts.
 MEANINGS: tuple[Meaning, ...] = (
     Meaning(400, "missing client token", LoginError, _WITHOUT),
-    Meaning(400, "wrapping token", LoginError, _WRAPPED),
-    Meaning(400, "invalid role name", LoginError, "Check the role of the login."),
-    Meaning(400, "invalid role or secret id", LoginError, _APP_ROLE),
-    Meaning(400, "invalid role", LoginError, _ROLE_ID),
-    Meaning(400, "secret id", LoginError, _REFUSED_ID),
+    Meaning(400, "wrapping token", LoginError, _WRAPPED, refused=Refused.SECRET),
+    Meaning(400, "cidr", LoginError, _ADDRESS, refused=Refused.ADDRESS),
+    Meaning(
+        400, "invalid role name", LoginError, "Check the role of the login.", refused=Refused.ROLE
+    ),
+    Meaning(400, "invalid role or secret id", LoginError, _APP_ROLE, refused=Refused.SECRET),
+    Meaning(400, "invalid role id", LoginError, _ROLE_ID, refused=Refused.ROLE),
+    Meaning(400, "secret id", LoginError, _REFUSED_ID, refused=Refused.SECRET),
     Meaning(400, "not found", KeyNotFoundError, _LOCATION),
     Meaning(400, "does not support signing", InvalidKeyError, "Use a key of type ecdsa-p256."),
     Meaning(400, "", SignerError, "See Vault's own words; its server log has more."),
@@ -154,7 +169,6 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(0, "", SignerError, "See the status in the documentation of Vault's API."),
 )
 
-OWN_WORDS = "vault_errors"
 _REDIRECTS = range(300, 400)
 _TEMPORARY = 307
 # Headers by which a gateway names a request; Vault's own refusals name none.
@@ -256,9 +270,9 @@ def refused(
         )
     errors = told.get("errors") if isinstance(told, dict) else None
     message = " ".join(map(str, errors)) if isinstance(errors, list) else ""
-    if isinstance(errors, list):
-        details[OWN_WORDS] = 1  # else it may be a gateway's answer
     meaning = meaning_of(status, message)
+    if meaning.refused is not None:
+        details["refused"] = str(meaning.refused)
     kind = meaning.error
     if purpose.phase is Phase.CREDENTIALS and not issubclass(kind, SignerUnavailable):
         kind = LoginError

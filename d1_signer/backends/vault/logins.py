@@ -3,51 +3,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
-import secrets
 import time
 from dataclasses import dataclass, field
 
-from d1_signer.backends.vault.failures import OWN_WORDS, TO_LOG_IN, TO_UNWRAP
+from d1_signer.backends.vault.failures import TO_LOG_IN, TO_UNWRAP, Refused
 from d1_signer.backends.vault.held import Held
 from d1_signer.backends.vault.http import HttpClient, Told
-from d1_signer.backends.vault.settings import read_public
+from d1_signer.backends.vault.secret_ids import known
 from d1_signer.errors import LoginError, SecretSourceError
-from d1_signer.secret import Secret, SecretSource, read_secret
+from d1_signer.secret import Secret, SecretSource, read_public_file, read_secret
 from d1_signer.transport.deadlines import within
 
-# Seconds for which a login is left alone that was denied, not refused: the role may be locked, by
-# somebody else's wrong secret ids, and is unlocked after a while.
+# Seconds for which a login is left alone whose secret was not judged: the role may be locked, by
+# somebody else's wrong secret ids, or be made or changed a little later.
 _DENIED_REST = 30.0
 _TOKEN = re.compile(r"(hvs|hvb|hvr|s|b|r)\.[A-Za-z0-9_.-]{20,}", re.ASCII)
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
-_BAD_REQUEST = 400
-
-
-class _Refused:
-    """What Vault refused as credentials, as salted digests; for the life of the process.
-
-    It counts failures and locks the role for everybody (``user_lockout``), so the same is not sent
-    twice.
-    """
-
-    def __init__(self) -> None:
-        self._salt = secrets.token_bytes(32)
-        self._digests: set[bytes] = set()
-
-    def digest(self, *parts: str) -> bytes:
-        return hmac.digest(self._salt, "\0".join(parts).encode(), hashlib.sha256)
-
-    def add(self, digest: bytes) -> None:
-        self._digests.add(digest)
-
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._digests
-
-
-_refused = _Refused()
+_AGAIN = (
+    "It was good for a login of this process before, so it may be used up: each signer and each "
+    "process needs one of its own, or one for more uses (secret_id_num_uses)."
+)
 
 
 @dataclass(kw_only=True)
@@ -74,7 +50,6 @@ class Login:
     counted: bool = False
     hint: str
     interval: float = 10.0
-    _wrapped: tuple[bytes, Secret] | None = field(default=None, repr=False)
     _typed: Secret | None = field(default=None, repr=False)
     _denied_at: tuple[bytes, float] | None = None
 
@@ -93,7 +68,7 @@ class Login:
         if self.name == "secret_id":
             secret = self._unwrapped(http, secret, until)
         parts = (http.settings.address, http.settings.namespace or "", self.mount)
-        digest = _refused.digest(*parts, repr(self.fields), secret.reveal())
+        digest = known.digest(*parts, repr(self.fields), secret.reveal())
         self._check_may_try(digest)
         began = time.monotonic()
         try:
@@ -103,12 +78,17 @@ class Login:
         else:
             if held is None:
                 raise http.altered(TO_LOG_IN, "answered a login without a token.")
+            if self.counted:
+                known.good.add(digest)
             return held
-        own = OWN_WORDS in refusal.details
-        if self.counted and own and refusal.details.get("status") == _BAD_REQUEST:
-            _refused.add(digest)
+        refused = refusal.details.get("refused")
+        if self.counted and refused == Refused.SECRET:
+            known.refused.add(digest)
+            if digest in known.good:
+                refusal.hint = f"{refusal.hint} {_AGAIN}"
         else:
             self._denied_at = (digest, time.monotonic())
+        if refused is None:
             refusal.hint = self.hint
         raise refusal
 
@@ -124,10 +104,11 @@ class Login:
         )
 
     def _check_may_try(self, digest: bytes) -> None:
-        if digest in _refused:
+        if digest in known.refused:
+            again = f" {_AGAIN}" if digest in known.good else ""
             raise LoginError(
                 f"Vault refused the {self.what} before; it is not sent again.",
-                hint=f"{self.hint} Once its source gives another one, that is sent.",
+                hint=f"{self.hint} Once its source gives another one, that is sent.{again}",
             )
         if self._denied_at is not None and self._denied_at[0] == digest:
             rest = self._denied_at[1] + _DENIED_REST - time.monotonic()
@@ -155,29 +136,32 @@ class Login:
         """The secret id, where the source gives a token that wraps it (response wrapping)."""
         if not _TOKEN.fullmatch(secret.reveal()):
             return secret
-        digest = _refused.digest("wrapping", secret.reveal())
-        if self._wrapped is not None and self._wrapped[0] == digest:
-            return self._wrapped[1]
-        self._check_may_try(digest)
-        try:
-            path = _wrapped_at(http, secret, until)
-            inner = _inside(http, secret, until) if self._is_ours(path) else None
-        except LoginError as error:
-            refusal = error
-            if OWN_WORDS not in error.details:
-                self._denied_at = (digest, time.monotonic())
-                raise  # of a gateway: the wrapping token may still be good
-        else:
+        digest = known.digest("wrapping", self.mount, secret.reveal())
+        with known.unwrapping(digest, until):
+            inner = known.unwrapped.get(digest)
             if inner is None:
-                raise LoginError(
-                    "What the wrapping token holds was not wrapped as an AppRole's secret id.",
-                    hint="Somebody may have put it there: treat the secret id as stolen, and wrap "
-                    "a new one.",
-                )
-            self._wrapped = (digest, inner)
+                self._check_may_try(digest)
+                inner = self._unwrap(http, secret, digest, until)
+                known.keep(digest, inner)
             return inner
-        _refused.add(digest)
-        raise refusal
+
+    def _unwrap(self, http: HttpClient, wrapping: Secret, digest: bytes, until: float) -> Secret:
+        try:
+            path = _wrapped_at(http, wrapping, until)
+            inner = _inside(http, wrapping, until) if self._is_ours(path) else None
+        except LoginError as error:
+            if error.details.get("refused") == Refused.SECRET:
+                known.refused.add(digest)
+            else:  # of a gateway, or while Vault is not ready: it may still be good
+                self._denied_at = (digest, time.monotonic())
+            raise
+        if inner is None:
+            raise LoginError(
+                "What the wrapping token holds was not wrapped as an AppRole's secret id.",
+                hint="Somebody may have put it there: treat the secret id as stolen, and wrap "
+                "a new one.",
+            )
+        return inner
 
     def _is_ours(self, path: object) -> bool:
         role = rf"(.*/)?auth/{re.escape(self.mount)}/role/[^/]+/(custom-)?secret-id"
@@ -205,7 +189,7 @@ def _service_account_token() -> Secret:
     # Not `read_secret`: the kubelet chooses the mode, 0644 where a pod names no user or group, and
     # nobody can change it. The file is mounted into this pod alone.
     try:
-        return Secret(read_public(_SERVICE_ACCOUNT).decode("ascii").strip())
+        return Secret(read_public_file(_SERVICE_ACCOUNT).decode("ascii").strip())
     except (OSError, ValueError):
         pass
     raise SecretSourceError(

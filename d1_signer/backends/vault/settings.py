@@ -7,24 +7,20 @@ we do not do is refused where a variable asks for it: nothing that is set is ign
 
 from __future__ import annotations
 
-import logging
 import os
 import ssl
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from d1_signer.errors import ConfigurationError, D1SignerError
-from d1_signer.secret import read_private_file, shown_path
+from d1_signer.errors import ConfigurationError
+from d1_signer.secret import read_public_file, shown_path
+from d1_signer.transport.client import ClientTls
+from d1_signer.transport.credentials import Authorities, ClientCertificate, Hints
 from d1_signer.transport.hosts import check_endpoint
 from d1_signer.transport.proxies import Proxy
-from d1_signer.transport.tls import VerifyingContext, verifying_context
 
-_log = logging.getLogger(__name__)
-
-_LARGEST_FILE = 1 << 20
 _PREFIXES = ("BAO_", "VAULT_")
 _TRUE = frozenset({"1", "t", "T", "TRUE", "true", "True"})  # as Go reads a boolean
 _NOT_DONE = {
@@ -36,6 +32,14 @@ _NOT_DONE_IF_TRUE = {
     "SKIP_VERIFY": "The server is always verified: name its authority in VAULT_CACERT.",
     "SRV_LOOKUP": "Name host and port in the address.",
 }
+_CLIENT = "See VAULT_CLIENT_CERT and VAULT_CLIENT_KEY: PEM files, the key unencrypted."
+_HINTS = Hints(
+    certificate=_CLIENT,
+    pair=_CLIENT,
+    passphrase=_CLIENT,
+    authorities="Vault's authorities are certificates in PEM: see VAULT_CACERT.",
+    expiry=None,  # many live for an hour
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,15 +89,18 @@ def read_settings(
     client_cert: str | None = None,
     client_key: str | None = None,
     *,
+    trusted_owner: int | None = None,
     proxy: Proxy | None = None,
+    timeout: float = 10.0,
     connect_timeout: float = 2.0,
     read_timeout: float = 5.0,
 ) -> Settings:
     """Fill in from the environment what is None, as Vault's and OpenBao's command lines do.
 
     Raises:
-        ConfigurationError: The address is not https, nor http on loopback, nor a Unix socket; a
-            file cannot be used; or a variable asks for what is not done.
+        ConfigurationError: The address is not https, nor http on loopback, nor a Unix socket; the
+            authorities cannot be used; or a variable asks for what is not done.
+        SecretSourceError: The client certificate or its key cannot be used.
     """
     _refuse_what_is_not_done()
     address = address or variable("AGENT_ADDR") or variable("ADDR") or "https://127.0.0.1:8200"
@@ -106,11 +113,12 @@ def read_settings(
                 hint="Give an https address, or leave the certificate out.",
             )
         certificate = None
-    file, pem = _authorities(ca_file)
+    client = certificate and ClientCertificate(*certificate, trusted_owner=trusted_owner)
+    tls = ClientTls(client, _authorities(ca_file), hints=_HINTS, patience=timeout)
     return Settings(
         address=address,
         namespace=namespace or variable("NAMESPACE"),
-        context=lambda: _context(file, pem, certificate),
+        context=tls.context,
         client_certificate=certificate is not None,
         proxy=proxy,
         connect_timeout=connect_timeout,
@@ -152,11 +160,11 @@ def _client_certificate(certificate: str | None, key: str | None) -> tuple[str, 
     return certificate, key
 
 
-def _authorities(ca_file: str | None) -> tuple[str | None, str | None]:
-    """A file, or a text in PEM; neither: the system's. In the order of Vault's own client."""
+def _authorities(ca_file: str | None) -> Authorities:
+    """In the order of Vault's own client."""
     file = ca_file or variable("CACERT")
     if file is not None:
-        return file, None
+        return Authorities(file=file)
     text = variable("CACERT_BYTES")
     if text is None and (folder := variable("CAPATH")) is not None:
         text = _all_in(folder)
@@ -165,95 +173,16 @@ def _authorities(ca_file: str | None) -> tuple[str | None, str | None]:
             "There is no certificate in VAULT_CACERT_BYTES or in the files of VAULT_CAPATH.",
             hint="They hold certificates in PEM.",
         )
-    return None, text
+    name = "VAULT_CACERT_BYTES or VAULT_CAPATH"
+    return Authorities(pem=None if text is None else text.encode(), name=name)
 
 
 def _all_in(folder: str) -> str:
     try:
         files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
-        return "\n".join(read_public(str(path)).decode(errors="replace") for path in files)
+        return "\n".join(read_public_file(str(path)).decode(errors="replace") for path in files)
     except (OSError, ValueError):
         raise ConfigurationError(
             f"The folder of authorities for Vault cannot be read: {shown_path(folder)}.",
             hint="See VAULT_CAPATH.",
         ) from None
-
-
-def read_public(path: str) -> bytes:
-    """Read a file that holds no secret: a regular one, of at most 1 MiB.
-
-    Raises:
-        OSError: It cannot be read, or is none.
-        ValueError: Not a file name, or too large.
-    """
-    with open(path, "rb", opener=_without_blocking) as file:
-        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        content = file.read(_LARGEST_FILE + 1) if regular else b""
-    if not regular or len(content) > _LARGEST_FILE:
-        raise ValueError(path)
-    return content
-
-
-def _without_blocking(path: str, flags: int) -> int:
-    # A FIFO without a writer would hold the caller for ever; it is refused after the open.
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def _context(
-    file: str | None, pem: str | None, certificate: tuple[str, str] | None
-) -> ssl.SSLContext:
-    try:
-        context = verifying_context(file, pem=pem)
-    except (OSError, ValueError):  # ssl.SSLError is an OSError
-        where = "VAULT_CACERT_BYTES or VAULT_CAPATH" if file is None else shown_path(file)
-        raise ConfigurationError(
-            f"The CA file for Vault cannot be read: {where}.",
-            hint="It holds certificates in PEM; see VAULT_CACERT.",
-        ) from None
-    if certificate is not None:
-        _Shown(certificate, context).load()
-    return context
-
-
-class _Shown:
-    """A client certificate that is loaded anew when its files change: many live for an hour."""
-
-    def __init__(self, files: tuple[str, str], context: VerifyingContext) -> None:
-        self._files = files
-        self._context = context
-        self._state: list[object] = []
-        context.before_each = self._look
-
-    def load(self) -> None:
-        certificate, key = self._files
-        self._state = self._found()
-        read_private_file(key, what="client key file for Vault")
-        try:
-            with self._context.changing:
-                # An empty passphrase keeps OpenSSL from asking on the terminal.
-                self._context.load_cert_chain(certificate, key, password=lambda: "")
-        except (OSError, ValueError):  # ssl.SSLError is an OSError
-            raise ConfigurationError(
-                "The client certificate for Vault or its key cannot be read, or they do not belong "
-                f"together: {shown_path(certificate)}, {shown_path(key)}.",
-                hint="See VAULT_CLIENT_CERT and VAULT_CLIENT_KEY: PEM files, the key unencrypted.",
-            ) from None
-
-    def _look(self) -> None:
-        if self._state == self._found():
-            return
-        try:
-            self.load()
-        except D1SignerError as error:  # half-written: the next connection looks again
-            self._state = []
-            _log.warning("hashivault.client_certificate_unusable the last is used on: %s", error)
-
-    def _found(self) -> list[object]:
-        found: list[object] = []
-        for file in self._files:
-            try:
-                status = Path(file).stat()
-            except OSError:
-                return []
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        return found

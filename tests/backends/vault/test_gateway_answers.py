@@ -8,22 +8,22 @@ from typing import NoReturn
 
 import pytest
 
-from d1_signer.backends.vault.failures import OWN_WORDS, TO_LOG_IN, refused, service_at
+from d1_signer.backends.vault.failures import TO_LOG_IN, refused, service_at
 from d1_signer.backends.vault.held import _token_of_the_user
 
 
 @pytest.mark.parametrize(
-    ("told", "own"),
+    ("told", "judged"),
     [
-        ({"errors": ["invalid role or secret ID"]}, True),
-        ({"errors": []}, True),
-        ({"message": "blocked"}, False),
-        (None, False),
+        ({"errors": ["invalid role or secret ID"]}, "secret"),
+        ({"errors": []}, None),
+        ({"message": "invalid role or secret ID"}, None),
+        (None, None),
     ],
 )
-def test_whose_words_a_refusal_is_in(told: object, own: bool) -> None:
+def test_only_vaults_own_words_judge_a_secret(told: object, judged: str | None) -> None:
     failure = refused(service_at("vault:8200"), TO_LOG_IN, 400, told, headers={}, sent=[])
-    assert (OWN_WORDS in failure.error.details) is own
+    assert failure.error.details.get("refused") == judged
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no home"), PermissionError(13, "denied")])

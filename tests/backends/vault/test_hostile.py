@@ -11,6 +11,7 @@ import pytest
 
 from d1_signer import errors
 from d1_signer.signing.signer import open_signer
+from tests.leaks.known import known
 from tests.servers.aws import page
 from tests.servers.fault_proxy import Answer
 from tests.servers.vault import asking, on_sign, refusal
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from tests.servers import vault
     from tests.servers.fault_proxy import Fault, FaultProxy
 
-TOKEN = "hvs.CAESIJq9s3cr3tT0kenThatIsLong0123456789"
-SECRET_ID = "9b8f2c1e-5ec7-4e1d-aa11-bb22cc33dd44"
+TOKEN = known("hvs.CAESIJq9s3cr3tT0kenThatIsLong0123456789")
+SECRET_ID = known("9b8f2c1e-5ec7-4e1d-aa11-bb22cc33dd44")
 ISSUED = "hvs.ISSUEDtokenOfALogin0123456789"
 
 pytestmark = pytest.mark.usefixtures("asked_once")

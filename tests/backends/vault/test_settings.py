@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,12 @@ from d1_signer import errors
 from d1_signer.backends.vault.settings import read_settings
 from d1_signer.signing.signer import open_signer
 from tests.backends.vault.conftest import signs
+from tests.owners import give_away
 from tests.servers import vault
 from tests.servers.certificates import self_signed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.servers.fault_proxy import FaultProxy
@@ -230,6 +233,115 @@ def test_client_certificate_that_is_renewed_serves_new_connections(
         signs(signer)
 
 
+def _used_up_by_halves(certificate: Path, key: Path, issue: Callable[..., Any]) -> Iterator[str]:
+    """States of the files in which no new pair can be used; each is told as what it is."""
+    new_certificate, new_key = issue("d1-signer")
+    certificate.write_bytes(new_certificate.read_bytes())
+    yield "does not belong"
+    key.write_text(new_key.read_text()[:90])
+    yield "cannot be read"
+    certificate.unlink()
+    yield "No such file"
+    os.mkfifo(certificate)
+    yield "not a regular file"
+    certificate.unlink()
+    certificate.write_text(new_certificate.read_text())
+    key.write_text(new_key.read_text())
+    key.chmod(0o644)
+    yield "0644"
+
+
+def test_half_written_client_certificate_leaves_the_good_one_in_use_and_is_told_once(
+    server: vault.Vault, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = tmp_path / "client.pem", tmp_path / "client.key"
+    for new, place in zip(server.authority.issue("d1-signer"), (certificate, key), strict=True):
+        new.replace(place)
+    with open_signer(
+        "hashivault://d1",
+        address=server.mutual_url,
+        ca_file=str(server.ca_file),
+        client_cert=str(certificate),
+        client_key=str(key),
+    ) as signer:
+        http: Any = signer._backend._clients.get().http._http  # type: ignore[attr-defined]
+        for told in _used_up_by_halves(certificate, key, server.authority.issue):
+            caplog.clear()
+            for _ in range(4):
+                http.forget()  # a new connection, for which the server demands the certificate
+                signs(signer)
+            (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
+            assert told in warning.getMessage()
+            assert "Thales" not in warning.getMessage()
+        assert "PRIVATE KEY" not in caplog.text
+        key.chmod(0o600)
+        caplog.clear()
+        http.forget()
+        signs(signer)
+        assert not [each for each in caplog.records if each.levelname == "WARNING"]
+        certificate.unlink()
+        os.mkfifo(certificate)
+        with pytest.raises(errors.SecretSourceError, match="not a regular file"):
+            open_signer(
+                "hashivault://d1",
+                address=server.mutual_url,
+                ca_file=str(server.ca_file),
+                client_cert=str(certificate),
+                client_key=str(key),
+            )
+
+
+def test_client_key_of_another_user_needs_that_user_to_be_trusted(
+    server: vault.Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = server.authority.issue("d1-signer")
+    owner = give_away(key, monkeypatch)
+    options: dict[str, Any] = {
+        "address": server.mutual_url,
+        "ca_file": str(server.ca_file),
+        "client_cert": str(certificate),
+        "client_key": str(key),
+    }
+    with pytest.raises(errors.SecretSourceError, match="another user") as refused:
+        open_signer("hashivault://d1", **options)
+    assert "trusted_owner" in refused.value.hint
+    with open_signer(f"hashivault://d1?trusted-owner={owner}", **options) as signer:
+        signs(signer)
+    with open_signer("hashivault://d1", trusted_owner=owner, **options) as signer:
+        signs(signer)
+
+
+_FORKED = """
+import os, sys
+from d1_signer import open_signer
+address, ca_file, certificate, key = sys.argv[1:]
+signer = open_signer(
+    "hashivault://d1", address=address, ca_file=ca_file, client_cert=certificate, client_key=key
+)
+os.unlink(certificate), os.unlink(key)
+child = os.fork()
+if child == 0:
+    signer.public_key.verify(signer.sign(b"m"), b"m")
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_forked_child_shows_the_client_certificate_whose_files_are_gone(
+    server: vault.Vault,
+) -> None:
+    certificate, key = server.authority.issue("d1-signer")
+    arguments = [server.mutual_url, str(server.ca_file), str(certificate), str(key)]
+    ran = subprocess.run(
+        [sys.executable, "-c", _FORKED, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=55,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -247,8 +359,9 @@ def test_client_certificate_that_cannot_be_used(
     if change.get("client_key") == "other":
         change = {"client_key": str(server.authority.issue("another")[1])}
     options: dict[str, Any] = {"address": server.mutual_url, **client_files, **change}
-    with pytest.raises(errors.ConfigurationError):
+    with pytest.raises((errors.ConfigurationError, errors.SecretSourceError)) as refused:
         open_signer("hashivault://d1", ca_file=str(server.ca_file), **options)
+    assert "Thales" not in refused.value.hint
 
 
 def test_client_key_that_others_may_read_is_refused(server: vault.Vault) -> None:

@@ -460,12 +460,19 @@ def test_answer_without_an_end_is_refused() -> None:
 
 def test_no_fork_happens_in_a_handshake(server: vault.Vault) -> None:
     # OpenSSL's locks would stay locked in the child.
-    fork_gate._before_fork()
-    try:
-        with pytest.raises(errors.SignerTimeout):
-            open_signer("hashivault://d1", address=server.tls_url, timeout=0.1)
-    finally:
-        fork_gate._after_fork_in_parent()
+    trusting: dict[str, Any] = {"address": server.tls_url, "ca_file": str(server.ca_file)}
+    with open_signer("hashivault://d1", **trusting) as signer:
+        signer._backend._clients.get().http._http.forget()  # type: ignore[attr-defined]
+        fork_gate._before_fork()
+        try:
+            with pytest.raises(errors.SignerTimeout):
+                signer.sign(b"m", timeout=0.1)
+            with pytest.raises(errors.SignerUnavailable, match="forked") as refused:
+                open_signer("hashivault://d1", timeout=0.1, **trusting)
+            assert refused.value.retryable
+        finally:
+            fork_gate._after_fork_in_parent()
+        signs(signer)
 
 
 def test_read_timeout_bounds_a_slow_answer(proxy: FaultProxy) -> None:
@@ -535,3 +542,6 @@ def test_generated_key_signs_and_is_never_overwritten(server: vault.Vault) -> No
     assert server.api("GET", "transit/keys/made")["data"]["latest_version"] == 1
     with pytest.raises(errors.KeyUriError):
         generate_key("hashivault://made?version=2", token_source=lambda: vault.ROOT_TOKEN)
+    with pytest.raises(errors.AccessDeniedError) as refused:
+        generate_key("hashivault://not-allowed")  # with a token that may only sign
+    assert refused.value.details["phase"] == "generation"

@@ -25,6 +25,7 @@ def _row(meaning: Meaning) -> tuple[str, ...]:
         f"`{meaning.error.code}`",
         str(meaning.status or "other"),
         meaning.text or "anything else",
+        meaning.refused or "-",
         "yes" if meaning.error.default_retryable else "no",
         AGAIN[meaning.again],
         meaning.hint,

@@ -18,8 +18,10 @@ from d1_signer import errors
 from d1_signer.backends.vault.backend import VaultBackend
 from d1_signer.backends.vault.http import HttpClient
 from d1_signer.backends.vault.logins import Login, app_role
+from d1_signer.backends.vault.secret_ids import Known, known
 from d1_signer.backends.vault.settings import read_settings
 from d1_signer.backends.vault.tokens import Tokens
+from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer, open_signer
 from tests.backends.vault.conftest import signs
 from tests.owners import give_away
@@ -453,6 +455,75 @@ def test_denied_login_rests_and_is_tried_again(
     assert tokens.current(http, time.monotonic() + 30) is not None
 
 
+def test_login_from_another_address_rests_until_the_role_is_changed(
+    server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role_id, _ = server.make_approle("elsewhere")
+    path = "auth/approle/role/elsewhere"
+    server.api("POST", path, secret_id_bound_cidrs=["10.9.9.9/32"])
+    secret_id = server.api("POST", f"{path}/secret-id")["data"]["secret_id"]
+    options: dict[str, Any] = {"role_id": role_id, "secret_id_source": lambda: secret_id}
+    with pytest.raises(errors.LoginError, match="CIDR") as refused:
+        open_signer("hashivault://d1", address=proxy.url, **options)
+    assert refused.value.details["refused"] == "address"
+    assert "address" in refused.value.hint
+    server.api("POST", path, secret_id_bound_cidrs=["127.0.0.1/32"])
+    with open_signer("hashivault://d1", address=proxy.url, **options) as signer:
+        signs(signer)
+    http = HttpClient(read_settings(proxy.url))
+    tokens = Tokens(app_role(role_id, lambda: secret_id, "approle"))
+    server.api("POST", path, secret_id_bound_cidrs=["10.9.9.9/32"])
+    proxy.requests.clear()
+    for _ in range(5):
+        with pytest.raises(errors.LoginError):
+            tokens.current(http, time.monotonic() + 30)
+    assert calls(proxy) == [LOGIN]
+    server.api("POST", path, secret_id_bound_cidrs=["127.0.0.1/32"])
+    monkeypatch.setattr("d1_signer.backends.vault.logins._DENIED_REST", 0.0)
+    assert tokens.current(http, time.monotonic() + 30) is not None
+
+
+@pytest.mark.parametrize("text", ["invalid role ID", 'invalid role name "d1"', "no such entity"])
+def test_refusal_that_does_not_judge_the_secret_id_does_not_ban_it(
+    server: vault.Vault, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    # As for a role that is made a little later, where Vault tells the two apart.
+    role_id, secret_id = server.make_approle("later")
+    http = HttpClient(read_settings(proxy.url))
+    tokens = Tokens(app_role(role_id, lambda: secret_id, "approle"))
+    proxy.fault = refusal(400, text)
+    for _ in range(5):
+        with pytest.raises(errors.LoginError):
+            tokens.current(http, time.monotonic() + 30)
+    assert calls(proxy).count(LOGIN) == 1
+    proxy.fault = None
+    monkeypatch.setattr("d1_signer.backends.vault.logins._DENIED_REST", 0.0)
+    assert tokens.current(http, time.monotonic() + 30) is not None
+
+
+def test_what_openbao_says_of_a_wrong_role_and_of_a_wrong_secret_id(server: vault.Vault) -> None:
+    # The same, which is why a role that is made later needs another secret id.
+    role_id, secret_id = server.make_approle("judged", secret_id_num_uses=1)
+    gone, of_gone = server.make_approle("gone")
+    server.api("DELETE", "auth/approle/role/gone")
+    http = HttpClient(read_settings(server.url))
+
+    def obtain(role: str, secret: str) -> Any:
+        return app_role(role, lambda: secret, "approle").obtain(http, time.monotonic() + 30)
+
+    obtain(role_id, secret_id)
+    refused = [(gone, of_gone), ("no-such-role-id", "some-id"), (role_id, "wrong-id")]
+    for role, secret in [*refused, (role_id, secret_id)]:
+        with pytest.raises(errors.LoginError, match="invalid role or secret ID") as told:
+            obtain(role, secret)
+        assert told.value.details["refused"] == "secret"
+        used_up = secret == secret_id
+        assert ("secret_id_num_uses" in told.value.hint) is used_up
+        with pytest.raises(errors.LoginError, match=r"refused .* before") as told:
+            obtain(role, secret)
+        assert ("secret_id_num_uses" in told.value.hint) is used_up
+
+
 def test_a_typed_secret_id_is_asked_for_once(
     server: vault.Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,6 +558,61 @@ def test_wrapped_secret_id_is_unwrapped_once_and_kept(
         signs(signer)
     assert calls(proxy).count("POST sys/wrapping/unwrap") == 1
     assert calls(proxy).count(LOGIN) == 2
+
+
+def test_signers_of_a_process_share_what_one_of_them_unwrapped(
+    server: vault.Vault, proxy: FaultProxy
+) -> None:
+    role_id, wrapping = server.make_wrapped("shared")
+    options: dict[str, Any] = {"role_id": role_id, "secret_id_source": lambda: wrapping}
+
+    def signs_in_a_thread(_: int) -> None:
+        with open_signer("hashivault://d1", address=proxy.url, **options) as signer:
+            signs(signer)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(signs_in_a_thread, range(4)))
+    assert calls(proxy).count("POST sys/wrapping/unwrap") == 1
+
+
+def test_second_signer_on_a_wrapped_secret_id_for_one_use_is_told_so(server: vault.Vault) -> None:
+    server.make_approle("single", secret_id_num_uses=1)
+    role_id = server.api("GET", "auth/approle/role/single/role-id")["data"]["role_id"]
+    wrapping = server.wrap("auth/approle/role/single/secret-id")
+    options: dict[str, Any] = {"role_id": role_id, "secret_id_source": lambda: wrapping}
+    with open_signer("hashivault://d1", **options) as signer:
+        for _ in range(2):
+            with pytest.raises(errors.LoginError) as refused:
+                open_signer("hashivault://d1", **options)
+            assert "stolen" not in refused.value.hint
+            assert "each signer" in refused.value.hint
+        signs(signer)
+
+
+def test_unwrapping_by_another_signer_is_waited_for_within_the_time_limit(
+    server: vault.Vault,
+) -> None:
+    role_id, wrapping = server.make_wrapped("waits")
+    other_id, other = server.make_wrapped("does-not-wait")
+    digest = known.digest("wrapping", "approle", wrapping)
+    with known.unwrapping(digest, time.monotonic() + 1):
+        with pytest.raises(errors.SignerTimeout):
+            open_signer(
+                "hashivault://d1", role_id=role_id, secret_id_source=lambda: wrapping, timeout=0.2
+            )
+        with open_signer(
+            "hashivault://d1", role_id=other_id, secret_id_source=lambda: other
+        ) as signer:
+            signs(signer)
+
+
+def test_what_is_unwrapped_is_not_kept_without_bound() -> None:
+    fresh = Known()
+    for number in range(1000):
+        fresh.keep(fresh.digest(str(number)), Secret("s"))
+    assert len(fresh.unwrapped) < 100
+    assert fresh.digest("999") in fresh.unwrapped
+    assert fresh.digest("1") != Known().digest("1")
 
 
 def test_wrapping_token_that_was_used_is_told_as_theft(server: vault.Vault) -> None:

@@ -24,6 +24,42 @@ PATH = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)])}
 
 # -- forks that Python is not told of -------------------------------------------------------------
 
+LOADS = """
+import sys
+from fleet_fetcher import new_fetcher
+
+fetcher = new_fetcher()
+session = fetcher.session()
+url = fetcher.environment.banking_url + "/ping"
+loaded = set(sys.modules)
+fetcher.token()
+statuses = [session.get(url).status_code, session.post(url, json={}).status_code]
+fetcher.invalidate(fetcher.token())
+statuses += [session.get(url).status_code]
+fetcher.close()
+print(statuses, sorted(set(sys.modules) - loaded))
+"""
+
+
+@pytest.mark.parametrize("store", ["redis", "none"])
+def test_nothing_is_loaded_after_the_fetcher_is_made(
+    member_settings: dict[str, str], sandbox: Sandbox, store: str
+) -> None:
+    """A module that is being loaded in another thread at a fork is locked in the child for ever."""
+    if store == "none":
+        del member_settings["REDIS_URL"]
+    sandbox.misbehave(Fault.STATUS_503, times=1, retry_after=0)
+    ran = subprocess.run(
+        [sys.executable, "-c", LOADS],
+        env=os.environ | member_settings | PATH,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.stdout.strip() == "[200, 200, 200] []", ran.stdout + ran.stderr
+
+
 FORKED = """
 import ctypes, os, threading, time
 from d1_signer import LazySigner

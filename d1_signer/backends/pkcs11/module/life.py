@@ -11,6 +11,7 @@ holds one also holds the `Module.generation` that it belongs to, and drops it on
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -98,12 +99,13 @@ class Module:
             SignerUnavailable: The module cannot be used in this process.
         """
         call = object()
+        outer = sys.exception()
         try:
             self._enter(call, deadline, revive=revive)
             return work(*args)
         except Exception as error:
             if frames.of_signal_handler(error):
-                frames.clear(error)
+                frames.clear(error, outer=outer)
                 raise
             raise error.with_traceback(None) from None
         finally:

@@ -9,6 +9,7 @@ import logging
 import secrets
 
 from d1_signer.errors import SecretSourceError
+from d1_signer.frames import without_locals
 from d1_signer.secret import Secret, SecretSource, read_secret
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Refused:
 refused = Refused()
 
 
+@without_locals
 def read_pin(source: SecretSource, of: str) -> Secret:
     """Read a PIN; of a file that an editor or a script left something beside it, nothing is sent.
 

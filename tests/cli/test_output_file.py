@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_an
 
 import d1_signer.cli.keys
 from d1_signer import generate_key
-from d1_signer.cli import _files
-from d1_signer.cli._files import OutputFile
+from d1_signer.cli import _output_file
 from d1_signer.cli._output import Output
+from d1_signer.cli._output_file import OutputFile
 from d1_signer.errors import ConfigurationError
 from tests.cli.conftest import COMMAND, Run
 
@@ -192,13 +192,13 @@ def test_a_file_that_appears_meanwhile_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out"
-    put = _files._put
+    put = _output_file._put
 
     def after_somebody_else(*arguments: Any, **options: Any) -> None:
         path.write_text("of somebody else")
         put(*arguments, **options)
 
-    monkeypatch.setattr(_files, "_put", after_somebody_else)
+    monkeypatch.setattr(_output_file, "_put", after_somebody_else)
     with pytest.raises(ConfigurationError, match="File exists"):
         OutputFile(path=path, overwrite=False).write(b"ours", "it", Output())
     assert path.read_text() == "of somebody else"
