@@ -9,7 +9,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import click
@@ -51,21 +51,39 @@ class UsageError(ConfigurationError):
     code = "usage"
 
 
+class _Late(MutableMapping[str, click.Command]):
+    """The commands by name; the module of one is imported when that one is asked for."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._loaded:
+            module, attribute, _ = _COMMANDS[name]
+            found = getattr(importlib.import_module(f"d1_signer.cli.{module}"), attribute)
+            assert isinstance(found, click.Command)  # noqa: S101 (tells the type checker)
+            self._loaded[name] = found
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._loaded[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
 class _Commands(click.Group):
-    """The commands; the module of one is imported when that one is asked for."""
+    """The group, which tells about its commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         """Their names, see `click.Group`."""
         return [*_COMMANDS]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """One of them, see `click.Group`."""
-        if cmd_name not in _COMMANDS:
-            return None
-        module, name, _ = _COMMANDS[cmd_name]
-        command = getattr(importlib.import_module(f"d1_signer.cli.{module}"), name)
-        assert isinstance(command, click.Command)  # noqa: S101 (tells the type checker)
-        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Their list in the help, see `click.Group`."""
@@ -83,6 +101,7 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
+    commands=_Late(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=False,  # click before 8.2 would end with status 0
     invoke_without_command=True,

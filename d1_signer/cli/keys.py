@@ -131,7 +131,7 @@ def _deliver(
     required=True,
     metavar="NAME",
     callback=checked_subject,
-    help="Distinguished name as in RFC 4514: 'CN=…,O=Bank,C=FR'. D1 prescribes the common name.",
+    help="Distinguished name as in RFC 4514: 'CN=NAME,O=Bank,C=FR'. D1 prescribes the common name.",
 )
 @click.option(
     "--format",

@@ -104,12 +104,15 @@ def test_the_key_itself_is_never_overwritten(
     run: Run, command: tuple[str, ...], key: Path, form: str
 ) -> None:
     before = key.read_bytes()
-    for path in links_to(key):
+    paths = links_to(key)
+    for path in paths:
         arguments = ("--key", key.as_uri(), "--format", form, "-o", str(path), "--force")
         result = run(*command, *arguments)
         assert (result.status, result.out) == (2, "")
         assert "never" in result.err
     assert key.read_bytes() == before
+    for path in paths[2:]:
+        path.unlink()  # or each would be a key that was left about
 
 
 def test_no_file_of_the_settings_is_overwritten(
