@@ -130,6 +130,9 @@ if TYPE_CHECKING:
     from d1_signer.token.renewal import (
         Limits as Limits,
     )
+    from d1_signer.token.status import (
+        FetcherStatus as FetcherStatus,
+    )
     from d1_signer.token.stores import (
         Lease as Lease,
         TokenStore as TokenStore,
@@ -204,11 +207,13 @@ _HOMES = {
     "secret": ["Secret", "SecretSource", "read_secret"],
     "signing.key_uri": ["KeyUri"],
     "token.redis_store": ["RedisTokenStore"],
+    "token.status": ["FetcherStatus"],
     "token.stores": ["Lease", "TokenStore"],
     "transport.processes": ["PerProcess"],
     "transport.credentials": ["ClientCertificate"],
     "token.fetcher": ["Audience", "TokenFetcher"],
 }
+__version__: str
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 # Those that need an extra are left out, or `import *` would need the extras too.
@@ -224,6 +229,10 @@ logging.getLogger("d1_signer").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("d1-signer")
     if name == "es256":
         return importlib.import_module("d1_signer.es256")
     if name not in _HOME_OF:

@@ -39,6 +39,9 @@ class SignEvent:
         use: What the caller said the signature is for.
         pool_use: Sessions in use as the call began, and how many there may be; None for a backend
             without such a bound.
+        time: When the call began, in seconds since the epoch.
+        thumbprint: RFC 7638 thumbprint of the key.
+        digest: SHA-256 of what was signed, in hexadecimal.
     """
 
     backend: str
@@ -47,6 +50,9 @@ class SignEvent:
     error: str | None = None
     use: Use | None = None
     pool_use: tuple[int, int] | None = None
+    time: float | None = None
+    thumbprint: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +64,16 @@ class RequestEvent:
         duration: Seconds from sending to the end of the answer.
         status: HTTP status code; None where no answer came.
         error: Code of the error, or None for a token.
+        jti: ``jti`` of the assertion that was sent.
+        kid: Key identifier of the key that signed it.
     """
 
     correlation_id: str
     duration: float
     status: int | None
     error: str | None
+    jti: str | None = None
+    kid: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -146,7 +146,10 @@ class OpenTelemetryObserver:
         if event.status is not None:
             labels["http.response.status_code"] = event.status
         self._request(event.duration, labels)
+        # Of a span alone, as above.
         labels = labels | {"d1_signer.correlation_id": event.correlation_id}
+        joined = {"d1_signer.jti": event.jti, "d1_signer.kid": event.kid}
+        labels |= {name: value for name, value in joined.items() if value is not None}
         self._span("d1_signer.token.request", event.duration, labels, SpanKind.CLIENT)
 
     def _renewed(self, event: RenewalEvent) -> None:

@@ -54,13 +54,16 @@ class Secret:
 
 
 @without_locals
-def read_secret(source: SecretSource, *, what: str, trusted_owner: int | None = None) -> Secret:
+def read_secret(
+    source: SecretSource, *, what: str, of: str = "", trusted_owner: int | None = None
+) -> Secret:
     """Read a secret from its source.
 
     Args:
         source: ``file:PATH`` (one trailing line end is dropped), ``env:NAME``, ``prompt`` (asks on
             the terminal without echo), or a callable without arguments.
         what: What the secret is, for error texts and the prompt: ``"PIN"``, ``"passphrase"``.
+        of: Which token or key it is for, for the prompt.
         trusted_owner: Of a file; see `read_private_file`.
 
     Returns:
@@ -71,17 +74,17 @@ def read_secret(source: SecretSource, *, what: str, trusted_owner: int | None = 
             repeats a file's path at most: anything else may be the secret, put there by mistake.
     """
     # No local variable and no error under way holds the value where an error is raised.
-    secret = _wrapped(_value_from(source, what, trusted_owner))
+    secret = _wrapped(_value_from(source, what, of, trusted_owner))
     if secret is None:
         raise SecretSourceError(f"The {what} is empty, or not UTF-8 text.")
     return secret
 
 
-def _value_from(source: SecretSource, what: str, trusted_owner: int | None) -> object:
+def _value_from(source: SecretSource, what: str, of: str, trusted_owner: int | None) -> object:
     if callable(source):
         return _call(source, what)
     if source == "prompt":
-        return _prompt(what)
+        return _prompt(what, of)
     if isinstance(source, str) and source.startswith("env:"):
         return _from_environment(source.removeprefix("env:"), what)
     path = file_of(source)
@@ -215,13 +218,14 @@ def _call(source: Callable[[], str | bytes], what: str) -> str | bytes:
     raise SecretSourceError(f"The callable that gives the {what} failed with {kind}.")
 
 
-def _prompt(what: str) -> str:
+def _prompt(what: str, of: str) -> str:
     if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
         raise SecretSourceError(
             f"The {what} cannot be asked for: standard input is not a terminal.", hint=_SOURCES
         )
     try:
-        return getpass.getpass(f"{what}: ", stream=sys.stderr)
+        named = f"{what} for {of}" if of and of.isprintable() else what
+        return getpass.getpass(f"{named}: ", stream=sys.stderr)
     except EOFError:
         raise SecretSourceError(f"No {what} was given at the prompt.") from None
 

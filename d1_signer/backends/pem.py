@@ -121,7 +121,9 @@ def open_backend(uri: str, *, passphrase_source: SecretSource | None = None) -> 
             f"The key file holds more than one private key: {shown_path(path)}.",
             hint="Give each key a file of its own.",
         )
-    passphrase = None if source is None else read_secret(source, what="passphrase")
+    passphrase = (
+        None if source is None else read_secret(source, what="passphrase", of=shown_path(path))
+    )
     return PemBackend(path, _load(pem, passphrase, path))
 
 
@@ -141,7 +143,7 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
     path, source = _read_uri(uri, passphrase_source)
     encryption: KeySerializationEncryption = NoEncryption()
     if source is not None:
-        passphrase = read_secret(source, what="passphrase")
+        passphrase = read_secret(source, what="passphrase", of=shown_path(path))
         if len(passphrase.reveal().encode()) > _LONGEST_PASSPHRASE:
             raise SecretSourceError(
                 f"The passphrase is longer than {_LONGEST_PASSPHRASE} bytes.",

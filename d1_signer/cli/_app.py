@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from d1_signer.cli._output import Output, StdoutError, with_output_options
+from d1_signer.cli._output import (
+    Output,
+    StdoutError,
+    flush_stdout,
+    is_full,
+    with_output_options,
+)
 from d1_signer.cli._stdout import give_up_stdout
-from d1_signer.cli.check import check
-from d1_signer.cli.keys import csr, custody, generate_key, public_key
-from d1_signer.cli.sandbox import sandbox
-from d1_signer.cli.tokens import assertion, token
 from d1_signer.errors import ConfigurationError, D1SignerError, InvalidInputError
 
 FAILED = 1
@@ -28,28 +32,93 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _log = logging.getLogger("d1_signer")
 
 
+# In the order in which they are listed: module, name there, what it does.
+_COMMANDS = {
+    "generate-key": ("keys", "generate_key", "Make a new P-256 signing key."),
+    "public-key": ("keys", "public_key", "Print the public key to register at D1."),
+    "csr": ("keys", "csr", "Print a certificate signing request (PKCS#10), signed by the key."),
+    "custody": ("keys", "custody", "Print where each private key lives."),
+    "check": ("check", "check", "Check keys, TLS and D1 step by step."),
+    "token": ("tokens", "token", "Get an access token from D1."),
+    "assertion": ("tokens", "assertion", "Sign an assertion and print what it says."),
+    "sandbox": ("sandbox", "sandbox", "Run a sandbox of D1 on 127.0.0.1."),
+}
+
+
 class UsageError(ConfigurationError):
     """The command line itself is wrong; what click finds, in the form of our errors."""
 
     code = "usage"
 
 
+class _Late(MutableMapping[str, click.Command]):
+    """The commands by name; the module of one is imported when that one is asked for."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._loaded:
+            module, attribute, _ = _COMMANDS[name]
+            found = getattr(importlib.import_module(f"d1_signer.cli.{module}"), attribute)
+            assert isinstance(found, click.Command)  # noqa: S101 (tells the type checker)
+            self._loaded[name] = found
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._loaded[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _Commands(click.Group):
+    """The group, which tells about its commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
+        """Their names, see `click.Group`."""
+        return [*_COMMANDS]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Their list in the help, see `click.Group`."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, does) for name, (_, _, does) in _COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completions of a command's name or of an option, see `click.Group`."""
+        return [
+            CompletionItem(name, help=does)
+            for name, (_, _, does) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ] + click.Command.shell_complete(self, ctx, incomplete)
+
+
 @click.group(
+    cls=_Commands,
+    commands=_Late(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=False,  # click before 8.2 would end with status 0
+    invoke_without_command=True,
 )
 @click.version_option(package_name="d1-signer", message="%(prog)s %(version)s")
 @with_output_options
-def cli(output: Output) -> None:
+@click.pass_context
+def cli(context: click.Context, *, output: Output) -> None:
     """Access tokens for the Thales D1 API, signed by a key in its HSM or KMS.
 
     Settings are flags or environment variables. Secrets are neither: a PIN or a passphrase comes
     from a file (file:PATH), from an environment variable (env:NAME) or from a prompt (prompt).
     """
-
-
-for _command in (token, assertion, public_key, csr, generate_key, check, custody, sandbox):
-    cli.add_command(_command)
+    if context.invoked_subcommand is None:
+        if not output.json:
+            output.note(f"{context.get_help()}\n")
+        raise click.ClickException("Missing command.")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -90,9 +159,23 @@ def _run(arguments: Sequence[str], output: Output) -> int:
     except StdoutError:
         raise
     except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
-        _report_defect(error, output)
+        if isinstance(error, OSError) and is_full(error):
+            _report_full_disk(error, output)
+        else:
+            _report_defect(error, output)
         return FAILED
     return status if isinstance(status, int) else 0
+
+
+def _report_full_disk(error: OSError, output: Output) -> None:
+    flush_stdout()  # click writes its own texts there, without us
+    output.failure(
+        D1SignerError(
+            f"A file cannot be written: {error.strerror}.",
+            hint="Make room, most likely where temporary files are (TMPDIR).",
+            retryable=True,
+        )
+    )
 
 
 def _report_defect(error: Exception, output: Output) -> None:

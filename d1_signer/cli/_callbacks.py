@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import click
 from click.core import ParameterSource
-from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.signing.key_uri import scheme_of, split_fragment
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 # PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
 # (RFC 5958 section 2, RFC 5915 section 3).
@@ -152,19 +155,12 @@ def checked_subject(
     """The subject of a certificate signing request, as a callback of click.
 
     Raises:
-        click.UsageError: It is no distinguished name, or has not one common name.
+        click.UsageError: It is no distinguished name, or has not one common name, or has something
+            in it that stands for a name.
     """
-    try:
-        subject = x509.Name.from_rfc4514_string(value)
-    except ValueError as error:
-        reason = str(error).rstrip(".")
-        raise click.UsageError(
-            f"--subject is no distinguished name ({reason or 'not as in RFC 4514'}). "
-            "Write CN=…,O=Bank,C=FR, and a backslash before a comma within a value."
-        ) from None
-    if len(subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)) != 1:
-        raise click.UsageError("--subject has not one common name (CN=…), which D1 checks.")
-    return subject
+    from d1_signer.cli._subject import read_subject
+
+    return read_subject(value)
 
 
 def _source(context: click.Context, parameter: click.Parameter) -> ParameterSource | None:

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from d1_signer.cli._output import Output, explanation, printable, to_stdout
-from d1_signer.errors import D1SignerError
+from d1_signer.errors import ConfigurationError, D1SignerError
+
+CERTIFICATE = "client-certificate"
+ENDPOINT = "endpoint"
+ACCESS_TOKEN = "access-token"  # noqa: S105 (a step's name)
 
 
 class Status(StrEnum):
@@ -23,13 +27,21 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One step that is over; ``subject`` is the key or the environment it was about.
+    """One step that is over.
 
-    ``facts`` are told to machines only.
+    Attributes:
+        name: Its name.
+        subject: The key or the environment it was about.
+        about: The same in short, which stands in the step's line.
+        status: How it ended.
+        detail: What was found.
+        error: Why it failed.
+        facts: Told to machines only.
     """
 
     name: str
     subject: str
+    about: str
     status: Status
     detail: str = ""
     error: D1SignerError | None = None
@@ -49,16 +61,30 @@ class Step:
 
 @dataclass(slots=True)
 class Checklist:
-    """The steps so far; each is told as it ends, since the next one may take long."""
+    """The steps so far; each is told as it ends, since the next one may take long.
+
+    Attributes:
+        output: Where they are told.
+        required: Names of steps that must pass.
+        steps: Those that are over.
+    """
 
     output: Output
+    required: frozenset[str] = frozenset()
     steps: list[Step] = field(default_factory=list)
     _subject: str = ""
+    _about: str = ""
+    _facts: Mapping[str, str] = field(default_factory=dict)
 
-    def begin(self, subject: str) -> None:
-        """Turn to a key or to the environment."""
+    def begin(self, subject: str, about: str, **facts: str) -> None:
+        """Turn to a key or to the environment; see `Step`."""
         self._subject = subject
+        self.go_on(about, **facts)
         self._tell(printable(subject))
+
+    def go_on(self, about: str, **facts: str) -> None:
+        """Turn to a part of it."""
+        self._about, self._facts = about, facts
 
     def ok(self, name: str, detail: str = "", **facts: str) -> None:
         """A step has passed."""
@@ -66,11 +92,17 @@ class Checklist:
 
     def unclear(self, name: str, detail: str, **facts: str) -> None:
         """A step tells neither way; a later one decides."""
-        self._add(name, Status.UNCLEAR, detail, facts=facts)
+        if name in self.required:
+            self.failed(name, _not_passed(name, detail), **facts)
+        else:
+            self._add(name, Status.UNCLEAR, detail, facts=facts)
 
     def skipped(self, name: str, reason: str) -> None:
         """A step was not taken."""
-        self._add(name, Status.SKIPPED, reason)
+        if name in self.required:
+            self.failed(name, _not_passed(name, f"not taken, since {reason}"))
+        else:
+            self._add(name, Status.SKIPPED, reason)
 
     def failed(self, name: str, error: D1SignerError, **facts: str) -> None:
         """A step has failed; tells what to do."""
@@ -92,10 +124,15 @@ class Checklist:
         else:
             self.ok(name, ", ".join(details))
 
+    def end(self) -> None:
+        """No step follows; what is required and did not come up fails."""
+        for name in sorted(self.required - {step.name for step in self.steps}):
+            self.failed(name, _not_passed(name, "no such step for what is given"))
+
     @property
-    def first_failure(self) -> Step | None:
-        """The step at which it stopped."""
-        return next((step for step in self.steps if step.status is Status.FAILED), None)
+    def failures(self) -> list[Step]:
+        """The steps that failed; at the first it stopped."""
+        return [step for step in self.steps if step.status is Status.FAILED]
 
     def passed(self) -> bool:
         """Whether the last step passed."""
@@ -113,14 +150,23 @@ class Checklist:
         step = Step(
             name=name,
             subject=self._subject,
+            about=self._about,
             status=status,
             detail=detail,
             error=error,
-            facts=facts or {},
+            facts={**self._facts, **(facts or {})},
         )
         self.steps.append(step)
-        self._tell(f"  {step.status:<7}  {step.name:<18}  {printable(step.detail)}".rstrip())
+        told = ": ".join(printable(part) for part in (step.about, detail) if part)
+        self._tell(f"  {step.status:<7}  {step.name:<18}  {told}".rstrip())
 
     def _tell(self, line: str) -> None:
         if not self.output.json:
             to_stdout(line)
+
+
+def _not_passed(name: str, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"The step {name} is required and did not pass: {reason}.",
+        hint="Give what it needs, or leave --require out.",
+    )

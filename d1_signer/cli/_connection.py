@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,12 +16,14 @@ from d1_signer.cli._settings import Issuer, open_key, setting
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
-from d1_signer.signing.signer import Signer
-from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.d1 import Environment
-from d1_signer.token.fetcher import TokenFetcher
-from d1_signer.transport.client import ClientTls
-from d1_signer.transport.credentials import ClientCertificate
+
+if TYPE_CHECKING:
+    from d1_signer.signing.signer import Signer
+    from d1_signer.signing.signer_set import SignerSet
+    from d1_signer.token.fetcher import TokenFetcher
+    from d1_signer.transport.client import ClientTls
+    from d1_signer.transport.credentials import ClientCertificate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +50,17 @@ class Connection:
     proxy_adds_certificate: bool
     request_format: Literal["form", "json"]
 
-    def certificate(self, environment: Environment | None) -> ClientCertificate | None:
-        """The client certificate; None where none is given and none is needed.
+    @property
+    def given(self) -> bool:
+        """Whether any of it is given."""
+        named = (self.client_cert, self.client_key, self.ca_file, self.proxy)
+        return any(value is not None for value in named)
+
+    def require(self, environment: Environment | None) -> None:
+        """Refuse half of a client certificate, or none for an environment that needs one.
 
         Raises:
-            ConfigurationError: Half of it is given, or none for an environment that needs one.
+            ConfigurationError: Such settings.
         """
         if self.client_cert is None and self.client_key is None:
             if environment and environment.is_thales and not self.proxy_adds_certificate:
@@ -61,16 +69,27 @@ class Connection:
                     hint="Give --client-cert and --client-key, or set D1_CLIENT_CERT and "
                     "D1_CLIENT_KEY; or state --proxy-adds-certificate.",
                 )
-            return None
-        if self.client_cert is None or self.client_key is None:
+        elif self.client_cert is None or self.client_key is None:
             raise ConfigurationError(
                 "A client certificate needs its key, and a key its certificate.",
                 hint="Give both --client-cert (D1_CLIENT_CERT) and --client-key (D1_CLIENT_KEY).",
             )
+
+    def certificate(self, environment: Environment | None) -> ClientCertificate | None:
+        """The client certificate; None where none is given and none is needed.
+
+        Raises:
+            ConfigurationError: As for `require`, or it cannot be used.
+        """
+        self.require(environment)
+        if self.client_cert is None or self.client_key is None:
+            return None
         return self._certificate_with(self.client_cert, self.client_key)
 
     def _certificate_with(self, certificate: str, key: str) -> ClientCertificate:
         """The certificate; a signer of its key is closed with the command."""
+        from d1_signer.transport.credentials import ClientCertificate
+
         scheme = scheme_of(key)
         if scheme in {"", "file"}:
             path = KeyUri.parse(key, query_names=frozenset()).path if scheme else key
@@ -91,6 +110,8 @@ class Connection:
             issuer: Who asks which D1.
             tls: What was made of the TLS settings before, so that no passphrase is asked for again.
         """
+        from d1_signer.token.fetcher import TokenFetcher
+
         environment = issuer.required_environment()
         return TokenFetcher(
             signers,

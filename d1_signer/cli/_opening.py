@@ -17,7 +17,7 @@ from d1_signer.errors import (
 )
 from d1_signer.signing.key_uri import scheme_of
 
-_PKCS11_STEPS = ("module", "token", "login", "key")
+PKCS11_STEPS = ("module", "token", "login", "key")
 _PIN = re.compile(r"[?&;]pin-(source|value)=", re.IGNORECASE)
 _UNKNOWN = "not known to have run"
 
@@ -37,7 +37,7 @@ class Opening:
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps in order; ``key`` is the last."""
-        return _PKCS11_STEPS if scheme_of(self.uri) == "pkcs11" else ("key",)
+        return PKCS11_STEPS if scheme_of(self.uri) == "pkcs11" else ("key",)
 
     def stopped_at(self, error: D1SignerError) -> str:
         """The step that failed; ``key``, for which all others are taken, where none is told."""

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import unquote
 
 import click
@@ -25,10 +25,10 @@ import click
 from d1_signer.cli._callbacks import holds_key_itself
 from d1_signer.cli._output import Command
 from d1_signer.errors import D1SignerError
-from d1_signer.es256 import PublicKey
 from d1_signer.secret import SecretSource, shown_path
-from d1_signer.signing.registry import load_backend_module, option_names
-from d1_signer.signing.signer import open_signer
+
+if TYPE_CHECKING:
+    from d1_signer.es256 import PublicKey
 
 VARIABLE = "D1_SIGNER_OPTIONS"
 _LONGEST_TIMEOUT = 86_400.0
@@ -39,8 +39,6 @@ _PLAIN_NAME = re.compile(r"[a-z]+([_-][a-z]+)*")
 _USER_IN_URL = re.compile(r"://[^/?#]*@")
 _WHOLE_NUMBER = re.compile(r"-?(0x[0-9A-Fa-f]{1,16}|[0-9]{1,19})")
 _DECIMAL = re.compile(r"-?([0-9]{1,19}(\.[0-9]{0,19})?|\.[0-9]{1,19})")
-# What a backend never sees: `open_signer` has it itself.
-_OWN = frozenset(inspect.signature(open_signer).parameters)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +59,8 @@ class BackendOptions:
         Raises:
             click.UsageError: There is one.
         """
+        from d1_signer.signing.registry import option_names
+
         unknown, known = set(self.given), set[str]()
         for uri in uris:
             functions = [_function(uri, name) for name in ("open_backend", "generate_key")]
@@ -82,6 +82,8 @@ class BackendOptions:
         Raises:
             click.UsageError: A value cannot be read.
         """
+        from d1_signer.signing.registry import option_names
+
         function = _function(uri, function_name)
         if function is None:
             return {}
@@ -188,6 +190,8 @@ def _read_timeout(
 
 def _function(uri: str, name: str) -> Callable[..., Any] | None:
     """A function of the key's backend; None where that cannot be had."""
+    from d1_signer.signing.registry import load_backend_module
+
     try:
         function = getattr(load_backend_module(uri), name, None)
     except D1SignerError:
@@ -196,8 +200,11 @@ def _function(uri: str, name: str) -> Callable[..., Any] | None:
 
 
 def _parameter(function: Callable[..., Any], name: str) -> inspect.Parameter | None:
-    """The parameter that takes an option."""
-    if name in _OWN:
+    """The parameter that takes an option; what `open_signer` has itself, a backend never sees."""
+    from d1_signer.signing.registry import option_names
+    from d1_signer.signing.signer import open_signer
+
+    if name in inspect.signature(open_signer).parameters:
         return None
     parameters = inspect.signature(function).parameters
     if name in option_names(function):
@@ -241,7 +248,18 @@ def reader_for(kind: Any) -> Callable[[str], Any] | None:
     kinds = {kind, *get_args(kind)}
     if {*get_args(SecretSource)} <= kinds:
         return _source
-    return next((read for known, read in _READERS if known in kinds), None)
+    from d1_signer.es256 import PublicKey
+
+    readers: tuple[tuple[Any, Callable[[str], Any]], ...] = (
+        (PublicKey, _public_key),
+        (bool, _boolean),
+        (int, _whole_number),
+        (float, _number),
+        (str, str),
+        (Any, str),
+    )
+    # By the first that the declared type admits.
+    return next((read for known, read in readers if known in kinds), None)
 
 
 class _Misread(Exception):
@@ -258,6 +276,8 @@ def _source(text: str) -> str:
 
 def _public_key(text: str) -> PublicKey:
     """A public key from its PEM file, whose path may be written as a file: URI."""
+    from d1_signer.es256 import PublicKey
+
     path = text
     if text.lower().startswith("file:"):
         path = unquote(text[len("file:") :].removeprefix("//"))
@@ -296,14 +316,3 @@ def _number(text: str) -> float:
     if not _DECIMAL.fullmatch(text):
         raise _Misread("is no number, such as 2.5.")
     return float(text)
-
-
-# By the first that a declared type admits.
-_READERS: tuple[tuple[Any, Callable[[str], Any]], ...] = (
-    (PublicKey, _public_key),
-    (bool, _boolean),
-    (int, _whole_number),
-    (float, _number),
-    (str, str),
-    (Any, str),
-)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,14 @@ class OptionsOnly(click.Command):
         return found
 
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file system, or this user's share of it, has no room left."""
+    return error.errno in _FULL
+
+
 class StdoutError(Exception):
     """Standard output cannot be written, so that there is nothing more to say there."""
 
@@ -47,8 +58,25 @@ def to_stdout(content: str | bytes) -> None:
     try:
         click.echo(content, nl=isinstance(content, str))
     except OSError as error:
-        reader_left = isinstance(error, BrokenPipeError)
-        raise StdoutError("" if reader_left else error.strerror) from None
+        raise _told(error) from None
+
+
+def flush_stdout() -> None:
+    """Write what is held back for standard output, which may be why writing failed before.
+
+    Raises:
+        StdoutError: It cannot be written.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise _told(error) from None
+
+
+def _told(error: OSError) -> StdoutError:
+    reader_left = isinstance(error, BrokenPipeError)
+    return StdoutError("" if reader_left else error.strerror)
 
 
 @dataclass(slots=True)
@@ -69,7 +97,8 @@ class Output:
 
     def note(self, text: str) -> None:
         """Tell a person something beside the result; never on standard output."""
-        click.echo(text, err=True)
+        with contextlib.suppress(OSError):  # it is closed or full: nothing is left to tell it to
+            click.echo(text, err=True)
 
     def failure(self, error: D1SignerError) -> None:
         """Print why the command failed: JSON on standard output, or text on standard error."""

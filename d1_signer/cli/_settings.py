@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,13 +15,13 @@ from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.secret import Secret
 from d1_signer.signing.key_uri import scheme_of
-from d1_signer.signing.signer import Signer, open_signer
-from d1_signer.signing.signer_set import SignerSet
-from d1_signer.token.assertion import sign_assertion
-from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
-from d1_signer.token.fetcher import Audience
+from d1_signer.token.d1 import AssertionProfile, Environment
+
+if TYPE_CHECKING:
+    from d1_signer.signing.signer import Signer
+    from d1_signer.signing.signer_set import SignerSet
+    from d1_signer.token.fetcher import Audience
 
 HSM_PATIENCE = 30.0  # seconds
 
@@ -35,6 +35,8 @@ def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorat
 
 def open_key(uri: str, options: BackendOptions, *, kid: str | None = None) -> Signer:
     """Open a key; the caller closes it."""
+    from d1_signer.signing.signer import open_signer
+
     # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
     # as well.
     limit: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme_of(uri) == "pkcs11" else {}
@@ -99,7 +101,7 @@ class Keys:
             yield tuple(stack.enter_context(self.open(uri)) for uri in self.uris)
 
     @contextmanager
-    def signers(self, output: Output) -> Iterator[SignerSet]:
+    def openable(self, output: Output) -> Iterator[tuple[Signer, ...]]:
         """Those keys that can be opened, in order; at least one.
 
         As in a `SignerSet`, a key whose device is down, or whose PIN or key file cannot be read,
@@ -118,6 +120,14 @@ class Keys:
                 raise failures[0].fresh()
             for failure in failures:
                 output.note(f"Warning: a key is passed over: {printable(str(failure))}")
+            yield tuple(signers)
+
+    @contextmanager
+    def signers(self, output: Output) -> Iterator[SignerSet]:
+        """The keys that can be opened, as a set; see `openable`."""
+        from d1_signer.signing.signer_set import SignerSet
+
+        with self.openable(output) as signers:
             yield SignerSet(signers)
 
 
@@ -134,6 +144,11 @@ class Issuer:
     issuer_id: str | None
     environment: str | None
     audience: str | Audience | None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of it is given."""
+        return self.issuer_id is not None or self.environment is not None
 
     def required_id(self) -> str:
         """The issuer id.
@@ -170,20 +185,21 @@ class Issuer:
         """
         return None if self.environment is None else Environment.of(self.environment)
 
-    def sign(self, signers: SignerSet, *, lifetime: int = DEFAULT_ASSERTION_LIFETIME) -> Secret:
-        """Sign one assertion.
+    def profile(self, *, lifetime: int) -> AssertionProfile:
+        """What its assertions say.
 
         Args:
-            signers: The first that can signs.
             lifetime: Seconds from now to ``exp``.
+
+        Raises:
+            ConfigurationError: A setting is missing.
         """
+        from d1_signer.token.fetcher import Audience
+
         audience = self.audience
         if audience is Audience.TOKEN_ENDPOINT:
             audience = self.required_environment().token_endpoint
-        profile = AssertionProfile(
-            issuer_id=self.required_id(), audience=audience, lifetime=lifetime
-        )
-        return signers.attempt(lambda signer: sign_assertion(signer, profile))
+        return AssertionProfile(issuer_id=self.required_id(), audience=audience, lifetime=lifetime)
 
 
 def with_keys(command: Command) -> Command:
@@ -231,6 +247,8 @@ def with_issuer(command: Command) -> Command:
         no_audience: bool,
         **options: Any,
     ) -> Any:
+        from d1_signer.token.fetcher import Audience
+
         if no_audience and audience is not None:
             raise click.UsageError("--audience and --no-audience exclude each other.")
         wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT

@@ -3,55 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from datetime import UTC, datetime
-
 import click
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec, utils
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from d1_signer.cli._checklist import Checklist, Status, Step
+from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist, Status
 from d1_signer.cli._connection import Connection, with_connection
-from d1_signer.cli._opening import Opening
-from d1_signer.cli._output import (
-    OptionsOnly,
-    Output,
-    moment,
-    printable,
-    said,
-    with_output_options,
-)
+from d1_signer.cli._opening import PKCS11_STEPS
+from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_options
 from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
-from d1_signer.errors import (
-    ConfigurationError,
-    D1SignerError,
-    InvalidSignatureError,
-    KeyUriError,
-    TokenError,
-    TokenRefusedError,
-    TokenResponseError,
-)
-from d1_signer.secret import Secret
-from d1_signer.signing.key_uri import scheme_of, without_secrets
-from d1_signer.signing.registry import load_backend_module
-from d1_signer.signing.signer import Signer
-from d1_signer.token.d1 import Environment
-from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
-from d1_signer.token.renewal import MOST_SKEW, Limits
-from d1_signer.transport.certificates import dates_at_fault
-from d1_signer.transport.client import DAYS_OF_WARNING, ClientTls
-from d1_signer.transport.proxies import optional_proxy
 
-_CERTIFICATE = "client-certificate"
-_ENDPOINT = "endpoint"
+_STEPS = (*PKCS11_STEPS, "signature", "custody", CERTIFICATE, ENDPOINT, ACCESS_TOKEN)
 
 
 @click.command(cls=OptionsOnly)
@@ -64,6 +24,15 @@ _ENDPOINT = "endpoint"
     metavar="N",
     help="Fail where the client certificate is valid for fewer days than that.",
 )
+@click.option(
+    "--require",
+    "required",
+    type=click.Choice(_STEPS),
+    multiple=True,
+    metavar="STEP",
+    help="Fail where this step does not pass, also where it is skipped or unclear; repeat it for "
+    f"several. Steps: {', '.join(_STEPS)}.",
+)
 @with_output_options
 @click.pass_context
 def check(
@@ -73,255 +42,40 @@ def check(
     connection: Connection,
     *,
     warn_days: int | None,
+    required: tuple[str, ...],
     output: Output,
 ) -> None:
     """Check keys, TLS and D1 step by step.
 
     It says at which step it stopped and what to do. With a key alone, the key is checked; with
-    the other settings, the client certificate, the endpoint and a token for each key as well. The
-    exit status is 0 only if no step failed.
+    any setting of D1, the client certificate, the endpoint and a token for each key as well, and
+    settings that are missing then fail. The exit status is 0 only if no step failed.
     """
+    from d1_signer.cli._checking import take_steps
+
     keys.require()
-    checklist = Checklist(output)
-    with ExitStack() as stack:
-        signers = [_check_key(checklist, keys, uri, stack) for uri in keys.uris]
-        _check_d1(checklist, signers, issuer, connection, warn_days)
-    stopped = checklist.first_failure
+    checklist = Checklist(output, frozenset(required))
+    take_steps(checklist, keys, issuer, connection, warn_days)
+    failures = checklist.failures
+    stopped = failures[0] if failures else None
     document = {
         "ok": stopped is None,
         "stopped_at": stopped and stopped.to_dict(),
         "steps": [step.to_dict() for step in checklist.steps],
     }
-    output.result(document, f"\n{_conclusion(checklist, stopped)}")
+    output.result(document, f"\n{_conclusion(checklist)}")
     if stopped:
         context.exit(1)
 
 
-def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
-    if stopped:
-        return f"Stopped at {stopped.name} of {printable(stopped.subject)}; see above what to do."
+def _conclusion(checklist: Checklist) -> str:
+    if checklist.failures:
+        first, *others = (f"{step.name} of {printable(step.about)}" for step in checklist.failures)
+        too = f"; failed too: {', '.join(others)}" if others else ""
+        return f"Stopped at {first}{too}."
     found = [
         f"{word}: {', '.join(names)}"
         for word, status in (("unclear", Status.UNCLEAR), ("not checked", Status.SKIPPED))
         if (names := [step.name for step in checklist.steps if step.status is status])
     ]
     return f"Passed; {'; '.join(found)}." if found else "All steps passed."
-
-
-def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
-    """Check one key; returns its signer if it can sign."""
-    checklist.begin(_shown_key(uri))
-    opening = Opening(uri=uri, options=keys.options.given)
-    try:
-        signer = stack.enter_context(keys.open(uri))
-    except D1SignerError as error:
-        if opening.is_wrong_option(error):
-            raise
-        _tell_where_it_stopped(checklist, opening, error)
-        return None
-    _tell_steps(checklist, opening.steps[:-1], opening.not_taken(None))
-    checklist.ok("key", f"kid {signer.kid}")
-    with checklist.step("signature") as detail:
-        _verify_with_cryptography(signer)
-        detail("verified by cryptography")
-    able = checklist.passed()
-    with checklist.step("custody") as detail:
-        evidence = signer.custody().evidence
-        detail(f"exportable: {said(evidence.exportable)}")
-        detail(f"generated in place: {said(evidence.generated_in_place)}")
-        detail(f"hardware: {said(evidence.hardware)}")
-        for fact in evidence.facts:
-            if fact.name == "locking":
-                detail(f"locking: {fact.value}")
-    return signer if able else None
-
-
-def _shown_key(uri: str) -> str:
-    try:
-        load_backend_module(uri)
-    except KeyUriError:
-        return f"{scheme_of(uri)}:"  # what nothing serves may be anything, a password even
-    except D1SignerError:
-        pass  # opening it will tell
-    return without_secrets(uri)
-
-
-def _tell_where_it_stopped(checklist: Checklist, opening: Opening, error: D1SignerError) -> None:
-    names = (*opening.steps, "signature", "custody")
-    stopped_at = opening.stopped_at(error)
-    at = names.index(stopped_at)
-    _tell_steps(checklist, names[:at], opening.not_taken(error))
-    checklist.failed(stopped_at, error)
-    for name in names[at + 1 :]:
-        checklist.skipped(name, f"{stopped_at} failed")
-
-
-def _tell_steps(checklist: Checklist, names: Sequence[str], not_taken: Mapping[str, str]) -> None:
-    for name in names:
-        if name in not_taken:
-            checklist.skipped(name, not_taken[name])
-        else:
-            checklist.ok(name)
-
-
-def _verify_with_cryptography(signer: Signer) -> None:
-    """Sign and verify by another implementation than ours, from the PEM that is registered."""
-    message = b"d1-signer check " + secrets.token_bytes(32)
-    signature = signer.sign(message)
-    key = load_pem_public_key(signer.public_key.pem().encode())
-    r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
-    try:
-        assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 (tells the type checker)
-        key.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(SHA256()))
-    except InvalidSignature:
-        raise InvalidSignatureError(
-            "The signature does not verify under the key's PEM.",
-            hint="Do not register this key; report this to the maintainers of d1_signer.",
-        ) from None
-
-
-def _check_d1(
-    checklist: Checklist,
-    signers: list[Signer | None],
-    issuer: Issuer,
-    connection: Connection,
-    warn_days: int | None,
-) -> None:
-    environment = issuer.optional_environment()
-    checklist.begin(f"D1 {environment.base_url}" if environment else "D1")
-    tls = _check_certificate(checklist, environment, connection, warn_days)
-    if environment is None or tls is None:
-        reason = "the TLS settings failed" if environment else "no environment is given"
-        checklist.skipped(_ENDPOINT, reason)
-        checklist.skipped("access-token", reason)
-        return
-    reached = _check_endpoint(checklist, environment, tls, connection)
-    for signer in signers:
-        if signer is None or not reached or issuer.issuer_id is None:
-            missing = (
-                "no issuer id is given" if issuer.issuer_id is None else "an earlier step failed"
-            )
-            checklist.skipped("access-token", missing)
-            continue
-        with (
-            checklist.step("access-token") as detail,
-            connection.fetcher(signer, issuer, tls=tls) as fetcher,
-        ):
-            token = fetcher.token()
-            detail(f"kid {signer.kid}, scope {token.scope!r}, expires {moment(token.expires_at)}")
-
-
-def _check_certificate(
-    checklist: Checklist,
-    environment: Environment | None,
-    connection: Connection,
-    warn_days: int | None,
-) -> ClientTls | None:
-    """Check the TLS settings; returns what makes contexts of them if they can be used."""
-    try:
-        tls = ClientTls(connection.certificate(environment), connection.ca_file)
-    except D1SignerError as error:
-        checklist.failed(_CERTIFICATE, error)
-        return None
-    if tls.certificate is None:
-        checklist.skipped(_CERTIFICATE, "none is given")
-    else:
-        _tell_dates(checklist, tls.certificate, warn_days)
-    return tls
-
-
-def _tell_dates(checklist: Checklist, certificate: x509.Certificate, warn_days: int | None) -> None:
-    """Tell until when it is valid; the connection is tried in any case: our clock may be wrong."""
-    end = certificate.not_valid_after_utc
-    days = (end - datetime.now(UTC)).days
-    at_fault = dates_at_fault(certificate)
-    detail = f"valid until {end:%Y-%m-%d} ({days} days)"
-    if at_fault:
-        detail = f"it {at_fault} by this machine's clock"
-    elif days < DAYS_OF_WARNING:
-        detail += ": have Thales sign a new one"
-    not_after = end.isoformat()
-    if warn_days is not None and days < warn_days:
-        error = ConfigurationError(
-            f"The client certificate is {detail}; --warn-days {warn_days} asks for more."
-            if not at_fault
-            else f"The client certificate {at_fault} by this machine's clock.",
-            hint="Have Thales sign a new one from a new CSR.",
-        )
-        checklist.failed(_CERTIFICATE, error, not_after=not_after)
-    elif at_fault:
-        checklist.unclear(_CERTIFICATE, detail, not_after=not_after)
-    else:
-        checklist.ok(_CERTIFICATE, detail, not_after=not_after)
-
-
-def _check_endpoint(
-    checklist: Checklist, environment: Environment, tls: ClientTls, connection: Connection
-) -> bool:
-    """Let the endpoint refuse something that is no assertion; returns whether anything answers.
-
-    How D1 words a refusal was never seen: other answers than an OAuth error are unclear.
-    """
-    try:
-        reply = _answer_to_no_assertion(environment, tls, connection)
-    except ConfigurationError as error:  # of the proxy
-        checklist.failed(_ENDPOINT, error)
-        return False
-    outcome = reply.outcome
-    answered = reply.status is not None or isinstance(outcome, TokenResponseError)
-    if isinstance(outcome, D1SignerError) and not answered:
-        checklist.failed(_ENDPOINT, outcome)
-        return False
-    if abs(reply.clock_offset or 0.0) > MOST_SKEW:
-        checklist.failed(_ENDPOINT, _wrong_clock(reply.clock_offset or 0.0))
-        return False
-    if isinstance(outcome, TokenRefusedError) and outcome.error:
-        checklist.ok(_ENDPOINT, f"HTTP {reply.status}{_clock(reply)}")
-    elif isinstance(outcome, D1SignerError):
-        checklist.unclear(_ENDPOINT, f"{outcome.message}{_clock(reply)}")
-    else:
-        checklist.unclear(_ENDPOINT, f"HTTP {reply.status}: it gives a token for no assertion")
-    return True
-
-
-def _answer_to_no_assertion(
-    environment: Environment, tls: ClientTls, connection: Connection
-) -> Reply:
-    limits = Limits()
-    endpoint = TokenEndpoint(
-        environment,
-        tls,
-        proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
-        connect_timeout=limits.connect,
-        read_timeout=limits.read,
-        request_format=RequestFormat.of(connection.request_format),
-    )
-    cut = threading.Timer(limits.total, endpoint.abort)
-    cut.daemon = True
-    with contextlib.closing(endpoint):
-        cut.start()
-        reply = endpoint.post(
-            Secret("not-an-assertion"),
-            correlation_id=f"check-{secrets.token_hex(8)}",
-            deadline=time.monotonic() + limits.total,
-        )
-        cut.cancel()
-    return reply
-
-
-def _wrong_clock(offset: float) -> TokenError:
-    side = "behind" if offset > 0 else "ahead of"
-    return TokenError(
-        f"This machine's clock is {abs(offset):.0f} seconds {side} D1's, as the Date of its answer "
-        "says: D1 refuses every assertion that is made here.",
-        hint="Set the clock of this machine right.",
-        details={"clock_offset": round(offset)},
-    )
-
-
-def _clock(reply: Reply) -> str:
-    if reply.clock_offset is None:
-        return ""
-    ahead = round(reply.clock_offset)
-    # The Date header has whole seconds, and the answer took its time.
-    return f", D1's clock {f'differs by {ahead:+d} s' if abs(ahead) > 1 else 'agrees'}"

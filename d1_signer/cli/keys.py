@@ -6,13 +6,10 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import click
-from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from d1_signer.cli._callbacks import checked_client_key, checked_subject
 from d1_signer.cli._options import BackendOptions, with_options
@@ -22,19 +19,21 @@ from d1_signer.cli._output import (
     facts,
     indented,
     moment,
+    printable,
     table,
     to_stdout,
     with_output_options,
 )
+from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError
-from d1_signer.secret import shown_path
 from d1_signer.signing.key_uri import split_fragment
-from d1_signer.signing.signer import Signer, generate_key as generate
-from d1_signer.signing.signer_set import SignerSet
 
-_to_file = click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from d1_signer.signing.signer import Signer
 
 
 @click.command("public-key", cls=OptionsOnly)
@@ -47,21 +46,33 @@ _to_file = click.option("-o", "--output-file", metavar="FILE", help="Write it to
     show_default=True,
     help="jwks holds all given keys, the others a single one.",
 )
-@_to_file
+@with_output_file
 @with_output_options
-def public_key(keys: Keys, *, form: str, output_file: str | None, output: Output) -> None:
+@click.pass_context
+def public_key(
+    context: click.Context,
+    keys: Keys,
+    *,
+    form: str,
+    output_file: OutputFile | None,
+    output: Output,
+) -> None:
     """Print the public key to register at D1.
 
-    With --json it is the member public_key: an object for jwk and jwks, base64 text for der.
+    With --json it is the member public_key: an object for jwk and jwks, base64 text for der. Where
+    one of several keys is away, jwks holds the others, and the exit status is 1.
     """
     if form != "jwks":
         keys.single()
     _refuse_der_on_terminal(form, output_file, output)
-    with keys.opened() as signers:
+    with keys.openable(output) as signers:
         encoded, shown = _encode(signers, form)
         named = [{"kid": s.kid, "thumbprint": s.public_key.thumbprint()} for s in signers]
     document = {"format": form, "keys": named, "public_key": shown}
-    _deliver(encoded, document, output_file, output)
+    kids = ", ".join(printable(signer.kid) for signer in signers)
+    _deliver(encoded, document, output_file, output, what=f"the public key of kid {kids}")
+    if len(signers) < len(keys.uris):
+        context.exit(1)
 
 
 def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
@@ -71,12 +82,14 @@ def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
         return key.pem().encode(), key.pem()
     if form == "der":
         return key.der(), base64.b64encode(key.der()).decode()
+    from d1_signer.signing.signer_set import SignerSet
+
     jwks = SignerSet(signers).jwks()
     document = jwks if form == "jwks" else jwks["keys"][0]
     return json.dumps(document, indent=2).encode() + b"\n", document
 
 
-def _refuse_der_on_terminal(form: str, output_file: str | None, output: Output) -> None:
+def _refuse_der_on_terminal(form: str, output_file: OutputFile | None, output: Output) -> None:
     if form == "der" and not output.json and output_file is None and _at_terminal():
         raise ConfigurationError(
             "DER is binary and is not written to a terminal.", hint="Give -o FILE, or use a pipe."
@@ -88,14 +101,16 @@ def _at_terminal() -> bool:
 
 
 def _deliver(
-    encoded: bytes, document: dict[str, object], output_file: str | None, output: Output
+    encoded: bytes,
+    document: dict[str, object],
+    output_file: OutputFile | None,
+    output: Output,
+    *,
+    what: str,
 ) -> None:
     if output_file is not None:
-        try:
-            Path(output_file).write_bytes(encoded)
-        except OSError as error:
-            shown = shown_path(Path(output_file).absolute())
-            raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
+        output_file.write(encoded, what, output)
+        document = {**document, "file": output_file.shown}
     if output.json:
         output.result(document, "")
     elif output_file is None:
@@ -116,7 +131,7 @@ def _deliver(
     required=True,
     metavar="NAME",
     callback=checked_subject,
-    help="Distinguished name as in RFC 4514: 'CN=…,O=Bank,C=FR'. D1 prescribes the common name.",
+    help="Distinguished name as in RFC 4514: 'CN=NAME,O=Bank,C=FR'. D1 prescribes the common name.",
 )
 @click.option(
     "--format",
@@ -125,7 +140,7 @@ def _deliver(
     default="pem",
     show_default=True,
 )
-@_to_file
+@with_output_file
 @with_output_options
 def csr(
     *,
@@ -133,7 +148,7 @@ def csr(
     options: BackendOptions,
     subject: x509.Name,
     form: str,
-    output_file: str | None,
+    output_file: OutputFile | None,
     output: Output,
 ) -> None:
     """Print a certificate signing request (PKCS#10), signed by the key.
@@ -141,6 +156,10 @@ def csr(
     Thales makes the client certificate of mutual TLS from one. Its key must be another than the
     one that signs assertions. With --json it is the member csr: text for pem, base64 for der.
     """
+    from cryptography import x509
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding
+
     _refuse_der_on_terminal(form, output_file, output)
     keys = Keys(uris=(key,), kid=None, options=options)
     with keys.open(keys.single()) as signer:
@@ -154,7 +173,8 @@ def csr(
         "thumbprint": thumbprint,
         "csr": base64.b64encode(encoded).decode() if form == "der" else encoded.decode(),
     }
-    _deliver(encoded, document, output_file, output)
+    what = f"the signing request of the key {thumbprint}"
+    _deliver(encoded, document, output_file, output, what=what)
 
 
 @click.command("generate-key", cls=OptionsOnly)
@@ -166,6 +186,8 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     The key URI says where; nothing is ever overwritten. In an HSM it is made on the device:
     sensitive, not extractable, for signing only.
     """
+    from d1_signer.signing.signer import generate_key as generate
+
     uri = keys.single()
     made = generate(uri, **keys.options.for_key(uri, "generate_key"))
     thumbprint = made.public_key.thumbprint()

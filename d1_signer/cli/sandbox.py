@@ -16,11 +16,11 @@ import click
 from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_options
 from d1_signer.cli._settings import Keys, setting, with_keys
 from d1_signer.errors import ConfigurationError, InvalidKeyError
-from d1_signer.es256 import PublicKey
 from d1_signer.sandbox import Fault
 from d1_signer.secret import shown_path
 
 if TYPE_CHECKING:
+    from d1_signer.es256 import PublicKey
     from d1_signer.sandbox import Sandbox
 
 
@@ -117,6 +117,8 @@ def _public_keys(keys: Keys) -> dict[str, PublicKey]:
 
 
 def _read_registration(text: str) -> tuple[str, PublicKey]:
+    from d1_signer.es256 import PublicKey
+
     kid, equals, path = text.partition("=")
     if not kid or not equals:
         raise click.UsageError("--register takes KID=FILE.")

@@ -8,7 +8,6 @@ import time
 
 import click
 
-from d1_signer import jose
 from d1_signer.cli._connection import Connection, with_connection
 from d1_signer.cli._output import OptionsOnly, Output, facts, indented, moment, with_output_options
 from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
@@ -35,6 +34,10 @@ def token(
 
     Its value is masked: what is printed is what it is good for.
     """
+    # Before anybody is asked for a PIN: what is missing would make it a login for nothing.
+    keys.require()
+    issuer.required_id()
+    connection.require(issuer.required_environment())
     with keys.signers(output) as signers, connection.fetcher(signers, issuer) as fetcher:
         got = fetcher.token()
     document: dict[str, object] = {
@@ -82,8 +85,13 @@ def assertion(
 
     It is what D1 would get for a token; nothing is sent.
     """
+    from d1_signer import jose
+    from d1_signer.token.assertion import sign_assertion
+
+    keys.require()
+    profile = issuer.profile(lifetime=lifetime)
     with keys.signers(output) as signers:
-        signed = issuer.sign(signers, lifetime=lifetime).reveal()
+        signed = signers.attempt(lambda signer: sign_assertion(signer, profile)).reveal()
     header, claims = (json.loads(jose.b64url_decode(part)) for part in signed.split(".")[:2])
     document = {"header": header, "claims": claims}
     if show_assertion:

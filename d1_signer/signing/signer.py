@@ -99,7 +99,8 @@ class Signer:
         self._verify = verify
         self._observers = checked(observers)
         self._closed = False
-        self._kid = self._public_key.thumbprint() if kid is None else _checked_kid(kid)
+        self._thumbprint = self._public_key.thumbprint()
+        self._kid = self._thumbprint if kid is None else _checked_kid(kid)
         if expected_thumbprint is not None and expected_thumbprint != self._public_key.thumbprint():
             raise KeyMismatchError(
                 f"The key's thumbprint is {self._public_key.thumbprint()}, which is not the "
@@ -177,7 +178,7 @@ class Signer:
             return self._sign(digest, timeout)
         error: str | None = "interrupted"
         pool: tuple[int, int] | None = None
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         try:
             if isinstance(self._backend, Pooled):
                 pool = guarded(self._backend.name, self._backend.pool_use)
@@ -195,6 +196,9 @@ class Signer:
                 error=error,
                 use=use,
                 pool_use=pool,
+                time=began,
+                thumbprint=self._thumbprint,
+                digest=digest.hex(),
             )
             notify(self._observers, event)
         return signature

@@ -7,6 +7,7 @@ Each signature is checked with the ``cryptography`` package, never with this pac
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -36,6 +37,7 @@ _MESSAGE = b"d1_signer conformance"
 _DIGEST = hashlib.sha256(_MESSAGE).digest()
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # SP 800-186, 3.2.1.3
 _PATIENCE = 60.0  # seconds until something counts as hung
+_LATEST = 0.5  # seconds behind its deadline at which a call must have ended
 _THREADS = 16
 _EACH = 8  # signatures a thread
 
@@ -230,6 +232,17 @@ class SignerConformance:
             _verify(signer, signature, _DIGEST)
         assert time.monotonic() - started < _PATIENCE
         _verify(signer, signer.sign_digest(_DIGEST), _DIGEST)
+
+    @pytest.mark.parametrize("timeout", [0.0, 0.1])
+    def test_deadline_is_kept(self, signer: Signer, timeout: float) -> None:
+        # The quickest of several: a loaded machine may hold up one of them.
+        quickest = _PATIENCE
+        for _ in range(5):
+            started = time.monotonic()
+            with contextlib.suppress(SignerTimeout):
+                signer.sign_digest(_DIGEST, timeout=timeout)
+            quickest = min(quickest, time.monotonic() - started)
+        assert quickest < timeout + _LATEST, "the backend goes on beyond the deadline it is given"
 
     def test_closed_signer_refuses(self, signer: Signer) -> None:
         backend = signer._backend  # noqa: SLF001

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NoReturn, final
 
 from d1_signer.secret import Secret
+from d1_signer.token.attempt import Attempt
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME
 
 _RENEW_AT = 2 / 3
@@ -88,6 +89,7 @@ class HeldToken:
         requested_at: Start of the request.
         dies_at: D1's own expiry.
         shared: Whether it came from the fleet's store.
+        attempt: What it was obtained with; None for one of the fleet's store.
     """
 
     token: AccessToken
@@ -96,6 +98,7 @@ class HeldToken:
     requested_at: float
     dies_at: float
     shared: bool = False
+    attempt: Attempt | None = None
 
     def state(self, now: float) -> State:
         """What the token is good for at a moment of the same clock."""
@@ -113,6 +116,7 @@ def hold(
     requested_at_wall: float,
     chance: float,
     shared: bool = False,
+    attempt: Attempt | None = None,
 ) -> HeldToken:
     """Decide when a new token is renewed and when it is no longer handed out.
 
@@ -126,6 +130,7 @@ def hold(
         requested_at_wall: The same moment in seconds since the epoch.
         chance: Random number from 0 to 1; spreads the renewals of a fleet.
         shared: Whether it came from the fleet's store.
+        attempt: What it was obtained with.
     """
     life = min(expires_in, MAX_TOKEN_LIFETIME)
     margin = min(_MAX_MARGIN, life / 10)
@@ -137,4 +142,5 @@ def hold(
         requested_at=requested_at,
         dies_at=requested_at + life,
         shared=shared,
+        attempt=attempt,
     )

@@ -16,10 +16,16 @@ from d1_signer.token.d1 import MAX_ASSERTION_LIFETIME, AssertionProfile
 PURPOSE = "d1-assertion"
 
 
+def new_jti() -> str:
+    """A ``jti`` that no other assertion has."""
+    return secrets.token_urlsafe(16)
+
+
 def sign_assertion(
     signer: Signer,
     profile: AssertionProfile,
     *,
+    jti: str | None = None,
     clock_offset: float = 0.0,
     timeout: float | None = None,
 ) -> Secret:
@@ -28,6 +34,7 @@ def sign_assertion(
     Args:
         signer: Signs, and names the ``kid``.
         profile: What the assertion says.
+        jti: Its ``jti``; None: a random one, see `new_jti`.
         clock_offset: Seconds by which D1's clock is ahead of it.
         timeout: Seconds to wait for the signature at most; None: the signer's own limit.
 
@@ -37,7 +44,7 @@ def sign_assertion(
     Raises:
         SignerError: The key cannot sign; see `Signer.sign`.
     """
-    jti = secrets.token_urlsafe(16)
+    jti = jti or new_jti()
     now = time.time()
     claims = profile.claims(now=now + clock_offset, jti=jti)
     # However far ahead D1's clock is said to be: no assertion outlives 15 minutes on ours.

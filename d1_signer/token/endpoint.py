@@ -128,6 +128,11 @@ class TokenEndpoint:
         self._session = new_session(self._adapter)
         self._peer = Peer(environment=environment, proxy=proxy, tls=tls)
 
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return self._peer.address
+
     def post(self, assertion: Secret, *, correlation_id: str, deadline: float) -> Reply:
         """Send one assertion.
 
@@ -172,6 +177,10 @@ class TokenEndpoint:
             raise
         if isinstance(reply.outcome, D1SignerError):
             reply.outcome.details["correlation_id"] = correlation_id
+            # Beside the advice to ask for it: the details may not stand where the hint is read.
+            reply.outcome.hint = reply.outcome.hint.replace(
+                "the correlation id", f"the correlation id {correlation_id}"
+            )
         return reply
 
     def _exchange(

@@ -35,6 +35,7 @@ from d1_signer.errors import ConfigurationError
 from d1_signer.events import Observer, checked
 from d1_signer.frames import without_locals
 from d1_signer.secret import Secret, SecretSource
+from d1_signer.signing import forks
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.auth import D1Auth
@@ -44,6 +45,7 @@ from d1_signer.token.endpoint import RequestFormat, TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.keeper import TokenKeeper
 from d1_signer.token.renewal import Limits, Renewal, seconds
+from d1_signer.token.status import FetcherStatus
 from d1_signer.token.stores import TokenStore
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.credentials import ClientCertificate
@@ -150,6 +152,7 @@ class TokenFetcher(TokenKeeper):
             )
         observers = checked(observers)
         signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
+        self._signers = signers
         self._tls = ClientTls(
             client_certificate,
             ca_file,
@@ -237,6 +240,32 @@ class TokenFetcher(TokenKeeper):
         if self._proxy is not None:
             self._proxy.forget_refusals()
         self._tls.reload()
+
+    def status(self) -> FetcherStatus:
+        """How this fetcher is now, from memory: nothing is asked of D1, a signer or the store."""
+        forks.notice()
+        members = self._signers.health()
+        with self._lock:
+            now, held, journal = self._clock(), self._held, self._journal
+            renewing = self._flight is not None
+            due = max(self._not_before, held.renew_at if held else now)
+            return FetcherStatus(
+                environment=self._environment.base_url,
+                issuer_id=journal.whose["issuer"],
+                token=self._state(held),
+                expires_at=held.token.expires_at if held else None,
+                next_renewal_at=None
+                if renewing or self._closed
+                else self._wall() + max(0.0, due - now),
+                renewing=renewing,
+                failures=journal.failures,
+                last_success=journal.success,
+                last_failure=journal.failure,
+                members=members,
+                store=self._renewal.store_state,
+                lease=self._renewal.lease_state,
+                closed=self._closed,
+            )
 
     def session(self) -> requests.Session:
         """A new session for the banking API: the same mutual TLS, authenticated by `D1Auth`.

@@ -22,7 +22,9 @@ from d1_signer.token.access_token import HeldToken, hold
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
+from d1_signer.token.journal import told
 from d1_signer.token.renewal import Limits, Renewal
+from d1_signer.token.status import LeaseState, StoreState
 from d1_signer.token.stores import (
     MAX_SEALED,
     VERSION,
@@ -46,7 +48,13 @@ _LONGEST_LOOK = 1.0
 
 
 class FleetRenewal:
-    """Takes a fresh token from the store, or obtains one for everybody under the lease."""
+    """Takes a fresh token from the store, or obtains one for everybody under the lease.
+
+    Attributes:
+        whose: Names of D1's host and the issuer, for lines of the log.
+        store_state: What the last call of the store has shown.
+        lease_state: Who renewed when it was looked at last.
+    """
 
     def __init__(
         self,
@@ -79,6 +87,9 @@ class FleetRenewal:
         # Whoever can write to the store can put back what it held before.
         self._generation = 0
         self._refused: dict[bytes, float] = {}
+        self.whose = renewal.whose
+        self.store_state = StoreState.UNUSED
+        self.lease_state = LeaseState.NONE
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -113,6 +124,7 @@ class FleetRenewal:
                         self._share(held, deadline)
                         return held
             except StoreUnavailable as error:
+                self.store_state = StoreState.AWAY
                 _log.warning("fleet.store_unavailable: going on without it: %s", error.message)
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
             now = time.monotonic()
@@ -129,10 +141,16 @@ class FleetRenewal:
         """The store's token, if it is fresh and none that was there before."""
         now, wall = self._clock(), self._wall()
         found = self._store.load(self._name, deadline=deadline)
-        if found is None or len(found[0]) > MAX_SEALED:
-            return None
-        token = self._sealer.open(found[0])
-        if token is None or token.generation < self._generation or _digest(token) in self._refused:
+        token = None
+        if found is not None and len(found[0]) <= MAX_SEALED:
+            token = self._sealer.open(found[0])
+        self._note_store(unreadable=found is not None and token is None)
+        if (
+            found is None
+            or token is None
+            or token.generation < self._generation
+            or _digest(token) in self._refused
+        ):
             return None
         self._generation = token.generation
         life = token.expires_at - token.requested_at
@@ -154,6 +172,16 @@ class FleetRenewal:
             return None
         return held(chance=random.random())  # noqa: S311 (spreads load, keeps no secret)
 
+    def _note_store(self, *, unreadable: bool) -> None:
+        """Note what the store has given; a member whose key differs is told of once."""
+        if unreadable and self.store_state is not StoreState.UNREADABLE:
+            _log.warning(
+                "fleet.token_unreadable %s: the store's token was not sealed with this store_key, "
+                "so this process fetches its own; give all of the fleet the same store_key",
+                told(self.whose),
+            )
+        self.store_state = StoreState.UNREADABLE if unreadable else StoreState.WORKING
+
     def _remember(self, refused: str) -> None:
         """Keep in mind what is not to be taken again, for as long as it may live."""
         now = self._clock()
@@ -163,14 +191,16 @@ class FleetRenewal:
     @contextmanager
     def _leased(self, deadline: float) -> Iterator[bool]:
         lease = self._store.lease(self._name, life=self._lease_life, deadline=deadline)
+        self.lease_state = LeaseState.ANOTHERS if lease is None else LeaseState.OURS
         try:
             yield lease is not None
         finally:
             try:
                 if lease is not None:
                     self._store.release(lease, deadline=deadline)
+                    self.lease_state = LeaseState.NONE
             except StoreUnavailable as error:
-                self._kept = lease
+                self._kept, self.lease_state = lease, LeaseState.KEPT
                 _log.warning("fleet.lease_not_released: %s", error.message)
 
     def _give_back(self, deadline: float) -> None:

@@ -24,13 +24,14 @@ from d1_signer.errors import (
     TokenTimeout,
     TokenUnavailable,
 )
-from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.events import Observer
 from d1_signer.signing import forks
 from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
 from d1_signer.token.flight import Flight, not_in_time
+from d1_signer.token.journal import Journal
 from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
 from d1_signer.transport.patching import require_patched_first
 
@@ -80,7 +81,7 @@ class TokenKeeper:
         self._retry_interval = retry_interval
         self._clock = clock
         self._wall = wall
-        self._observers = tuple(observers)
+        self._journal = Journal(renewal.whose, wall=wall, observers=observers)
         self._refused: str | None = None
         self._refused_young_until = _NEVER
         self._young_until = _NEVER
@@ -88,7 +89,6 @@ class TokenKeeper:
         self._held: HeldToken | None = None
         # What the fast path reads, in one attribute so that it is read as one.
         self._fresh: tuple[float, float, AccessToken] = (_NEVER, _NEVER, _NO_TOKEN)
-        self._failures = 0
         self._last_failure: D1SignerError | None = None
         self._not_before = _NEVER
         self._begin_without_flight()
@@ -318,7 +318,7 @@ class TokenKeeper:
             hint="It is tried again by itself; where it stays, look there.",
             details={"hanging_in": flight.place},
         )
-        self._note_failure(error)
+        self._note_failure(error, self._limits.total)
         flight.end(error)
         self._endpoint.abort()
 
@@ -341,44 +341,30 @@ class TokenKeeper:
                 if self._flight is flight:
                     self._flight = self._worker = None
                     if isinstance(result, HeldToken):
-                        self._note_success(result)
+                        self._note_success(result, time.perf_counter() - started)
                     else:
-                        self._note_failure(result)
+                        self._note_failure(result, time.perf_counter() - started)
         finally:
             flight.end(result)
-        self._tell(result, time.perf_counter() - started)
+        self._journal.tell(result, time.perf_counter() - started)
 
-    def _tell(self, result: HeldToken | D1SignerError, duration: float) -> None:
-        if isinstance(result, HeldToken):
-            event = RenewalEvent(
-                duration=duration,
-                error=None,
-                expires_in=result.token.expires_at - self._wall(),
-                shared=result.shared,
-            )
-        else:
-            event = RenewalEvent(
-                duration=duration, error=result.code, expires_in=None, shared=False
-            )
-        notify(self._observers, event)
-
-    def _note_success(self, held: HeldToken) -> None:
+    def _note_success(self, held: HeldToken, duration: float) -> None:
         self._held = held
         self._fresh = (held.renew_at, held.token.expires_at, held.token)
-        self._failures, self._last_failure = 0, None
+        self._last_failure = None
         self._young_until = self._clock() + _YOUNG
         # Tokens that live for a moment only must not become a loop of requests.
         self._not_before = self._clock() + self._retry_interval
-        _log.info("token.renewed scope=%r expires_at=%.0f", held.token.scope, held.token.expires_at)
+        self._journal.succeeded(held, duration)
 
-    def _note_failure(self, error: D1SignerError) -> None:
-        self._failures += 1
+    def _note_failure(self, error: D1SignerError, duration: float | None = None) -> None:
         self._last_failure = error
-        back_off = min(self._retry_interval * 2.0 ** min(self._failures - 1, 10), _LONGEST_BACK_OFF)
+        self._journal.failed(error, duration)
+        doublings = min(self._journal.failures - 1, 10)
+        back_off = min(self._retry_interval * 2.0**doublings, _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
         asked = min(asked_pause(error), _MOST_RETRY_AFTER)
         self._not_before = self._clock() + max(back_off, asked) * jitter
-        _log.warning("token.failed code=%s failures=%d: %s", error.code, self._failures, error)
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's flight, lock and connections are not ours."""

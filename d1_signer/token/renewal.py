@@ -32,12 +32,15 @@ from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.access_token import HeldToken, hold
-from d1_signer.token.assertion import sign_assertion
+from d1_signer.token.assertion import new_jti, sign_assertion
+from d1_signer.token.attempt import Attempt
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.token.endpoint import Reply, TokenEndpoint
 from d1_signer.token.flight import left_to
+from d1_signer.token.journal import told
 from d1_signer.token.response import Grant
+from d1_signer.token.status import LeaseState, StoreState
 
 _log = logging.getLogger("d1_signer.token")
 
@@ -108,7 +111,13 @@ def asked_pause(error: D1SignerError) -> float:
 
 
 class Renewal:
-    """Obtains tokens; keeps nothing but what it learned of D1's clock."""
+    """Obtains tokens; keeps nothing but what it learned of D1's clock.
+
+    Attributes:
+        whose: Names of D1's host and the issuer, for lines of the log.
+        store_state: There is no store.
+        lease_state: There is no lease.
+    """
 
     def __init__(
         self,
@@ -132,6 +141,8 @@ class Renewal:
         self._correlation_id = correlation_id
         self._observers = tuple(observers)
         self._clock_offset = 0.0
+        self.store_state, self.lease_state = StoreState.NONE, LeaseState.NONE
+        self.whose = {"host": endpoint.address, "issuer": profile.issuer_id}
 
     def obtain(
         self,
@@ -178,7 +189,7 @@ class Renewal:
             attempt += 1
             started, began = (self._clock(), self._wall()), time.monotonic()
             try:
-                kid, reply = self._try_once(deadline, stopped, refused_kids)
+                tried, reply = self._try_once(attempt, deadline, stopped, refused_kids)
             except (SignerError, ConfigurationError, TokenTimeout) as error:
                 # That time ran out before another attempt was sent hides nothing of what D1
                 # answered before, nor does another key that cannot sign.
@@ -188,7 +199,7 @@ class Renewal:
                     raise
                 raise answered.fresh() from None
             if isinstance(reply.outcome, Grant):
-                return self._held(reply.outcome, *started)
+                return self._held(reply.outcome, *started, tried)
             self._require_time(reply, last, began, deadline)
             last = reply.outcome
             # The two attempts below do not repeat what was refused: each sends another assertion
@@ -196,8 +207,8 @@ class Renewal:
             if not skew_corrected and self._corrects_skew(reply):
                 skew_corrected = True
                 continue
-            if not refused_kids and self._has_another_kid(reply, kid):
-                refused_kids, refusal = frozenset({kid}), reply.outcome
+            if not refused_kids and self._has_another_kid(reply, tried.kid):
+                refused_kids, refusal = frozenset({tried.kid}), reply.outcome
                 continue
             pause = pause_before(
                 attempt,
@@ -209,13 +220,14 @@ class Renewal:
                     # The Date was not what D1 minded, under any kid: both can be wrong at once.
                     self._clock_offset = 0.0
                 raise reply.outcome
-            _log.info("token.retry attempt=%d pause=%.3f: %s", attempt, pause, reply.outcome.code)
+            facts = {**self.whose, **tried.details(), "seconds": round(tried.seconds, 3)}
+            _log.info("token.retry %s pause=%.3f: %s", told(facts), pause, reply.outcome.code)
             if stopped.wait(pause):
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
 
     def _try_once(
-        self, deadline: float, stopped: threading.Event, without: frozenset[str]
-    ) -> tuple[str, Reply]:
+        self, number: int, deadline: float, stopped: threading.Event, without: frozenset[str]
+    ) -> tuple[Attempt, Reply]:
         others = False
 
         def share() -> float:
@@ -233,14 +245,15 @@ class Renewal:
             others = another
             return share()
 
-        def sign(signer: Signer) -> tuple[str, Secret]:
+        def sign(signer: Signer) -> tuple[str, str, Secret]:
+            jti, offset = new_jti(), self._clock_offset
             assertion = sign_assertion(
-                signer, self._profile, clock_offset=self._clock_offset, timeout=share()
+                signer, self._profile, jti=jti, clock_offset=offset, timeout=share()
             )
-            return signer.kid, assertion
+            return signer.kid, jti, assertion
 
         left_to("a signer")
-        kid, assertion = self._signers.attempt(sign, without=without, patience=patience)
+        kid, jti, assertion = self._signers.attempt(sign, without=without, patience=patience)
         if stopped.is_set():
             raise FetcherClosedError("The token fetcher was closed during a renewal.")
         if self._correlation_id is None:
@@ -251,15 +264,31 @@ class Renewal:
         left_to("the request to D1")
         started = time.perf_counter()
         reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
-        event = RequestEvent(
+        tried = Attempt(
+            number=number,
+            kid=kid,
+            jti=jti,
             correlation_id=correlation_id,
-            duration=time.perf_counter() - started,
             status=reply.status,
-            error=reply.outcome.code if isinstance(reply.outcome, D1SignerError) else None,
+            seconds=time.perf_counter() - started,
+        )
+        self._tell(tried, reply)
+        return tried, reply
+
+    def _tell(self, tried: Attempt, reply: Reply) -> None:
+        error = reply.outcome if isinstance(reply.outcome, D1SignerError) else None
+        if error is not None:
+            error.details = {**error.details, **tried.details(), **self.whose}
+        event = RequestEvent(
+            correlation_id=tried.correlation_id,
+            duration=tried.seconds,
+            status=tried.status,
+            error=None if error is None else error.code,
+            jti=tried.jti,
+            kid=tried.kid,
         )
         left_to("an observer")
         notify(self._observers, event)
-        return kid, reply
 
     def _require_time(
         self, reply: Reply, before: D1SignerError | None, began: float, deadline: float
@@ -272,7 +301,7 @@ class Renewal:
             raise before.fresh()
 
     def _held(
-        self, grant: Grant, requested_at: float, requested_at_wall: float
+        self, grant: Grant, requested_at: float, requested_at_wall: float, tried: Attempt
     ) -> HeldToken | None:
         if grant.expires_in <= self._clock() - requested_at:
             return None
@@ -283,6 +312,7 @@ class Renewal:
             requested_at=requested_at,
             requested_at_wall=requested_at_wall,
             chance=random.random(),  # noqa: S311 (spreads load, keeps no secret)
+            attempt=tried,
         )
 
     def _corrects_skew(self, reply: Reply) -> bool:

@@ -60,6 +60,8 @@ _HINTS = {
     "invalid_grant": "Check the issuer id, the kid, and that D1 knows this public key under it.",
     "invalid_client": "Check the issuer id and the client certificate.",
 }
+# The endpoint puts the id behind it.
+_ASK = "ask Thales with the correlation id"
 _ANY_CAUSE = "Check the issuer id, the kid, the key that D1 knows, and the client certificate."
 
 
@@ -140,7 +142,7 @@ def error_from(
     if status in TRANSIENT or status >= 500:  # noqa: PLR2004 (RFC 9110 section 15.6)
         return TokenUnavailable(
             f"D1 cannot give a token now (HTTP {status}): {said}.",
-            hint="It is tried again by itself; if it stays, ask Thales with the correlation id.",
+            hint=f"It is tried again by itself; if it stays, {_ASK}.",
             details=details,
         )
     if status in _NOT_AN_ENDPOINT:
@@ -176,7 +178,7 @@ def _refused(
         f"D1 refused the assertion (HTTP {status}): {said}.",
         status=status,
         error=error,
-        hint=_HINTS.get(error, _ANY_CAUSE),
+        hint=f"{_HINTS.get(error, _ANY_CAUSE)} Where it is all right, {_ASK}.",
         details=details,
     )
 

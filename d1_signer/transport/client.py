@@ -18,7 +18,7 @@ from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, D1SignerError, SignerUnavailable
 from d1_signer.events import CertificateEvent, Observer, notify
-from d1_signer.secret import Secret, read_secret
+from d1_signer.secret import Secret, read_secret, shown_path
 from d1_signer.signing import forks
 from d1_signer.transport.credentials import (
     Authorities,
@@ -300,15 +300,18 @@ def _no_fork(patience: float) -> Iterator[None]:
 class _Typed:
     """A passphrase that a person types, who is not asked again when files change."""
 
-    def __init__(self) -> None:
+    def __init__(self, of: str) -> None:
+        self._of = of
         self._kept: Secret | None = None
 
     def __call__(self) -> str:
         if self._kept is None:
-            self._kept = read_secret("prompt", what="client key's passphrase")
+            self._kept = read_secret("prompt", what="client key's passphrase", of=self._of)
         return self._kept.reveal()
 
 
 def _asking_once(certificate: ClientCertificate) -> ClientCertificate:
     typed = certificate.passphrase == "prompt"  # noqa: S105 (where it comes from)
-    return replace(certificate, passphrase=_Typed()) if typed else certificate
+    if not typed:
+        return certificate
+    return replace(certificate, passphrase=_Typed(shown_path(certificate.key)))

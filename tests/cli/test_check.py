@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -86,7 +87,7 @@ def test_stops_at_the_key(run: Run, settings: dict[str, str], tmp_path: Path) ->
     text = run("check")
     assert text.status == 1
     assert "Check the path" in text.out
-    assert f"Stopped at key of {settings['D1_SIGNER_KEY']}" in text.out
+    assert f"Stopped at key of {settings['D1_SIGNER_KEY']}." in text.out
 
 
 def test_stops_at_a_key_that_fits_another_certificate(
@@ -125,7 +126,7 @@ def test_a_certificate_out_of_its_dates_is_tried(
     assert words in endpoint["detail"]
     assert token["status"] == "skipped"
     text = run("check")
-    assert f"unclear  client-certificate  it {words}" in text.out
+    assert re.search(f"unclear  client-certificate  127.0.0.1:[0-9]+: it {words}", text.out)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +151,13 @@ def test_an_end_that_comes_near(
     soon: bool,
 ) -> None:
     not_after = put_certificate(settings, tmp_path, -50, days)
-    del settings["D1_ENVIRONMENT"]
     options = [] if asked is None else ["--warn-days", str(asked)]
     result = run("check", "--json", *options, **settings)
     step = result.document["steps"][-3]
     assert (step["step"], step["status"]) == ("client-certificate", status)
     assert step["not_after"] == not_after
     assert ("have Thales sign a new one" in step["detail"]) is soon
-    assert result.status == (1 if status == "failed" else 0)
+    assert (result.document["stopped_at"]["step"] == step["step"]) is (status == "failed")
 
 
 def test_warn_days_keeps_nothing_from_being_checked(run: Run, settings: dict[str, str]) -> None:
@@ -251,7 +251,7 @@ def dripping() -> Iterator[str]:
 def test_a_server_that_never_comes_to_the_point_is_left(
     run: Run, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d1_signer.cli.check.Limits", lambda: Limits(total=1))
+    monkeypatch.setattr("d1_signer.cli._checking.Limits", lambda: Limits(total=1))
     with dripping() as environment:
         settings["D1_ENVIRONMENT"] = environment
         for name in ("D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE"):
@@ -306,14 +306,90 @@ def test_stops_at_the_token(run: Run, sandbox: Sandbox, settings: dict[str, str]
     assert "  failed   access-token" in result.out
     assert "Check the issuer id" in result.out
     assert f"correlation_id: {sandbox.requests[-1].correlation_id}" in result.out
-    assert "Stopped at access-token of D1 https://127.0.0.1" in result.out
+    assert "Stopped at access-token of kid bank-2026 at 127.0.0.1:" in result.out
 
 
-def test_without_an_issuer_id_there_is_no_token(run: Run, settings: dict[str, str]) -> None:
-    del settings["D1_ISSUER_ID"]
+@pytest.mark.parametrize(
+    ("missing", "steps"),
+    [
+        ("D1_ISSUER_ID", ["ok", "ok", "failed"]),
+        ("D1_ENVIRONMENT", ["ok", "failed", "skipped"]),
+        ("D1_CLIENT_CERT", ["failed", "skipped", "skipped"]),
+        ("D1_CLIENT_KEY", ["failed", "skipped", "skipped"]),
+    ],
+)
+def test_where_d1_is_set_up_a_missing_setting_fails(
+    run: Run, settings: dict[str, str], missing: str, steps: list[str]
+) -> None:
+    del settings[missing]
     result = run("check", "--json", **settings)
-    assert result.status == 0
-    assert statuses(result)[-2:] == [("endpoint", "ok"), ("access-token", "skipped")]
+    assert (result.status, result.document["ok"]) == (1, False)
+    assert statuses(result)[-3:] == [*zip(D1_STEPS, steps, strict=True)]
+    assert missing in result.document["stopped_at"]["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    "given", ["D1_ISSUER_ID", "D1_ENVIRONMENT", "D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE"]
+)
+def test_one_setting_of_d1_asks_for_the_others(
+    run: Run, settings: dict[str, str], given: str
+) -> None:
+    only = {name: settings[name] for name in ("D1_SIGNER_KEY", given)}
+    result = run("check", "--json", **only)
+    assert (result.status, result.document["ok"]) == (1, False)
+
+
+def test_two_keys_that_fail_are_told_apart(
+    run: Run, settings: dict[str, str], key_uri: str, other_uri: str
+) -> None:
+    settings |= {"D1_SIGNER_KEY": f"{key_uri} {other_uri}", "D1_ISSUER_ID": "somebody-else"}
+    tokens = [
+        step
+        for step in run("check", "--json", **settings).document["steps"]
+        if step["step"] == "access-token"
+    ]
+    assert [(step["kid"], step["status"]) for step in tokens] == [
+        ("bank-2026", "failed"),
+        ("next-2027", "failed"),
+    ]
+    text = run("check").out
+    failed = [line for line in text.splitlines() if line.startswith("  failed")]
+    assert [line.split()[2:4] for line in failed] == [["kid", "bank-2026"], ["kid", "next-2027"]]
+    first, others = text.splitlines()[-1].split("; failed too: ")
+    assert first.startswith("Stopped at access-token of kid bank-2026 at 127.0.0.1:")
+    assert others.startswith("access-token of kid next-2027 at 127.0.0.1:")
+
+
+def test_every_line_names_key_or_host(run: Run, settings: dict[str, str]) -> None:
+    lines = run("check", **settings).out.splitlines()
+    host = settings["D1_ENVIRONMENT"].split("/")[2]
+    assert lines[0] == settings["D1_SIGNER_KEY"].partition("#")[0]
+    assert all("kid bank-2026" in line for line in lines[1:4])
+    assert lines[4] == f"D1 {settings['D1_ENVIRONMENT']}"
+    assert all(f"{host}: " in line for line in lines[5:8])
+
+
+@pytest.mark.parametrize("step", ["client-certificate", "endpoint", "access-token", "login"])
+def test_a_required_step_that_is_not_taken_fails(run: Run, key_uri: str, step: str) -> None:
+    result = run("check", "--json", "--key", key_uri, "--require", "custody", "--require", step)
+    assert (result.status, result.document["ok"]) == (1, False)
+    assert result.document["stopped_at"]["step"] == step
+    assert "required" in result.document["stopped_at"]["detail"]
+
+
+def test_a_required_step_that_is_unclear_fails(
+    run: Run, sandbox: Sandbox, settings: dict[str, str]
+) -> None:
+    sandbox.misbehave(Fault.HTML_400, times=1)
+    result = run("check", "--json", "--require", "endpoint", **settings)
+    assert (result.status, result.document["ok"]) == (1, False)
+    assert statuses(result)[-2:] == [("endpoint", "failed"), ("access-token", "ok")]
+
+
+def test_required_steps_that_pass(run: Run, settings: dict[str, str]) -> None:
+    required = [word for step in KEY_STEPS + D1_STEPS for word in ("--require", step)]
+    assert run("check", *required, **settings).out.endswith("\nAll steps passed.\n")
+    assert run("check", "--require", "everything", **settings).status == 2
 
 
 def test_plain_http_needs_no_certificate(run: Run, key_uri: str) -> None:

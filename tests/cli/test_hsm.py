@@ -114,6 +114,21 @@ def test_a_client_key_in_the_hsm(uri: str, softhsm_token: SoftHsmToken) -> None:
     assert softhsm_token.pin not in token.out + token.err
 
 
+@pytest.mark.parametrize("source", ["file:/nowhere/pin", "env:UNSET_PIN"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_ok_is_not_said_of_a_token_that_nobody_looked_for(
+    softhsm_token: SoftHsmToken, source: str, *, isolated: bool
+) -> None:
+    # The PIN is read first.
+    uri = softhsm_token.uri.replace(softhsm_token.label, "nowhere").replace(
+        f"file:{softhsm_token.pin_file}", source
+    )
+    options = ["--option", "isolation=process"] if isolated else []
+    result = run_process("check", "--json", *options, "--key", uri)
+    steps = key_steps(result)
+    assert (result.status, steps["token"], steps["login"]) == (1, "skipped", "failed")
+
+
 def test_check_passes_each_step(uri: str) -> None:
     result = run_process("check", "--json", "--key", uri)
     assert result.status == 0
@@ -156,10 +171,11 @@ def test_a_pin_in_the_variable_is_taken_with_a_warning(
     assert softhsm_token.pin not in result.out + result.err
 
 
-def test_pin_at_the_prompt(uri: str, softhsm_token: SoftHsmToken) -> None:
+@pytest.mark.parametrize("options", [(), ("--option", "isolation=process")])
+def test_pin_at_the_prompt(uri: str, softhsm_token: SoftHsmToken, options: tuple[str, ...]) -> None:
     prompting = uri.replace(f"file:{softhsm_token.pin_file}", "prompt")
-    terminal = AtTerminal("public-key", "--key", prompting)
-    terminal.wait_for("PIN: ")
+    terminal = AtTerminal("public-key", "--key", prompting, *options)
+    terminal.wait_for(f"PIN for {uri.partition('?')[0]}: ")
     terminal.type(softhsm_token.pin + "\n")
     status, out = terminal.end()
     assert status == 0, terminal.shown

@@ -52,7 +52,7 @@ def test_der_goes_to_a_pipe_and_to_a_file(key_uri: str, tmp_path: Path, run: Run
     assert numbers(load_der_public_key(piped.stdout)) == expected
     file = tmp_path / "key.der"
     written = run(*arguments, "-o", str(file))
-    assert (written.status, written.out, written.err) == (0, "", "")
+    assert (written.status, written.out) == (0, "")
     assert file.read_bytes() == piped.stdout
     shown = run(*arguments, "--json").document
     assert base64.b64decode(shown["public_key"]) == piped.stdout
@@ -104,6 +104,18 @@ def test_jwks_holds_all_keys_in_order(run: Run, key_uri: str, other_uri: str) ->
     assert [key["kid"] for key in json.loads(repeated.out)["keys"]] == ["next-2027", "bank-2026"]
 
 
+def test_jwks_holds_the_others_where_a_key_is_away(run: Run, key_uri: str, tmp_path: Path) -> None:
+    away = (tmp_path / "none.pem").as_uri()
+    for keys in (f"{away} {key_uri}", f"{key_uri} {away}"):
+        result = run("public-key", "--format", "jwks", D1_SIGNER_KEY=keys)
+        assert result.status == 1
+        assert [key["kid"] for key in json.loads(result.out)["keys"]] == ["bank-2026"]
+        assert "Warning: a key is passed over" in result.err
+        assert "none.pem" in result.err
+    nothing = run("public-key", "--format", "jwks", D1_SIGNER_KEY=f"{away} {away}")
+    assert (nothing.status, nothing.out) == (2, "")
+
+
 @pytest.mark.parametrize("form", ["pem", "der", "jwk"])
 def test_other_forms_take_one_key(run: Run, key_uri: str, other_uri: str, form: str) -> None:
     result = run("public-key", "--format", form, "--key", key_uri, "--key", other_uri)
@@ -125,7 +137,7 @@ SUBJECT = r"CN=TLSMA/bank PPR,O=Banque Générale\, SA,C=FR"
 def test_a_signing_request_is_taken_by_others(run: Run, key_uri: str, tmp_path: Path) -> None:
     file = tmp_path / "client.csr"
     written = run("csr", "--key", key_uri, "--subject", SUBJECT, "-o", str(file))
-    assert (written.status, written.out, written.err) == (0, "", "")
+    assert (written.status, written.out) == (0, "")
     request = x509.load_pem_x509_csr(file.read_bytes())
     assert numbers(request.public_key()) == numbers(private_key_of(key_uri).public_key())
     assert request.signature_algorithm_oid == x509.SignatureAlgorithmOID.ECDSA_WITH_SHA256
@@ -155,7 +167,19 @@ def test_a_signing_request_in_other_forms(run: Run, key_uri: str) -> None:
         ("CN=", "length"),
         ("CN=a,C=FRA", "length"),
         ("O=Bank", "common name"),
-        ("CN=a,CN=b", "common name"),
+        ("CN=a,cn=b", "common name"),
+        ("CN=…", "CN has no letter"),
+        ("CN=...,O=Bank,C=FR", "CN has no letter"),
+        ("CN=bank…", "stands for a name"),
+        ("CN=a,O=…", "O has no letter"),
+        (r"CN=\<name\>", "stands for a name"),
+        ("CN=a,O=", "O has no letter"),
+        (r"CN=\20", "CN has no letter"),
+        (r"CN=a\20", "blanks around"),
+        (r"CN=a\0Ab", "control characters"),
+        ("CN=a,FOO=b", "not known: FOO"),
+        ("CN=a,OO=Bank", "not known: OO"),
+        ("CN=a+ORG=Bank", "not known: ORG"),
     ],
 )
 def test_a_subject_that_d1_could_not_take(
@@ -164,6 +188,25 @@ def test_a_subject_that_d1_could_not_take(
     result = run("csr", "--key", key_uri, "--subject", subject)
     assert (result.status, result.out) == (2, "")
     assert reason in result.err
+
+
+@pytest.mark.parametrize(
+    ("subject", "read"),
+    [
+        ("cn=bank,o=Bank,c=FR", "CN=bank,O=Bank,C=FR"),
+        ("Cn=bank+Ou=Cards,serialNumber=12", None),
+        (r"CN=bank,O=a\,foo=b", r"CN=bank,O=a\,foo=b"),
+        ("CN=bank,2.5.4.97=VATFR-1", None),
+        ("CN=口座", "CN=口座"),
+    ],
+)
+def test_names_of_attributes_in_any_case(
+    run: Run, key_uri: str, subject: str, read: str | None
+) -> None:
+    made = run("csr", "--key", key_uri, "--subject", subject, "--json").document
+    request = x509.load_pem_x509_csr(made["csr"].encode())
+    assert request.subject.rfc4514_string() == made["subject"]
+    assert made["subject"] == read or read is None
 
 
 def test_a_signing_request_is_for_a_key_of_its_own(run: Run, key_uri: str, other_uri: str) -> None:

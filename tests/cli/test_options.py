@@ -149,8 +149,9 @@ def test_a_file_without_a_public_key_on_p256(run: Run, uri: str, tmp_path: Path)
 
 
 def test_what_the_backend_refuses_is_wrong_usage_of_check_too(run: Run, uri: str) -> None:
-    for command in ("check", "custody", "token"):
-        result = run(command, "--json", "--key", uri, "--option", "count=-1")
+    d1 = ("--issuer-id", "bank", "--environment", "http://127.0.0.1:1")
+    for command, more in (("check", ()), ("custody", ()), ("token", d1)):
+        result = run(command, "--json", "--key", uri, "--option", "count=-1", *more)
         assert (result.status, result.document["message"]) == (2, "count is below 0.")
 
 

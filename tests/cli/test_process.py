@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import d1_signer
 import d1_signer.cli.keys
 from d1_signer import generate_key
 from d1_signer.sandbox import Sandbox
@@ -35,6 +36,17 @@ def test_console_script() -> None:
     script = Path(sys.executable).with_name("d1-signer")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("d1-signer ")
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "d1_signer", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == f"d1-signer {d1_signer.__version__}\n"
 
 
 def test_without_click_the_extra_is_named() -> None:
@@ -189,7 +201,8 @@ def encrypted_uri(tmp_path: Path) -> str:
 
 def test_prompt_without_echo(encrypted_uri: str) -> None:
     terminal = AtTerminal("public-key", "--key", encrypted_uri)
-    terminal.wait_for("passphrase: ")
+    path = encrypted_uri.removeprefix("file://").partition("?")[0]
+    terminal.wait_for(f"passphrase for {path}: ")
     terminal.type(PASSPHRASE + "\n")
     status, out = terminal.end()
     assert status == 0, terminal.shown
@@ -205,13 +218,34 @@ def test_the_client_keys_passphrase_is_asked_for_once(
     settings["D1_SIGNER_KEY"] += f" {other_uri}"
     flag = ("--client-key-passphrase-source", "prompt")
     terminal = AtTerminal("check", "--json", *flag, **settings)
-    terminal.wait_for("passphrase: ")
+    terminal.wait_for(f"client key's passphrase for {key}: ")
     terminal.type(PASSPHRASE + "\n")
     _, out = terminal.end()
     assert terminal.shown.count("passphrase") == 1
     tokens = [step for step in json.loads(out)["steps"] if step["step"] == "access-token"]
     assert [step["status"] for step in tokens] == ["ok", "failed"]  # D1 knows the first key only
     assert sandbox.counters.token_requests == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("token", "D1_ISSUER_ID"),
+        ("token", "D1_ENVIRONMENT"),
+        ("token", "D1_CLIENT_KEY"),
+        ("assertion", "D1_ISSUER_ID"),
+        ("assertion", "D1_ENVIRONMENT"),
+    ],
+)
+def test_nobody_is_asked_where_a_setting_is_missing(
+    settings: dict[str, str], encrypted_uri: str, command: str, missing: str
+) -> None:
+    settings["D1_SIGNER_KEY"] = encrypted_uri
+    del settings[missing]
+    terminal = AtTerminal(command, "--json", **settings)
+    status, out = terminal.end()
+    assert (status, terminal.shown) == (2, "")
+    assert missing in json.loads(out)["hint"]
 
 
 def test_interrupt_at_the_prompt(encrypted_uri: str) -> None:
@@ -222,7 +256,7 @@ def test_interrupt_at_the_prompt(encrypted_uri: str) -> None:
         terminal = AtTerminal("public-key", "--key", encrypted_uri)
     finally:
         signal.signal(signal.SIGINT, before)
-    terminal.wait_for("passphrase: ")
+    terminal.wait_for(".pem: ")
     terminal.interrupt()
     status, out = terminal.end()
     assert status == 130

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from d1_signer.testing import SoftHsmToken, make_softhsm_token
+import pytest
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
+from d1_signer import Signer
+from d1_signer.testing import (
+    SignerConformance,
+    SoftHsmToken,
+    make_in_memory_signer,
+    make_softhsm_token,
+)
 
 pytest_plugins = ["d1_signer.testing", "pytester"]
 
@@ -119,3 +122,84 @@ def test_suite_runs_on_a_users_backend_and_finds_its_faults(pytester: pytest.Pyt
     forgotten = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-k", "Forgotten")
     forgotten.stdout.fnmatch_lines(["*Give your class a fixture named signer*"])
     assert forgotten.parseoutcomes().get("passed", 0) == 0
+
+
+_SLOW_BACKEND = """
+import time
+
+import pytest
+
+from d1_signer import Signer
+from d1_signer.errors import SignerTimeout
+from d1_signer.testing import SignerConformance
+from d1_signer.testing.in_memory import _InMemoryBackend
+
+pytest_plugins = ["d1_signer.testing"]
+
+
+class Slow(_InMemoryBackend):
+    def sign_digest(self, digest, deadline):
+        time.sleep(0.7)
+        return super().sign_digest(digest, deadline)
+
+
+class InTime(_InMemoryBackend):
+    def sign_digest(self, digest, deadline):
+        if deadline is not None and time.monotonic() + 0.7 > deadline:
+            raise SignerTimeout("Not in time.")
+        return super().sign_digest(digest, deadline)
+
+
+class TestSlow(SignerConformance):
+    @pytest.fixture
+    def signer(self):
+        return Signer(Slow())
+
+
+class TestInTime(SignerConformance):
+    @pytest.fixture
+    def signer(self):
+        return Signer(InTime())
+"""
+
+
+def test_the_suite_fails_a_backend_that_ignores_its_deadline(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(_SLOW_BACKEND)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-k", "test_deadline_is_kept")
+    result.assert_outcomes(failed=2, passed=2)
+    result.stdout.fnmatch_lines(["FAILED *::TestSlow::test_deadline_is_kept*"] * 2)
+
+
+def test_a_service_is_tested_with_the_sandbox(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        pytest_plugins = ["d1_signer.testing"]
+
+        def test_a_call(d1_fetcher, d1_sandbox, in_memory_signer):
+            d1_sandbox.misbehave("status-503", times=1)
+            with d1_fetcher.session() as session:
+                assert session.get(d1_sandbox.banking_url + "/ping").ok
+            assert d1_sandbox.counters.token_requests == 2
+            assert in_memory_signer.kid == "test-key"
+
+        def test_another(d1_fetcher, d1_sandbox):
+            d1_fetcher.token()
+            assert d1_sandbox.counters.token_requests == 1
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=2)
+
+
+def test_without_pytest_the_extra_is_named() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import d1_signer.testing"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert 'pip install "d1-signer[test]"' in ran.stderr
+
+
+class TestInMemory(SignerConformance):
+    @pytest.fixture
+    def signer(self) -> Signer:
+        return make_in_memory_signer()

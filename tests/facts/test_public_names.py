@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +200,8 @@ def test_users_code_type_checks(tmp_path: Path) -> None:
 
 def test_a_sample_of_wrong_code_is_what_it_says() -> None:
     assert len(WRONG.strip().splitlines()) == 8
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert d1_signer.__version__ == importlib.metadata.version("d1-signer")
+    assert run("import sys, d1_signer; print('importlib.metadata' in sys.modules)") == "False\n"

@@ -46,12 +46,16 @@ def declared() -> dict[str, list[Requirement]]:
     library = read(project["dependencies"])
     core = library + read(groups["build"])
     optional = [
-        requirement for name in extras if name != "all" for requirement in read(extras[name])
+        requirement
+        for name in extras
+        if name not in {"all", "test"}
+        for requirement in read(extras[name])
     ]
+    tools = [requirement for requirement in read(extras["test"]) if requirement.name == "pytest"]
     return {
         "demo.txt": core + [r for name in ("cli", "pkcs11", "sandbox") for r in read(extras[name])],
-        "dev.txt": core + optional + read(groups["dev"]),
-        "bench.txt": core + optional + read(groups["dev"]) + read(groups["bench"]),
+        "dev.txt": core + optional + tools + read(groups["dev"]),
+        "bench.txt": core + optional + tools + read(groups["dev"]) + read(groups["bench"]),
         "bench-no-deps.txt": read(groups["bench-no-deps"]),
         "lock.txt": read(groups["lock"]),
         "lowest.txt": library + optional + read(groups["lowest"]),
@@ -103,7 +107,7 @@ def test_extra_all_holds_every_extra() -> None:
     extras = document["project"]["optional-dependencies"]
     (everything,) = (Requirement(text) for text in extras["all"])
     assert everything.name == document["project"]["name"]
-    assert everything.extras == set(extras) - {"all"}
+    assert everything.extras == set(extras) - {"all", "test"}
 
 
 def test_locks_are_installed_from_wheels_with_their_hashes_only() -> None:

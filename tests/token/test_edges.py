@@ -52,8 +52,8 @@ def test_a_token_that_died_while_its_waiter_woke_up_is_not_handed_out(
     note = fetcher._note_success
     died: list[HeldToken] = []
 
-    def note_and_die(held: HeldToken) -> None:
-        note(held)
+    def note_and_die(held: HeldToken, duration: float) -> None:
+        note(held, duration)
         if not died:
             died.append(held)
             age(fetcher, 1000)
@@ -68,8 +68,8 @@ def test_tokens_that_all_die_on_the_way_are_an_error_in_time(make_fetcher: Fetch
     fetcher = make_fetcher(retry_interval=0.01)
     note = fetcher._note_success
 
-    def note_and_die(held: HeldToken) -> None:
-        note(held)
+    def note_and_die(held: HeldToken, duration: float) -> None:
+        note(held, duration)
         age(fetcher, 1000)
 
     fetcher._note_success = note_and_die  # type: ignore[method-assign]

@@ -100,6 +100,8 @@ def test_a_renewal_is_told_in_spans_and_metrics(
         "http.request.method": "POST",
         "http.response.status_code": 200,
         "d1_signer.correlation_id": sandbox.requests[0].correlation_id,
+        "d1_signer.jti": sandbox.requests[0].claims["jti"],
+        "d1_signer.kid": KID,
     }
     assert dict(renewal.attributes or {}) == environment | {"d1_signer.shared": False}
     assert request.kind is SpanKind.CLIENT

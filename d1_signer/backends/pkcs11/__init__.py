@@ -252,8 +252,8 @@ def _pin(uri: Pkcs11Uri, source: SecretSource | None) -> Pin:
     if uri.pin_value is not None:
         _log.warning("pkcs11.pin_in_uri: name the PIN's source instead (pin-source=file:PATH)")
     if source is not None:
-        return Pin(source, None)
-    return Pin(uri.pin_source, uri.pin_value)
+        return Pin(source, None, of=uri.location())
+    return Pin(uri.pin_source, uri.pin_value, of=uri.location())
 
 
 def _module_path(uri: Pkcs11Uri, given: str | None) -> str:

@@ -131,7 +131,7 @@ def test_rotation_and_failover() -> None:
     assert ended.stderr == ""
 
 
-@pytest.mark.parametrize("page", ["fleet.md", "rotation.md"])
+@pytest.mark.parametrize("page", ["fleet.md", "observability.md", "rotation.md"])
 def test_the_pages_show_the_examples_as_they_are(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     shown = re.findall(

@@ -29,6 +29,7 @@ from d1_signer import (
 from d1_signer.events import CertificateEvent, Event
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.token.redis_store import RedisTokenStore
+from d1_signer.token.status import LeaseState, StoreState
 from tests.servers.redis_server import RedisServer
 from tests.token.conftest import ISSUER, certificate_of
 from tests.token.fleet.conftest import FleetMaker
@@ -265,6 +266,45 @@ def test_the_store_holds_ciphertext_and_forgets_it_in_time(
 def test_another_key_opens_nothing(fleet: FleetMaker, sandbox: Sandbox) -> None:
     assert fleet().token().value != fleet(store_key=os.urandom(32)).token().value
     assert sandbox.counters.token_requests == 2
+
+
+def refuse(fetcher: TokenFetcher) -> None:
+    """Let the API refuse its token, as if it were an old one."""
+    fetcher._young_until = float("-inf")
+    fetcher.invalidate(fetcher.token())
+
+
+def test_another_key_is_told_once(fleet: FleetMaker, caplog: pytest.LogCaptureFixture) -> None:
+    first, other = fleet(), fleet(store_key=os.urandom(32))
+    first.token()
+    assert "fleet.token_unreadable" not in caplog.text
+    assert first.status().store is StoreState.WORKING
+    assert other.status().store is StoreState.UNUSED
+    other.token()
+    assert other.status().store is StoreState.UNREADABLE
+    for _ in range(3):  # each part overwrites the token of the other
+        for member in (first, other):
+            refuse(member)
+            member.token()
+            assert member.status().store is StoreState.UNREADABLE
+    told = [line for line in caplog.messages if line.startswith("fleet.token_unreadable")]
+    assert len(told) == 2
+    assert all(f"issuer={ISSUER}" in line and "store_key" in line for line in told)
+
+
+def test_the_status_tells_of_store_and_lease(fleet: FleetMaker, redis_server: RedisServer) -> None:
+    first, second = fleet(), fleet(limits=Limits(total=3.0))
+    first.token()
+    second.token()
+    status = second.status()
+    assert status.last_success is not None
+    assert (status.last_success.shared, status.last_success.attempt) == (True, None)
+    assert (first.status().lease, status.store) == (LeaseState.NONE, StoreState.WORKING)
+    redis_server.kill()
+    refuse(second)
+    second.token()
+    assert second.status().store is StoreState.AWAY
+    assert second.status().healthy
 
 
 Change = Callable[[dict[str, str]], object]

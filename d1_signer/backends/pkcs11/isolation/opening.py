@@ -39,6 +39,7 @@ from d1_signer.es256 import PublicKey
 from d1_signer.secret import Secret, SecretSource
 from d1_signer.signing import forks
 from d1_signer.signing.backend import GeneratedKey
+from d1_signer.signing.key_uri import without_secrets
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ class Opener:
         self._settings = settings
         self._prompted: Secret | None = None
         if settings.pin_source == "prompt":
-            self._prompted = _read("prompt")
+            self._prompted = self._read("prompt")
 
     def open(self, timeout: float | None = None) -> tuple[Host, PublicKey]:
         """Start a child and have it open the key.
@@ -161,7 +162,14 @@ class Opener:
             source = self._settings.options.get("pin_source")
         if source == "prompt":
             return self._prompted
-        return None if source is None else _read(source)
+        return None if source is None else self._read(source)
+
+    def _read(self, source: SecretSource) -> Secret:
+        try:
+            return read_pin(source, without_secrets(self._settings.uri))
+        except SecretSourceError as error:
+            error.details["step"] = "login"
+            raise
 
     def _mark(self, pin: Secret | None) -> bytes:
         """What stands for this PIN on this token, before anybody has asked for the token's name."""
@@ -256,14 +264,6 @@ def not_started(reason: str) -> SignerUnavailable:
         hint="Check this user's process limits, and what it writes to standard error.",
         details={"step": "module"},
     )
-
-
-def _read(source: SecretSource) -> Secret:
-    try:
-        return read_pin(source)
-    except SecretSourceError as error:
-        error.details["step"] = "login"
-        raise
 
 
 def _hung(step: str) -> SignerTimeout:

@@ -82,13 +82,17 @@ refused = Refused()
 
 
 @without_locals
-def read_pin(source: SecretSource) -> Secret:
+def read_pin(source: SecretSource, of: str) -> Secret:
     """Read a PIN; of a file that an editor or a script left something beside it, nothing is sent.
+
+    Args:
+        source: Its source.
+        of: The key's URI without secrets, for a prompt.
 
     Raises:
         SecretSourceError: As of `d1_signer.read_secret`, or the file holds more than a PIN.
     """
-    pin = read_secret(source, what="PIN")
+    pin = read_secret(source, what="PIN", of=of)
     if isinstance(source, str) and source.startswith("file:"):
         beside = _beside(pin.reveal())
         if beside is not None:
@@ -115,8 +119,9 @@ class Pin:
     after a recovery; those read the source again first, in case the PIN was changed meanwhile.
     """
 
-    def __init__(self, source: SecretSource | None, value: Secret | None) -> None:
-        """Take a source, or the PIN itself, or neither."""
+    def __init__(self, source: SecretSource | None, value: Secret | None, *, of: str) -> None:
+        """Take a source, or the PIN itself, or neither; ``of`` is the key, for a prompt."""
+        self._of = of
         self._source = source
         self._value = value
 
@@ -129,7 +134,7 @@ class Pin:
         if self._source is None or (self._source == "prompt" and self._value is not None):
             return self._value
         try:
-            self._value = read_pin(self._source)
+            self._value = read_pin(self._source, self._of)
         except SecretSourceError as error:
             if self._value is None:
                 error.details["step"] = "login"

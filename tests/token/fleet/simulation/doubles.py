@@ -105,6 +105,7 @@ class SimulatedEndpoint:
     """Stands for `TokenEndpoint`: the way to D1 and back, with its time limits."""
 
     d1: D1  # of the schedule that runs
+    address = "d1.example:443"
 
     def __init__(
         self,

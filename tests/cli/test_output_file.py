@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``-o``: what is written, what is never written over, and a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
+
+import d1_signer.cli.keys
+from d1_signer import generate_key
+from d1_signer.cli import _output_file
+from d1_signer.cli._output import Output
+from d1_signer.cli._output_file import OutputFile
+from d1_signer.errors import ConfigurationError
+from tests.cli.conftest import COMMAND, Run
+
+CSR = ("csr", "--subject", "CN=bank")
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "key.pem"
+    generate_key(path.as_uri())
+    return path
+
+
+@pytest.fixture(params=[("public-key",), CSR], ids=["public-key", "csr"])
+def command(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    command: tuple[str, ...] = request.param
+    return command
+
+
+@pytest.fixture
+def usual_mask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_mask")
+def test_it_says_what_it_wrote(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "out.pem"
+    result = run(*command, "--key", key.as_uri(), "-o", str(file))
+    assert (result.status, result.out) == (0, "")
+    assert result.err.startswith("Wrote the ")
+    assert str(file) in result.err
+    assert file.read_text().startswith("-----BEGIN")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert {path.name for path in tmp_path.iterdir()} == {"key.pem", "out.pem"}
+    again = run(*command, "--key", key.as_uri(), "-o", str(file), "--force", "--json")
+    assert again.document["file"] == str(file)
+
+
+def test_a_file_is_overwritten_by_force_only(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
+) -> None:
+    file, link = tmp_path / "out.pem", tmp_path / "link"
+    file.write_text("precious")
+    link.symlink_to(file)
+    for path in (file, link):
+        refused = run(*command, "--key", key.as_uri(), "-o", str(path))
+        assert (refused.status, refused.out) == (2, "")
+        assert "--force" in refused.err
+    assert file.read_text() == "precious"
+    assert run(*command, "--key", key.as_uri(), "-o", str(link), "--force").status == 0
+    assert file.read_text().startswith("-----BEGIN")
+    assert link.is_symlink()
+
+
+def test_a_link_that_leads_nowhere_is_something(run: Run, key: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    assert run("public-key", "--key", key.as_uri(), "-o", str(link)).status == 2
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def links_to(path: Path) -> list[Path]:
+    symbolic, hard = path.with_suffix(".symbolic"), path.with_suffix(".hard")
+    symbolic.symlink_to(path)
+    hard.hardlink_to(path)
+    return [path, path.parent / "." / path.name, symbolic, hard]
+
+
+@pytest.mark.parametrize("form", ["pem", "der"])
+def test_the_key_itself_is_never_overwritten(
+    run: Run, command: tuple[str, ...], key: Path, form: str
+) -> None:
+    before = key.read_bytes()
+    paths = links_to(key)
+    for path in paths:
+        arguments = ("--key", key.as_uri(), "--format", form, "-o", str(path), "--force")
+        result = run(*command, *arguments)
+        assert (result.status, result.out) == (2, "")
+        assert "never" in result.err
+    assert key.read_bytes() == before
+    for path in paths[2:]:
+        path.unlink()  # or each would be a key that was left about
+
+
+def test_no_file_of_the_settings_is_overwritten(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
+) -> None:
+    named = {}
+    names = ("D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE", "pin", "option", "a b", "flag")
+    for name in names:
+        named[name] = tmp_path / f"{name}.file"
+        named[name].write_text("what stands there")
+    hsm = f"pkcs11:token=t?pin-source=file:{named['pin']}"
+    spaced = f"pkcs11:token=t?pin-source=file:{quote(str(named['a b']))}"
+    variables = {name: str(path) for name, path in named.items() if name.startswith("D1_")}
+    variables |= {
+        "D1_CLIENT_KEY": f"file://{named['D1_CLIENT_KEY']}",
+        "D1_SIGNER_KEY": f"{hsm} {spaced}",
+        "D1_SIGNER_OPTIONS": f"passphrase_source=file:{named['option']}",
+    }
+    flags = ("--option", f"passphrase_source=file:{named['flag']}")
+    for path in named.values():
+        result = run(
+            *command, "--key", key.as_uri(), *flags, "-o", str(path), "--force", **variables
+        )
+        assert result.status == 2
+        assert "never" in result.err, path
+        assert path.read_text() == "what stands there"
+
+
+def other_keys() -> dict[str, bytes]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    encodings = {"PEM": Encoding.PEM, "DER": Encoding.DER}
+    formats = {"PKCS#8": PrivateFormat.PKCS8, "SEC 1": PrivateFormat.TraditionalOpenSSL}
+    forms = {
+        f"{form} in {encoding}": key.private_bytes(
+            encodings[encoding], formats[form], NoEncryption()
+        )
+        for encoding in encodings
+        for form in formats
+    }
+    encrypted = BestAvailableEncryption(b"passphrase")
+    forms["encrypted"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encrypted)
+    forms["PKCS#12"] = serialize_key_and_certificates(b"name", key, None, None, encrypted)
+    return {**forms, "JWK": b'{"kty": "EC", "crv": "P-256", "d": "AA"}'}
+
+
+@pytest.mark.parametrize("form", other_keys())
+def test_another_private_key_is_not_overwritten_either(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path, form: str
+) -> None:
+    other = tmp_path / "other"
+    before = other_keys()[form]
+    other.write_bytes(before)
+    result = run(*command, "--key", key.as_uri(), "-o", str(other), "--force")
+    assert result.status == 2
+    assert "private key" in result.err
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["pem", "der"])
+def test_what_was_written_before_is_replaced(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path, form: str
+) -> None:
+    arguments = (*command, "--key", key.as_uri(), "--format", form, "-o", str(tmp_path / "out"))
+    assert run(*arguments).status == 0
+    assert run(*arguments, "--force").status == 0
+
+
+def test_what_is_no_file_is_left(run: Run, key: Path, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (tmp_path, fifo, Path("/dev/null")):
+        result = run("public-key", "--key", key.as_uri(), "-o", str(path), "--force")
+        assert result.status == 2
+        assert "no regular file" in result.err
+    assert fifo.is_fifo()
+    assert run("public-key", "--key", key.as_uri(), "--force").status == 2
+
+
+def test_a_file_that_appears_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out"
+    put = _output_file._put
+
+    def after_somebody_else(*arguments: Any, **options: Any) -> None:
+        path.write_text("of somebody else")
+        put(*arguments, **options)
+
+    monkeypatch.setattr(_output_file, "_put", after_somebody_else)
+    with pytest.raises(ConfigurationError, match="File exists"):
+        OutputFile(path=path, overwrite=False).write(b"ours", "it", Output())
+    assert path.read_text() == "of somebody else"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_folder_that_cannot_be_written_to(run: Run, key: Path) -> None:
+    result = run("public-key", "--key", key.as_uri(), "-o", "/proc/self/out.pem", "--json")
+    assert (result.status, result.document["code"]) == (2, "configuration")
+    assert "/proc/self/out.pem cannot be written" in result.document["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--version",), ("--help",), ("csr", "--help"), ("public-key", "--key", "KEY")],
+    ids=" ".join,
+)
+def test_a_full_disk_behind_standard_output(arguments: tuple[str, ...], key: Path) -> None:
+    command = [key.as_uri() if word == "KEY" else word for word in arguments]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == ("Error: Standard output cannot be written: No space left on device.\n")
+
+
+def test_a_full_disk_behind_standard_error(key: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "public-key", "--key", str(key)],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_full_disk_behind_the_file(
+    run: Run, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:  # a file server may tell it that late
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    file = tmp_path / "out.pem"
+    result = run("public-key", "--key", key.as_uri(), "-o", str(file))
+    assert (result.status, result.out) == (1, "")
+    assert f"{file} cannot be written: No space left on device." in result.err
+    assert "Make room" in result.err
+    assert "defect" not in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pem"]
+
+
+def test_a_full_disk_behind_a_file_of_a_library(
+    run: Run, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(d1_signer.cli.keys, "custody_text", full)
+    result = run("custody", "--key", key.as_uri(), "--json")
+    assert result.status == 1
+    assert result.document["message"] == "A file cannot be written: No space left on device."
+    assert "TMPDIR" in result.document["hint"]

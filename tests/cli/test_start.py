@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command line costs before it does anything: nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from d1_signer.cli._app import _COMMANDS, cli
+from tests.cli.conftest import Run
+
+_HEAVY = {"asn1crypto", "asyncio", "cryptography", "http", "requests", "socket", "ssl", "urllib3"}
+_RUN = """
+import atexit, json, sys
+atexit.register(lambda: sys.stderr.write("\\n" + json.dumps(sorted(sys.modules))))
+from d1_signer.cli import main
+sys.exit(main())
+"""
+
+
+def imported(*arguments: str, **variables: str) -> tuple[str, set[str]]:
+    """What a command line prints, and the top-level modules that it imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, **variables},
+    )
+    modules = json.loads(done.stderr.splitlines()[-1])
+    return done.stdout, {name.partition(".")[0] for name in modules}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in _COMMANDS)]
+)
+def test_nothing_heavy_is_imported_for(arguments: list[str]) -> None:
+    out, modules = imported(*arguments)
+    assert out
+    heavy = _HEAVY & modules
+    if arguments == ["--version"]:  # the standard library's reader of versions has these
+        heavy -= {"socket"}
+    assert not heavy
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("d1-signer to", "token"), ("d1-signer --js", "--json"), ("d1-signer check --req", "require")],
+)
+def test_nor_for_a_completion(words: str, completed: str) -> None:
+    out, modules = imported(
+        _D1_SIGNER_COMPLETE="bash_complete",
+        COMP_WORDS=words,
+        COMP_CWORD=str(words.count(" ")),
+    )
+    assert completed in out
+    assert not _HEAVY & modules
+
+
+def test_the_list_says_what_each_command_says() -> None:
+    with cli.make_context("d1-signer", ["token"]) as context:
+        for name, (_, _, does) in _COMMANDS.items():
+            command = cli.get_command(context, name)
+            assert command is not None
+            assert (command.help or "").startswith(f"{does}\n")
+
+
+def test_the_command_alone_lists_the_commands(run: Run) -> None:
+    result = run()
+    assert (result.status, result.out) == (2, "")
+    told = " ".join(result.err.split())  # lines are wrapped
+    for name, (_, _, does) in _COMMANDS.items():
+        assert f"{name} {does}" in told
+    assert run("--json").document["code"] == "usage"

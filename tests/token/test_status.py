@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fetcher tells of itself: `status`, the health checks made of it, and lines of the log."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import make_server
+
+import httpx
+import pytest
+import requests
+
+from d1_signer import (
+    D1SignerError,
+    Limits,
+    RequestEvent,
+    SignerSet,
+    SignEvent,
+    TokenFetcher,
+    TokenUnavailable,
+    open_signer,
+)
+from d1_signer.errors import TokenError
+from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.status import LeaseState, StoreState
+from tests.token.conftest import ISSUER, KID, FetcherMaker, one_attempt
+from tests.token.test_fetcher import age, until
+
+__all__ = ["one_attempt"]  # a fixture
+
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
+
+
+def facts(line: str) -> dict[str, str]:
+    """What stands in a line of the log as NAME=VALUE."""
+    pairs = re.findall(r"(?:^|\s)([a-z0-9_]+)=('[^']*'|\S+)", line)
+    return {name: value.strip("'").rstrip(":") for name, value in pairs}
+
+
+def line(caplog: pytest.LogCaptureFixture, event: str) -> str:
+    (found,) = [text for text in caplog.messages if text.startswith(event)]
+    return found
+
+
+def test_before_anything_has_happened(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    status = fetcher.status()
+    assert (status.environment, status.issuer_id) == (sandbox.base_url, ISSUER)
+    assert (status.token, status.expires_at, status.failures) == ("expired", None, 0)
+    assert (status.last_success, status.last_failure, status.renewing) == (None, None, False)
+    assert (status.store, status.lease) == (StoreState.NONE, LeaseState.NONE)
+    assert [(member.kid, member.failures) for member in status.members] == [(KID, 0)]
+    assert status.healthy
+    assert sandbox.counters.token_requests == 0
+
+
+def test_after_a_success(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    token = fetcher.token()
+    status = fetcher.status()
+    assert (status.token, status.expires_at, status.healthy) == ("fresh", token.expires_at, True)
+    assert status.next_renewal_at is not None
+    assert status.next_renewal_at < token.expires_at
+    success = status.last_success
+    assert success is not None
+    assert success.attempt is not None
+    sent = sandbox.requests[-1]
+    assert (success.shared, success.attempt.kid, success.attempt.status) == (False, KID, 200)
+    assert success.attempt.correlation_id == sent.correlation_id
+    document = json.dumps(status.to_dict())
+    assert json.loads(document)["healthy"] is True
+    assert token.value not in document
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        status.failures = 7  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("one_attempt")
+def test_after_failures(fetcher: TokenFetcher, sandbox: Sandbox) -> None:
+    sandbox.misbehave(Fault.STATUS_503)
+    with pytest.raises(TokenUnavailable) as raised:
+        fetcher.token()
+    status = fetcher.status()
+    assert (status.healthy, status.failures, status.token) == (False, 1, "expired")
+    failure = status.last_failure
+    assert failure is not None
+    assert (failure.code, failure.retryable) == ("token_unavailable", True)
+    assert failure.correlation_id == sandbox.requests[-1].correlation_id
+    assert failure.correlation_id == raised.value.details["correlation_id"]
+    assert status.next_renewal_at is not None
+    assert status.next_renewal_at > failure.at + 500  # not before the pause is over
+
+
+def test_a_valid_token_outlives_failures(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:
+    fetcher = make_fetcher(retry_interval=0.01, limits=Limits(total=0.5))
+    fetcher.token()
+    sandbox.misbehave(Fault.STATUS_503)
+    age(fetcher, 700)
+    fetcher.token()
+    until(lambda: fetcher.status().failures > 0, seconds=20)
+    status = fetcher.status()
+    assert (status.token, status.healthy) == ("stale", True)
+    assert status.last_success is not None
+
+
+def test_while_a_renewal_is_under_way_and_after_the_end(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher()
+    sandbox.misbehave(Fault.DELAY, seconds=30)
+    fetcher.prefetch()
+    status = fetcher.status()
+    assert (status.renewing, status.next_renewal_at, status.closed) == (True, None, False)
+    fetcher.close()
+    status = fetcher.status()
+    assert (status.closed, status.healthy, status.next_renewal_at) == (True, False, None)
+
+
+def test_members_that_rest_are_told(make_fetcher: FetcherMaker, pem_uri: str) -> None:
+    broken = open_signer(pem_uri, kid="broken")
+    broken.close()
+    with SignerSet([broken, open_signer(pem_uri, kid=KID)]) as signers:
+        fetcher = make_fetcher(signer=signers)
+        fetcher.token()
+        told = {member.kid: member.last_error for member in fetcher.status().members}
+    assert told == {"broken": "signer_closed", KID: None}
+
+
+def test_a_renewal_is_told_with_its_names(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    sandbox.misbehave(Fault.STATUS_503, times=1)
+    with caplog.at_level(logging.INFO, logger="d1_signer.token"):
+        token = make_fetcher().token()
+    retry, renewed = facts(line(caplog, "token.retry")), facts(line(caplog, "token.renewed"))
+    first, second = sandbox.requests
+    host = sandbox.base_url.split("/")[2]
+    for told, sent, attempt, status in ((retry, first, "1", "503"), (renewed, second, "2", "200")):
+        assert (told["host"], told["issuer"], told["kid"]) == (host, ISSUER, KID)
+        assert told["jti"] == sent.claims["jti"]
+        assert told["correlation_id"] == sent.correlation_id
+        assert (told["attempt"], told["status"]) == (attempt, status)
+        assert float(told["seconds"]) >= 0
+    assert token.value not in caplog.text
+
+
+@pytest.mark.usefixtures("one_attempt")
+@pytest.mark.parametrize("fault", [Fault.INVALID_GRANT, Fault.STATUS_503, Fault.STATUS_403])
+def test_a_failure_is_told_with_its_names(
+    fetcher: TokenFetcher, sandbox: Sandbox, caplog: pytest.LogCaptureFixture, fault: Fault
+) -> None:
+    sandbox.misbehave(fault)
+    with pytest.raises(TokenError) as raised:
+        fetcher.token()
+    text = line(caplog, "token.failed")
+    told, sent = facts(text), sandbox.requests[-1]
+    assert told.keys() >= {"host", "issuer", "kid", "jti", "status", "attempt", "seconds"}
+    assert (told["code"], told["failures"]) == (raised.value.code, "1")
+    assert told["jti"] == sent.claims["jti"] == raised.value.details["jti"]
+    assert told["correlation_id"] == sent.correlation_id
+    # The id stands beside the advice, where the details are not shown.
+    assert f"with the correlation id {sent.correlation_id}" in str(raised.value)
+    assert f"with the correlation id {sent.correlation_id}" in text
+
+
+def test_a_signer_that_fails_is_told_with_host_and_issuer(
+    make_fetcher: FetcherMaker, pem_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = open_signer(pem_uri)
+    closed.close()
+    with pytest.raises(D1SignerError):
+        make_fetcher(signer=closed).token()
+    told = facts(line(caplog, "token.failed"))
+    assert (told["code"], told["issuer"]) == ("signer_closed", ISSUER)
+    assert told["host"].startswith("127.0.0.1:")
+
+
+def test_events_can_be_joined(make_fetcher: FetcherMaker, sandbox: Sandbox, pem_uri: str) -> None:
+    events: list[Any] = []
+    with open_signer(pem_uri, kid=KID, observers=[events.append]) as signer:
+        make_fetcher(signer=signer, observers=[events.append]).token()
+        thumbprint = signer.public_key.thumbprint()
+    (signed,) = [event for event in events if isinstance(event, SignEvent)]
+    (sent,) = [event for event in events if isinstance(event, RequestEvent)]
+    assert signed.use is not None
+    assert dict(signed.use.references)["jti"] == sent.jti == sandbox.requests[0].claims["jti"]
+    assert signed.kid == sent.kid == KID
+    assert signed.thumbprint == thumbprint
+    assert signed.digest is not None
+    assert re.fullmatch(r"[0-9a-f]{64}", signed.digest)
+    assert signed.time is not None
+    assert abs(signed.time - time.time()) < 60
+
+
+@pytest.fixture
+def healthz(sandbox: Sandbox, pem_uri: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example, with settings from the environment as it stands there."""
+    settings = {
+        "D1_SIGNER_KEY": f"{pem_uri}#{KID}",
+        "D1_ISSUER_ID": ISSUER,
+        "D1_ENVIRONMENT": sandbox.base_url,
+        "D1_CLIENT_CERT": str(sandbox.client_certificate),
+        "D1_CLIENT_KEY": str(sandbox.client_key),
+        "D1_CA_FILE": str(sandbox.ca_file),
+        "D1_TOTAL_SECONDS": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for name in ("healthz", "fleet_fetcher"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import healthz
+
+    with healthz.fetcher:
+        yield healthz
+    for name in ("healthz", "fleet_fetcher"):
+        sys.modules.pop(name, None)
+
+
+def judged(sandbox: Sandbox, fetcher: TokenFetcher, ask: Any) -> None:
+    """Ask for the health before, after and without a token."""
+    assert ask("/elsewhere")[0] == 404
+    code, document = ask("/healthz")
+    assert (code, document["token"], document["last_success"]) == (200, "expired", None)
+    token = fetcher.token()
+    code, document = ask("/healthz")
+    assert (code, document["token"]) == (200, "fresh")
+    assert document["last_success"]["attempt"]["kid"] == KID
+    fetcher.invalidate(token)
+    sandbox.misbehave(Fault.STATUS_503)
+    with pytest.raises(TokenUnavailable):
+        fetcher.token()
+    until(lambda: ask("/healthz")[0] == 503, seconds=20)  # the renewal may outlast its waiter
+    document = ask("/healthz")[1]
+    assert document["healthy"] is False
+    assert document["last_failure"]["code"] == "token_unavailable"
+    known = {request.correlation_id for request in sandbox.requests}
+    assert document["last_failure"]["correlation_id"] in known
+    sandbox.misbehave(None)
+
+    def recovered() -> bool:
+        with contextlib.suppress(TokenUnavailable):
+            fetcher.token()
+        return bool(ask("/healthz")[0] == 200)
+
+    until(recovered, seconds=20)
+
+
+def test_the_recipe_for_wsgi(healthz: Any, sandbox: Sandbox) -> None:
+    with make_server("127.0.0.1", 0, healthz.wsgi_application) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+
+        def ask(path: str) -> tuple[int, Any]:
+            answer = requests.get(url + path, timeout=30)
+            return answer.status_code, answer.json() if answer.content else None
+
+        judged(sandbox, healthz.fetcher, ask)
+        server.shutdown()
+        thread.join(20)
+
+
+@pytest.mark.anyio
+async def test_the_recipe_for_asgi(healthz: Any, sandbox: Sandbox) -> None:
+    import anyio.from_thread
+    import anyio.to_thread
+
+    transport = httpx.ASGITransport(app=healthz.asgi_application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://health") as client:
+
+        def ask(path: str) -> tuple[int, Any]:
+            answer = anyio.from_thread.run(client.get, path)
+            return answer.status_code, answer.json() if answer.content else None
+
+        await anyio.to_thread.run_sync(judged, sandbox, healthz.fetcher, ask)
