@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from d1_signer.errors import (
         AccessDeniedError as AccessDeniedError,
         AmbiguousKeyError as AmbiguousKeyError,
+        AuditError as AuditError,
+        AuditUnavailable as AuditUnavailable,
         ConfigurationError as ConfigurationError,
         CustodyError as CustodyError,
         D1SignerError as D1SignerError,
@@ -153,6 +155,8 @@ _HOMES = {
     "errors": [
         "AccessDeniedError",
         "AmbiguousKeyError",
+        "AuditError",
+        "AuditUnavailable",
         "ConfigurationError",
         "CustodyError",
         "D1SignerError",
