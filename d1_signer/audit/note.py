@@ -10,9 +10,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -155,30 +154,29 @@ class SignedNote:
         return found
 
 
-def split_notes(data: bytes) -> tuple[list[bytes], bytes]:
+def split_notes(lines: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     """Split notes that stand one behind the other.
 
     A note ends with its last signature, and no checkpoint begins as a signature does.
 
-    Returns:
-        The notes' bytes, and what stands behind the last one: a note that was not written to its
-        end, or nothing.
+    Args:
+        lines: With their line feeds, as a file gives them.
+
+    Yields:
+        A note's bytes, and whether it has a signature: the last one may not be written to its end.
     """
-    notes: list[bytes] = []
-    begin = at = 0
+    kept: list[bytes] = []
     blank = signed = False
     dash = _DASH.encode()
-    for line in io.BytesIO(data):
+    for line in lines:
         if signed and not line.startswith(dash):
-            notes.append(data[begin:at])
-            begin, blank, signed = at, False, False
+            yield b"".join(kept), True
+            kept, blank, signed = [], False, False
+        kept.append(line)
         blank = blank or line == b"\n"
         signed = blank and line.startswith(dash) and line.endswith(b"\n")
-        at += len(line)
-    if signed:
-        notes.append(data[begin:at])
-        begin = at
-    return notes, data[begin:]
+    if kept:
+        yield b"".join(kept), signed
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from d1_signer.errors import AuditError, InvalidInputError
-
-Scalar = str | int | bool | None
-Value = Scalar | Sequence[Scalar] | Sequence[Sequence[Scalar]]
+from d1_signer.events import Recordable
 
 LONGEST = 65_535
 """Bytes of a record at most, without its line feed: what a C2SP tlog-tiles entry may have."""
@@ -28,7 +26,7 @@ _encode = json.JSONEncoder(
 ).encode
 
 
-def encode(record: Mapping[str, Value]) -> bytes:
+def encode(record: Mapping[str, Recordable]) -> bytes:
     """Write a record.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from dataclasses import replace
 
 import pytest
@@ -77,12 +78,15 @@ def test_a_false_signature_and_a_foreign_key_are_refused() -> None:
 def test_notes_stand_one_behind_the_other() -> None:
     notes = [checkpoint(size, "instance one").encode() for size in (1, 5, 11)]
     data = b"".join(notes)
-    assert split_notes(data) == (notes, b"")
+    assert split(data) == [(note, True) for note in notes]
     for cut in range(len(notes[0]) + len(notes[1]) + 1, len(data)):
-        whole, torn = split_notes(data[:cut])
-        assert whole == notes[:2]
-        assert torn == notes[2][: cut - len(notes[0]) - len(notes[1])]
-    assert split_notes(b"") == ([], b"")
+        torn = notes[2][: cut - len(notes[0]) - len(notes[1])]
+        assert split(data[:cut]) == [(notes[0], True), (notes[1], True), (torn, False)]
+    assert not split(b"")
+
+
+def split(data: bytes) -> list[tuple[bytes, bool]]:
+    return list(split_notes(io.BytesIO(data)))
 
 
 def test_a_proof_is_verified_by_the_second_implementation() -> None:

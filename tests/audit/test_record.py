@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from d1_signer.audit import record
 from d1_signer.errors import AuditError, InvalidInputError
+from d1_signer.events import Recordable
 
 names = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -20,7 +21,7 @@ values = st.one_of(scalars, st.lists(scalars, max_size=3), st.lists(st.lists(tex
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=200)
 @given(st.dictionaries(names, values, max_size=6))
-def test_what_is_written_is_read_again_and_is_json(value: dict[str, record.Value]) -> None:
+def test_what_is_written_is_read_again_and_is_json(value: dict[str, Recordable]) -> None:
     line = record.encode(value)
     assert b"\n" not in line
     assert record.decode(line) == value == json.loads(line)
