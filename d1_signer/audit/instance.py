@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
@@ -28,6 +29,7 @@ _log = logging.getLogger("d1_signer.audit")
 
 _MOST_TORN = 16_384  # bytes of a torn tail that are kept
 _SET_BACK = "clock-set-back"
+_LOOK_EVERY = 1.0  # seconds: whether the file is still where its name says
 
 
 class Unusable(Exception):
@@ -74,6 +76,10 @@ class Instance:
         # Reentrant, so that a signal's handler that signs finds out instead of waiting for ever.
         self._lock = threading.RLock()
         self._appending = False
+        # Whether something, such as an exception of a signal's handler, kept the end of the file
+        # from being noted; it is looked at before the next record then.
+        self._unsure = True
+        self._look_again = 0.0  # on time.monotonic()
         self._syncing = threading.Lock()
         self._committer = Committer(self.sync)
         self._whoami: dict[str, Recordable] = {
@@ -102,7 +108,8 @@ class Instance:
                 raise OSError(errno.EBUSY, "a signal handler asks for a record amid another one")
             self._appending = True
             try:
-                self._be_ready()
+                if event != "end" or self._unsure:
+                    self._be_ready()
                 return self._append(event, members)
             finally:
                 self._appending = False
@@ -163,21 +170,29 @@ class Instance:
 
     def _be_ready(self) -> None:
         """See that the file is there and ends where the last record does."""
-        if self.unusable or self.process != os.getpid():
+        if self.unusable:
             raise Unusable
-        try:
-            named = os.stat(self._name)  # noqa: PTH116 (at every record: the quicker one)
-        except FileNotFoundError:
-            named = None
-        if named is None or not os.path.samestat(named, os.fstat(self._file.fileno())):
+        status = os.fstat(self._file.fileno())
+        moment = time.monotonic()
+        if moment > self._look_again:
+            self._look_again = moment + _LOOK_EVERY
+            self.unusable = not self._is_in_place(status)
+        if not status.st_nlink or self.unusable:
             self.unusable = True
             raise Unusable
-        if named.st_size != self._head.offset:
-            self._catch_up(named.st_size)
+        if status.st_size != self._head.offset:
+            self._catch_up(status.st_size)
+        self._unsure = False
         if self._torn:
             self._tell_torn()
         if self._head.offset >= self._segment_bytes:
             self._rotate()
+
+    def _is_in_place(self, status: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(self._name.stat(), status)
+        except OSError:
+            return False
 
     def _catch_up(self, size: int) -> None:
         """Take in what was written before something kept it from being noted."""
@@ -209,11 +224,11 @@ class Instance:
 
     def _append(self, event: str, members: Mapping[str, Recordable]) -> int:
         head = self._head
-        time = moments.text(moments.now())
-        if time < head.time and event != _SET_BACK:
+        moment = moments.text(moments.now())
+        if moment < head.time and event != _SET_BACK:
             self._append(_SET_BACK, {"before": head.time})
             head = self._head
-        told: dict[str, Recordable] = {"event": event, "number": head.number, "time": time}
+        told: dict[str, Recordable] = {"event": event, "number": head.number, "time": moment}
         if event != "end":
             told |= self._whoami
             if (state := moments.clock_state()) is not None:
@@ -223,10 +238,12 @@ class Instance:
             told["sealed"] = sealed
         line = record.encode({**members, **told})
         leaf = merkle.leaf_hash(line)
+        self._unsure = True
         self._write(line + b"\n", head.offset)
         self._hashes.put(head.number, leaf)
-        self._head = head.behind(line, leaf, time)
+        self._head = head.behind(line, leaf, moment)
         self._told_sealed = sealed
+        self._unsure = bool(self._torn)
         return head.number
 
     def _write(self, data: bytes, offset: int) -> None:
