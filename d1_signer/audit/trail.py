@@ -336,6 +336,8 @@ class AuditTrail:
                 "on_failure": "refuse" if self._refuse else "continue",
                 "sync": "group" if self._group else "none",
             }
+            if self._key is not None:
+                about["sealed_by"] = self._key.key_id.hex()
             if left:
                 about["left_alone"] = left
             if torn := drop_torn_checkpoint(instance.path):
