@@ -62,8 +62,12 @@ class Recovered:
     torn_checkpoint: int
 
 
-def recover(instance: Path) -> Recovered:
+def recover(instance: Path, *, most_unsealed: float = LONGEST_UNSEALED) -> Recovered:
     """Find the end of an instance whose lock this process holds.
+
+    Args:
+        instance: Its folder.
+        most_unsealed: Bytes of unsealed records that may have to be read.
 
     Raises:
         AuditError: It cannot be gone on with; the text says why.
@@ -78,7 +82,7 @@ def recover(instance: Path) -> Recovered:
     nodes = None if checkpoint is None else _sealed_range(instance, checkpoint)
     start = 0 if nodes is None else sealed
     first, _, offset = stored.place_of(instance, start)
-    if _bytes_behind(instance, first, offset) > LONGEST_UNSEALED:
+    if _bytes_behind(instance, first, offset) > most_unsealed:
         raise AuditError("Too many of its records are not sealed.")
     hashes = HashWriter(instance, start)
     try:

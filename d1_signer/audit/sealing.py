@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -16,6 +17,7 @@ from typing import Protocol
 from d1_signer.audit import folder, stored
 from d1_signer.audit.instance import Instance
 from d1_signer.audit.note import Checkpoint, SignedNote, VerifierKey
+from d1_signer.audit.recovery import recover
 from d1_signer.errors import D1SignerError
 from d1_signer.es256 import PublicKey
 from d1_signer.frames import of_signal_handler
@@ -138,3 +140,32 @@ class Sealer:
                 raise
             _log.warning("audit.seal_failed %s", type(error).__name__)
         return False
+
+
+def seal_idle(trail: Path, signer: CheckpointSigner, key: VerifierKey) -> dict[str, int | None]:
+    """Seal what is not sealed in the instances whose processes are gone.
+
+    Returns:
+        For each instance how many records were sealed now; None where a process writes it, which
+        seals it itself.
+
+    Raises:
+        D1SignerError: A checkpoint cannot be signed, or an instance is not as it was sealed.
+        OSError: Something cannot be read or written.
+    """
+    sealed: dict[str, int | None] = {}
+    for path in folder.own_instances(trail):
+        held = folder.lock(path)
+        if held is None:
+            sealed[path.name] = None
+            continue
+        with held:
+            drop_torn_checkpoint(path)
+            instance = Instance(path, held, recover(path, most_unsealed=math.inf), 0)
+            before = instance.sealed
+            try:
+                seal(instance, signer, key)
+            finally:
+                instance.close()
+            sealed[path.name] = instance.sealed - before
+    return sealed

@@ -95,7 +95,7 @@ class AuditTrail:
             ConfigurationError: A setting is none, or the signer may not seal this trail.
             AuditUnavailable: The folder cannot be made.
         """
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self.origin = origin
         if not isinstance(origin, str) or not is_name(origin):
             raise ConfigurationError(
@@ -264,17 +264,15 @@ class AuditTrail:
             failure = self._unavailable(error)
         if self._refuse:
             raise failure
-        here = self._here()
-        here.missed += 1
-        _log.error("audit.without_record missed=%d %s", here.missed, failure.message)
+        self._here().missed += 1
+        _log.error("audit.without_record %s", failure.message)
         return None
 
     def _append(self, event: str, members: Mapping[str, Recordable], until: float) -> _Begun:
         here = self._here()
         instance = self._instance(here)
         if here.missed:
-            missed = here.missed
-            instance.append("gap", {"missed": missed})
+            instance.append("gap", {"missed": (missed := here.missed)})
             here.missed -= missed
         number = instance.append(event, members)
         if self._group:

@@ -320,9 +320,9 @@ class _Verification:
         newest = max([report.sealed, *(told.size for told in beyond)])
         if not self._broken and newest < self._claimed:
             report.find(None, f"A checkpoint over {self._claimed} records is missing.")
-        if self._last_event == "closed" and self._sealing and not report.sealed:
+        if self._last_event == "closed" and self._sealing and not newest and not self._broken:
             report.find(None, "It was closed, and no checkpoint seals it. Have it sealed.")
-        if report.sealed < report.records:
+        if report.sealed < report.records and not self._broken:
             report.notes.append(
                 f"{report.records - report.sealed} of {report.records} records are not sealed: "
                 "nothing shows that they are whole."

@@ -15,6 +15,7 @@ import click
 
 from d1_signer.cli._output import Output, StdoutError, with_output_options
 from d1_signer.cli._stdout import give_up_stdout
+from d1_signer.cli.audit import audit
 from d1_signer.cli.check import check
 from d1_signer.cli.keys import csr, custody, generate_key, public_key
 from d1_signer.cli.sandbox import sandbox
@@ -48,7 +49,7 @@ def cli(output: Output) -> None:
     """
 
 
-for _command in (token, assertion, public_key, csr, generate_key, check, custody, sandbox):
+for _command in (token, assertion, public_key, csr, generate_key, check, custody, audit, sandbox):
     cli.add_command(_command)
 
 

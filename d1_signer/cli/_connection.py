@@ -10,8 +10,10 @@ from typing import Any, Literal
 import click
 
 from d1_signer.cli._callbacks import checked_path, checked_path_or_key, checked_proxy
-from d1_signer.cli._output import Command
-from d1_signer.cli._settings import HSM_PATIENCE, Issuer, setting
+from d1_signer.cli._options import HSM_PATIENCE
+from d1_signer.cli._output import Command, setting
+from d1_signer.cli._settings import Issuer
+from d1_signer.cli._trail import current_trail
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
@@ -79,7 +81,8 @@ class Connection:
         if scheme == "file":
             return KeyUri.parse(key, query_names=frozenset()).path
         options: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme == "pkcs11" else {}
-        return click.get_current_context().with_resource(open_signer(key, **options))
+        signer = open_signer(key, trail=current_trail(), **options)
+        return click.get_current_context().with_resource(signer)
 
     def fetcher(
         self, signers: Signer | SignerSet, issuer: Issuer, *, tls: ClientTls | None = None

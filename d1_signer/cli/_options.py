@@ -31,6 +31,7 @@ from d1_signer.signing.registry import load_backend_module, option_names
 from d1_signer.signing.signer import open_signer
 
 VARIABLE = "D1_SIGNER_OPTIONS"
+HSM_PATIENCE = 30.0  # seconds
 _LONGEST_TIMEOUT = 86_400.0
 _LARGEST_FILE = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from d1_signer.cli._callbacks import checked_keys
-from d1_signer.cli._options import BackendOptions, with_options
-from d1_signer.cli._output import Command, Output, printable
+from d1_signer.cli._options import HSM_PATIENCE, BackendOptions, with_options
+from d1_signer.cli._output import Command, Output, printable, setting
+from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
 from d1_signer.secret import Secret
 from d1_signer.signing.key_uri import scheme_of
@@ -22,15 +23,6 @@ from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.assertion import sign_assertion
 from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
 from d1_signer.token.fetcher import Audience
-
-HSM_PATIENCE = 30.0  # seconds
-
-Decorator = Callable[[Command], Command]
-
-
-def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorator:
-    """An option that is read from an environment variable as well, which its help names."""
-    return click.option(flag, envvar=variable, show_envvar=True, help=help_text, **options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +78,8 @@ class Keys:
         options: dict[str, Any] = {}
         if scheme_of(uri) == "pkcs11":
             options["timeout"] = HSM_PATIENCE
-        return open_signer(uri, kid=self.kid, **options | self.options.for_key(uri))
+        options |= self.options.for_key(uri)
+        return open_signer(uri, kid=self.kid, trail=current_trail(), **options)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:
@@ -199,6 +192,7 @@ def with_keys(command: Command) -> Command:
         "--kid", "D1_SIGNER_KID", "Key identifier of a single key. [default: RFC 7638 thumbprint]"
     )
     @with_options
+    @with_trail
     @functools.wraps(command)
     def wrapper(
         *args: Any, key: tuple[str, ...], kid: str | None, options: BackendOptions, **others: Any

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import threading
 import time
@@ -30,6 +31,7 @@ from d1_signer.cli._output import (
     with_output_options,
 )
 from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
+from d1_signer.cli._trail import current_trail
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -84,6 +86,7 @@ def check(
     """
     keys.require()
     checklist = Checklist(output)
+    _check_trail(checklist)
     with ExitStack() as stack:
         signers = [_check_key(checklist, keys, uri, stack) for uri in keys.uris]
         _check_d1(checklist, signers, issuer, connection, warn_days)
@@ -107,6 +110,23 @@ def _conclusion(checklist: Checklist, stopped: Step | None) -> str:
         if (names := [step.name for step in checklist.steps if step.status is status])
     ]
     return f"Passed; {'; '.join(found)}." if found else "All steps passed."
+
+
+def _check_trail(checklist: Checklist) -> None:
+    """Record this check and seal it: what every signature of a service will need."""
+    trail = current_trail()
+    if trail is None:
+        return
+    checklist.begin(f"Audit trail {trail.folder}")
+    with checklist.step("audit-record") as detail:
+        trail.note("check", {})
+        space = os.statvfs(trail.folder)
+        detail(f"{space.f_bavail * space.f_frsize >> 20} MiB free")
+    with checklist.step("audit-seal") as detail:
+        if trail.seal():
+            detail(f"verifier key {trail.verifier_key()}")
+        else:
+            detail("nothing is sealed: no key is given (D1_AUDIT_KEY)")
 
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
