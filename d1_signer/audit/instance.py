@@ -227,7 +227,7 @@ class Instance:
         moment = moments.text(moments.now())
         if moment < head.time and event != _SET_BACK:
             self._append(_SET_BACK, {"before": head.time})
-            head = self._head
+            head, moment = self._head, moments.text(moments.now())
         told: dict[str, Recordable] = {"event": event, "number": head.number, "time": moment}
         if event != "end":
             told |= self._whoami
