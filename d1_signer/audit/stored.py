@@ -91,13 +91,24 @@ def entry(instance: Path, number: int) -> bytes:
 
 
 def notes(instance: Path) -> Iterator[tuple[bytes, bool]]:
-    """The bytes of the checkpoints of an instance in order, and whether each is whole."""
+    """The bytes of the checkpoints of an instance in order, and whether each is whole.
+
+    Those are read that are there when the first one is asked for: a process may be writing.
+    """
     try:
         file = (instance / folder.CHECKPOINTS).open("rb")
     except FileNotFoundError:
         return
     with file:
-        yield from split_notes(iter(lambda: file.readline(LARGEST_NOTE), b""))
+        left = os.fstat(file.fileno()).st_size
+
+        def read_line() -> bytes:
+            nonlocal left
+            line = file.readline(min(left, LARGEST_NOTE))
+            left -= len(line)
+            return line
+
+        yield from split_notes(iter(read_line, b""))
 
 
 class LastCheckpoint(NamedTuple):

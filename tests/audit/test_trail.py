@@ -388,3 +388,28 @@ def test_files_are_rotated_without_losing_the_tree(place: Path) -> None:
     files[3][1].unlink()
     text = f"{files[3][0]}: The records {files[3][0]} to {files[4][0] - 1} are missing."
     assert findings(place) == [text]
+
+
+def test_a_trail_is_verified_while_it_is_written(place: Path) -> None:
+    stop = threading.Event()
+    trail = AuditTrail(
+        place, origin=ORIGIN, checkpoint_signer=sealing_signer(), sync="none", seal_records=5
+    )
+    with trail, watched_signer(trail) as signer:
+
+        def sign() -> None:
+            while not stop.is_set():
+                signer.sign(b"x")
+
+        threads = [threading.Thread(target=sign) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            found = [verified(place)[0] for _ in range(40)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(30)
+    assert [report.findings for report in found] == [[]] * 40
+    assert found[-1].checkpoints > found[0].checkpoints
+    assert findings(place) == []
