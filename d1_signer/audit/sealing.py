@@ -18,7 +18,7 @@ from d1_signer.audit import folder, stored
 from d1_signer.audit.instance import Instance
 from d1_signer.audit.note import Checkpoint, SignedNote, VerifierKey
 from d1_signer.audit.recovery import recover
-from d1_signer.errors import D1SignerError
+from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.es256 import PublicKey
 from d1_signer.frames import of_signal_handler
 
@@ -76,6 +76,25 @@ def drop_torn_checkpoint(path: Path) -> int:
         with file.open("r+b") as opened:
             opened.truncate(file.stat().st_size - torn)
     return torn
+
+
+def checkpoint_key(origin: str, signer: CheckpointSigner) -> VerifierKey:
+    """The key that an origin's checkpoints are verified with.
+
+    Raises:
+        ConfigurationError: The signer is none, or its own uses are recorded.
+    """
+    public_key = getattr(signer, "public_key", None)
+    if not isinstance(public_key, PublicKey) or not callable(getattr(signer, "sign", None)):
+        raise ConfigurationError(
+            "checkpoint_signer is not a Signer.", hint="Write checkpoint_signer=open_signer(uri)."
+        )
+    if getattr(signer, "trail", None) is not None:
+        raise ConfigurationError(
+            "The checkpoint signer has an audit trail itself.",
+            hint="Open it without trail=: sealing a trail would be recorded, and sealed, for ever.",
+        )
+    return VerifierKey(origin, public_key)
 
 
 class Sealer:

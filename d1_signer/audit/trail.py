@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import NamedTuple, NoReturn, Self, TypeVar, final
 
 from d1_signer.audit.instance import Instance, Unusable, open_instance
-from d1_signer.audit.note import VerifierKey, is_name
-from d1_signer.audit.sealing import CheckpointSigner, Sealer, drop_torn_checkpoint
+from d1_signer.audit.note import is_name
+from d1_signer.audit.sealing import CheckpointSigner, Sealer, checkpoint_key, drop_torn_checkpoint
 from d1_signer.errors import AuditError, AuditUnavailable, ConfigurationError
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Recordable
@@ -95,8 +95,10 @@ class AuditTrail:
             ConfigurationError: A setting is none, or the signer may not seal this trail.
             AuditUnavailable: The folder cannot be made.
         """
+        self.origin = origin  # for the repr in a crash report, should a step below fail
+        if not isinstance(folder, str | os.PathLike):
+            raise ConfigurationError("The folder of the audit trail is not a path.")
         self.folder = Path(folder).absolute()
-        self.origin = origin
         if not isinstance(origin, str) or not is_name(origin):
             raise ConfigurationError(
                 "The origin of the audit trail is not a name: it has a blank or a plus sign, or "
@@ -107,12 +109,11 @@ class AuditTrail:
             raise ConfigurationError(
                 "sync is neither group nor none, or on_failure neither refuse nor continue."
             )
-        if min(timeout, seal_records, seal_seconds, segment_bytes) <= 0:
-            raise ConfigurationError("A limit of the audit trail is not above 0.")
+        limits: tuple[object, ...] = (timeout, seal_records, seal_seconds, segment_bytes)
+        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits):
+            raise ConfigurationError("A limit of the audit trail is not a number above 0.")
         self._signer = checkpoint_signer
-        self._key = (
-            None if checkpoint_signer is None else _checkpoint_key(origin, checkpoint_signer)
-        )
+        self._key = None if checkpoint_signer is None else checkpoint_key(origin, checkpoint_signer)
         self._group = sync == "group"
         self._refuse = on_failure == "refuse"
         self._timeout = timeout
@@ -233,7 +234,7 @@ class AuditTrail:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<AuditTrail {self.origin} {shown_path(self.folder)}>"
+        return f"<AuditTrail {self.origin}>"
 
     def __reduce__(self) -> NoReturn:
         msg = "an AuditTrail cannot be pickled: make it where it is used"
@@ -383,17 +384,3 @@ class AuditTrail:
             hint="Nothing is signed without one. Look at the folder, its permissions and the free "
             "space; the next signature tries again.",
         )
-
-
-def _checkpoint_key(origin: str, signer: CheckpointSigner) -> VerifierKey:
-    public_key = getattr(signer, "public_key", None)
-    if not isinstance(public_key, PublicKey) or not callable(getattr(signer, "sign", None)):
-        raise ConfigurationError(
-            "checkpoint_signer is not a Signer.", hint="Write checkpoint_signer=open_signer(uri)."
-        )
-    if getattr(signer, "trail", None) is not None:
-        raise ConfigurationError(
-            "The checkpoint signer has an audit trail itself.",
-            hint="Open it without trail=: sealing a trail would be recorded, and sealed, for ever.",
-        )
-    return VerifierKey(origin, public_key)

@@ -218,6 +218,7 @@ def test_an_origin_is_a_name(place: Path, origin: str) -> None:
         {"seal_records": 0},
         {"seal_seconds": -1.0},
         {"segment_bytes": 0},
+        {"timeout": "10"},
     ],
 )
 def test_settings_are_checked(place: Path, setting: dict[str, object]) -> None:
@@ -227,6 +228,8 @@ def test_settings_are_checked(place: Path, setting: dict[str, object]) -> None:
 
 
 def test_what_is_no_trail_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="not a path"):
+        AuditTrail(17, origin=ORIGIN)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="not an audit trail"):
         Signer(KeyBackend(SIGNING), trail="/var/lib/d1/audit")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="not an audit trail"):
@@ -243,7 +246,7 @@ def test_a_trail_that_is_closed_signs_no_more(place: Path) -> None:
     signer.close()
     with pytest.raises(SignerClosedError):
         signer.sign(b"x")
-    assert "trail" in repr(trail)
+    assert repr(trail) == f"<AuditTrail {ORIGIN}>"
     with pytest.raises(TypeError):
         pickle.dumps(trail)
 
