@@ -126,3 +126,29 @@ def test_what_was_begun_before_a_fork_is_ended_by_both(tmp_path: Path) -> None:
     assert findings(place) == []
     ends = [told for told in records(place) if told["event"] == "end"]
     assert sorted("instance" in told for told in ends) == [False, True]
+
+
+def test_processes_that_open_a_trail_at_once_never_share_an_instance(tmp_path: Path) -> None:
+    place = tmp_path / "trail"
+
+    def child() -> None:
+        with AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail:
+            for _ in range(10):
+                with watched_signer(trail) as signer:
+                    signer.sign(b"x")
+
+    for _ in range(2):
+        pids = []
+        for _ in range(6):
+            if not (pid := os.fork()):
+                status = 1
+                try:
+                    child()
+                    status = 0
+                finally:
+                    os._exit(status)
+            pids.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 6
+    assert findings(place) == []
+    assert len(folder.instances(place)) <= 6, "those of the first round are used again"
+    assert sum(told.get("action") == "sign" for told in records(place)) == 120
