@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d1_signer import es256 as es256
+    from d1_signer.audit.trail import (
+        AuditTrail as AuditTrail,
+    )
     from d1_signer.custody.evidence import (
         Assurance as Assurance,
         Evidence as Evidence,
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from d1_signer.errors import (
         AccessDeniedError as AccessDeniedError,
         AmbiguousKeyError as AmbiguousKeyError,
+        AuditError as AuditError,
+        AuditUnavailable as AuditUnavailable,
         ConfigurationError as ConfigurationError,
         CustodyError as CustodyError,
         D1SignerError as D1SignerError,
@@ -146,6 +151,7 @@ if TYPE_CHECKING:
 
 # Every public name and the module that defines it; the one list of what this package offers.
 _HOMES = {
+    "audit.trail": ["AuditTrail"],
     "token.access_token": ["AccessToken"],
     "token.auth": ["D1Auth"],
     "signing.backend": ["Backend", "BackendModule", "GeneratedKey", "Pooled", "SignatureEncoding"],
@@ -156,6 +162,8 @@ _HOMES = {
     "errors": [
         "AccessDeniedError",
         "AmbiguousKeyError",
+        "AuditError",
+        "AuditUnavailable",
         "ConfigurationError",
         "CustodyError",
         "D1SignerError",

@@ -9,6 +9,8 @@ The tree (``code`` in brackets; *retryable* where trying again later can help)::
     │   ├── KeyUriError [key_uri]                   a key URI that cannot be read
     │   ├── MissingExtraError [missing_extra]       an optional dependency is not installed
     │   └── SecretSourceError [secret_source]       a PIN, passphrase or key file cannot be read
+    ├── AuditError [audit]                      what an audit trail holds cannot be used
+    │   └── AuditUnavailable [audit_unavailable]    no record can be written; retryable
     ├── SignerError [signer]
     │   ├── InvalidSignatureError [invalid_signature]   malformed, or not by this key
     │   ├── InvalidKeyError [invalid_key]                 not a P-256 signing key
@@ -151,6 +153,19 @@ class SecretSourceError(ConfigurationError):
     """A PIN, a passphrase or a private file cannot be read, or may not be used as it is."""
 
     code = "secret_source"
+
+
+class AuditError(D1SignerError):
+    """An audit trail, a record, a checkpoint or a proof cannot be read or does not fit."""
+
+    code = "audit"
+
+
+class AuditUnavailable(AuditError):
+    """The audit trail cannot take a record now, so that what it is about was not done."""
+
+    code = "audit_unavailable"
+    default_retryable = True
 
 
 class SignerError(D1SignerError):

@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from d1_signer.errors import ConfigurationError
+from d1_signer.es256 import PublicKey
 from d1_signer.frames import of_signal_handler
 
 _log = logging.getLogger("d1_signer")
+
+Scalar = str | int | bool | None
+Recordable = Scalar | Sequence[Scalar] | Sequence[Sequence[Scalar]]
+"""What a member of a record holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +125,57 @@ class CertificateEvent:
     subject: str
     serial_number: int
     not_after: float
+
+
+class Trail(Protocol):
+    """Where uses of a key are recorded before they happen; `AuditTrail` is one.
+
+    Unlike an observer it is asked first, and what it refuses is not done.
+    """
+
+    def watch(self, public_key: PublicKey) -> None:
+        """Refuse a key whose uses it cannot record.
+
+        Raises:
+            ConfigurationError: It is such a key.
+        """
+        ...
+
+    def begin(
+        self, action: str, about: Mapping[str, Recordable], *, deadline: float | None = None
+    ) -> object:
+        """Record that something is about to be done.
+
+        Args:
+            action: What, such as ``"sign"``.
+            about: What is known of it.
+            deadline: Moment on ``time.monotonic()`` until which to wait.
+
+        Returns:
+            What `end` takes.
+
+        Raises:
+            AuditUnavailable: It cannot be recorded, so it must not be done.
+        """
+        ...
+
+    def end(
+        self, begun: object, outcome: str, about: Mapping[str, Recordable] | None = None
+    ) -> None:
+        """Record how it ended: ``"done"``, or the code of an error.
+
+        Raises:
+            AuditUnavailable: It cannot be recorded, so its result must not be used.
+        """
+        ...
+
+    def note(self, event: str, about: Mapping[str, Recordable]) -> None:
+        """Record something that is no use of a key.
+
+        Raises:
+            AuditUnavailable: It cannot be recorded.
+        """
+        ...
 
 
 Event = SignEvent | RequestEvent | RenewalEvent | FailoverEvent | CertificateEvent

@@ -41,6 +41,11 @@ _COMMANDS = {
     "check": ("check", "check", "Check keys, TLS and D1 step by step."),
     "token": ("tokens", "token", "Get an access token from D1."),
     "assertion": ("tokens", "assertion", "Sign an assertion and print what it says."),
+    "audit": (
+        "audit",
+        "audit",
+        "The audit trail: who signed what, when, and whether the list is whole.",
+    ),
     "sandbox": ("sandbox", "sandbox", "Run a sandbox of D1 on 127.0.0.1."),
 }
 

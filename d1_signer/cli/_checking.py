@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ from d1_signer.cli._connection import Connection
 from d1_signer.cli._opening import Opening
 from d1_signer.cli._output import moment, said
 from d1_signer.cli._settings import Issuer, Keys
+from d1_signer.cli._trail import current_trail
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -48,12 +50,30 @@ def take_steps(
     checklist: Checklist, keys: Keys, issuer: Issuer, connection: Connection, warn_days: int | None
 ) -> None:
     """Take all steps that the settings allow."""
+    _check_trail(checklist)
     with ExitStack() as stack:
         signers = [
             (_about(keys, uri), _check_key(checklist, keys, uri, stack)) for uri in keys.uris
         ]
         _check_d1(checklist, signers, issuer, connection, warn_days)
     checklist.end()
+
+
+def _check_trail(checklist: Checklist) -> None:
+    """Record this check and seal it: what every signature of a service will need."""
+    trail = current_trail()
+    if trail is None:
+        return
+    checklist.begin(f"Audit trail {trail.folder}", f"audit trail {trail.folder}")
+    with checklist.step("audit-record") as detail:
+        trail.note("check", {})
+        space = os.statvfs(trail.folder)
+        detail(f"{space.f_bavail * space.f_frsize >> 20} MiB free")
+    with checklist.step("audit-seal") as detail:
+        if trail.seal():
+            detail(f"verifier key {trail.verifier_key()}")
+        else:
+            detail("nothing is sealed: no key is given (D1_AUDIT_KEY)")
 
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:

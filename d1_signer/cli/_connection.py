@@ -11,8 +11,8 @@ import click
 
 from d1_signer.cli._callbacks import checked_path, checked_path_or_key, checked_proxy
 from d1_signer.cli._options import BackendOptions
-from d1_signer.cli._output import Command
-from d1_signer.cli._settings import Issuer, open_key, setting
+from d1_signer.cli._output import Command, setting
+from d1_signer.cli._settings import Issuer, open_key
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of

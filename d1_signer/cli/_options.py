@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from d1_signer.es256 import PublicKey
 
 VARIABLE = "D1_SIGNER_OPTIONS"
+HSM_PATIENCE = 30.0  # seconds
 _LONGEST_TIMEOUT = 86_400.0
 _LARGEST_FILE = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")

@@ -19,6 +19,7 @@ import click
 from d1_signer.errors import D1SignerError
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 FactValue = bool | int | float | str | None
 
 _LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
@@ -164,6 +165,11 @@ def moment(seconds: float) -> str:
     if away == 0:
         return f"{text} (now)"
     return f"{text} (in {away} s)" if away >= 0 else f"{text} ({-away} s ago)"
+
+
+def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorator:
+    """An option that is read from an environment variable as well, which its help names."""
+    return click.option(flag, envvar=variable, show_envvar=True, help=help_text, **options)
 
 
 def with_output_options(command: Command) -> Command:

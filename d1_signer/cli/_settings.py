@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d1_signer.cli._callbacks import checked_keys
-from d1_signer.cli._options import BackendOptions, with_options
-from d1_signer.cli._output import Command, Output, printable
+from d1_signer.cli._options import HSM_PATIENCE, BackendOptions, with_options
+from d1_signer.cli._output import Command, Output, printable, setting
+from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
 from d1_signer.signing.key_uri import scheme_of
 from d1_signer.token.d1 import AssertionProfile, Environment
@@ -23,15 +24,6 @@ if TYPE_CHECKING:
     from d1_signer.signing.signer_set import SignerSet
     from d1_signer.token.fetcher import Audience
 
-HSM_PATIENCE = 30.0  # seconds
-
-Decorator = Callable[[Command], Command]
-
-
-def setting(flag: str, variable: str, help_text: str, **options: Any) -> Decorator:
-    """An option that is read from an environment variable as well, which its help names."""
-    return click.option(flag, envvar=variable, show_envvar=True, help=help_text, **options)
-
 
 def open_key(uri: str, options: BackendOptions, *, kid: str | None = None) -> Signer:
     """Open a key; the caller closes it."""
@@ -40,7 +32,7 @@ def open_key(uri: str, options: BackendOptions, *, kid: str | None = None) -> Si
     # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
     # as well.
     limit: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme_of(uri) == "pkcs11" else {}
-    return open_signer(uri, kid=kid, **limit | options.for_key(uri))
+    return open_signer(uri, kid=kid, trail=current_trail(), **limit | options.for_key(uri))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +210,7 @@ def with_keys(command: Command) -> Command:
         "--kid", "D1_SIGNER_KID", "Key identifier of a single key. [default: RFC 7638 thumbprint]"
     )
     @with_options
+    @with_trail
     @functools.wraps(command)
     def wrapper(
         *args: Any, key: tuple[str, ...], kid: str | None, options: BackendOptions, **others: Any

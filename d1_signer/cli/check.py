@@ -11,7 +11,11 @@ from d1_signer.cli._opening import PKCS11_STEPS
 from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_options
 from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
 
-_STEPS = (*PKCS11_STEPS, "signature", "custody", CERTIFICATE, ENDPOINT, ACCESS_TOKEN)
+_STEPS = (
+    *("audit-record", "audit-seal"),
+    *PKCS11_STEPS,
+    *("signature", "custody", CERTIFICATE, ENDPOINT, ACCESS_TOKEN),
+)
 
 
 @click.command(cls=OptionsOnly)

@@ -26,6 +26,7 @@ from d1_signer.cli._output import (
 )
 from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._settings import Keys, with_keys
+from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError
 from d1_signer.signing.key_uri import split_fragment
@@ -126,6 +127,7 @@ def _deliver(
     help="Key URI of the client key. D1_SIGNER_KEY is not read: that one signs assertions.",
 )
 @with_options
+@with_trail
 @click.option(
     "--subject",
     required=True,
@@ -189,7 +191,8 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     from d1_signer.signing.signer import generate_key as generate
 
     uri = keys.single()
-    made = generate(uri, **keys.options.for_key(uri, "generate_key"))
+    options = keys.options.for_key(uri, "generate_key")
+    made = generate(uri, trail=current_trail(), **options)
     thumbprint = made.public_key.thumbprint()
     kid = keys.kid or split_fragment(uri)[1]
     named = made.uri if kid is None else f"{made.uri}#{quote(kid, safe='')}"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_options
-from d1_signer.cli._settings import Keys, setting, with_keys
+from d1_signer.cli._output import OptionsOnly, Output, printable, setting, with_output_options
+from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.errors import ConfigurationError, InvalidKeyError
 from d1_signer.sandbox import Fault
 from d1_signer.secret import shown_path

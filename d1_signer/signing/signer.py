@@ -31,10 +31,10 @@ from typing import Any, NoReturn, Self, final
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
-from d1_signer.custody.evidence import Evidence
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import (
+    AuditError,
     ConfigurationError,
     D1SignerError,
     InvalidInputError,
@@ -42,13 +42,20 @@ from d1_signer.errors import (
     KeyMismatchError,
     KeyUriError,
     SignerClosedError,
-    SignerError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.events import Observer, SignEvent, Use, checked, notify
+from d1_signer.events import Observer, Recordable, SignEvent, Trail, Use, checked, notify
 from d1_signer.frames import without_locals
-from d1_signer.signing.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
-from d1_signer.signing.key_uri import scheme_of, split_fragment
+from d1_signer.signing.backend import (
+    Backend,
+    GeneratedKey,
+    Pooled,
+    SignatureEncoding,
+    evidence_of,
+    guarded,
+)
+from d1_signer.signing.key_uri import scheme_of, split_fragment, without_secrets
+from d1_signer.signing.recording import answers, checked_trail, described, hold_against, recorded
 from d1_signer.signing.registry import call_backend, load_backend_module, plug_in_of
 
 _LONGEST_TIMEOUT = 86_400.0
@@ -73,6 +80,7 @@ class Signer:
         expected_thumbprint: str | None = None,
         custody_policy: CustodyPolicy | None = None,
         observers: Sequence[Observer] = (),
+        trail: Trail | None = None,
     ) -> None:
         """Take over a backend; `close` closes it. Most callers want `open_signer`.
 
@@ -83,8 +91,11 @@ class Signer:
             expected_thumbprint: RFC 7638 thumbprint that the key must have.
             custody_policy: What the key's custody must be shown to be.
             observers: Told of each signature, see `SignEvent`.
+            trail: Asked before each signature, see `AuditTrail`; stays the caller's.
 
         Raises:
+            ConfigurationError: ``trail`` is none, or is sealed by this key.
+            AuditUnavailable: The trail cannot record that the key is in use.
             KeyMismatchError: The key has another thumbprint than expected.
             CustodyError: The evidence does not meet the policy.
             InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
@@ -100,6 +111,8 @@ class Signer:
         self._observers = checked(observers)
         self._closed = False
         self._thumbprint = self._public_key.thumbprint()
+        checked_trail(trail)
+        self._trail = trail
         self._kid = self._thumbprint if kid is None else _checked_kid(kid)
         if expected_thumbprint is not None and expected_thumbprint != self._public_key.thumbprint():
             raise KeyMismatchError(
@@ -109,8 +122,21 @@ class Signer:
             )
         if not isinstance(custody_policy, CustodyPolicy | None):
             raise ConfigurationError("custody_policy is not a CustodyPolicy.")
+        self._about: dict[str, Recordable] = {
+            "backend": backend.name,
+            "kid": self._kid,
+            "thumbprint": self._public_key.thumbprint(),
+        }
+        if trail is not None:
+            trail.watch(self._public_key)
+            trail.note("key", self._about)
         if custody_policy is not None:
-            custody_policy.check(self.custody().evidence)
+            hold_against(custody_policy, self.custody().evidence, trail, self._about)
+
+    @property
+    def trail(self) -> Trail | None:
+        """The audit trail that records its uses."""
+        return self._trail
 
     @property
     def public_key(self) -> PublicKey:
@@ -174,15 +200,16 @@ class Signer:
             raise SignerClosedError(
                 "The signer is closed.", hint="Open it anew with open_signer()."
             )
+        deadline = None if timeout is None else time.monotonic() + timeout
         if not self._observers:
-            return self._sign(digest, timeout)
+            return self._recorded(digest, deadline, use)
         error: str | None = "interrupted"
         pool: tuple[int, int] | None = None
         began, started = time.time(), time.perf_counter()
         try:
             if isinstance(self._backend, Pooled):
                 pool = guarded(self._backend.name, self._backend.pool_use)
-            signature = self._sign(digest, timeout)
+            signature = self._recorded(digest, deadline, use)
             error = None
         except D1SignerError as failure:
             error = failure.code
@@ -203,8 +230,14 @@ class Signer:
             notify(self._observers, event)
         return signature
 
-    def _sign(self, digest: bytes, timeout: float | None) -> bytes:
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def _recorded(self, digest: bytes, deadline: float | None, use: Use | None) -> bytes:
+        if self._trail is None:
+            return self._sign(digest, deadline)
+        about = {**self._about, **described(use), "digest": digest.hex()}
+        with recorded(self._trail, "sign", about, deadline):
+            return self._sign(digest, deadline)
+
+    def _sign(self, digest: bytes, deadline: float | None) -> bytes:
         answer = guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
@@ -228,12 +261,9 @@ class Signer:
             SignerUnavailable: The device or service does not answer; retryable.
             SignerError: Anything else that keeps the backend from asking.
         """
-        evidence = guarded(self._backend.name, self._backend.custody)
-        if not isinstance(evidence, Evidence):
-            raise SignerError(
-                f"The {self._backend.name} backend gave no evidence.",
-                hint="This is a defect of the backend; report it to its maintainers.",
-            )
+        with recorded(self._trail, "custody", self._about) as found:
+            evidence = evidence_of(self._backend)
+            found.update(answers(evidence))
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,
@@ -255,8 +285,13 @@ class Signer:
 
     def close(self) -> None:
         """Release the backend; calling it again does nothing."""
-        self._closed = True
-        guarded(self._backend.name, self._backend.close)
+        first, self._closed = not self._closed, True
+        try:
+            guarded(self._backend.name, self._backend.close)
+        finally:
+            if first and self._trail is not None:
+                with contextlib.suppress(AuditError):  # the key is closed, recorded or not
+                    self._trail.note("key-closed", self._about)
 
     def __enter__(self) -> Self:
         return self
@@ -286,6 +321,7 @@ def open_signer(
     expected_thumbprint: str | None = None,
     custody_policy: CustodyPolicy | None = None,
     observers: Sequence[Observer] = (),
+    trail: Trail | None = None,
     **options: Any,
 ) -> Signer:
     """Open the key that a URI names.
@@ -298,6 +334,7 @@ def open_signer(
         expected_thumbprint: RFC 7638 thumbprint that the key must have.
         custody_policy: What the key's custody must be shown to be.
         observers: Told of each signature.
+        trail: Asked before each use of the key, see `AuditTrail`; stays the caller's.
         **options: The backend's own options; see its ``open_backend``.
 
     Returns:
@@ -308,30 +345,38 @@ def open_signer(
         MissingExtraError: The backend's optional dependency is not installed.
         ConfigurationError: An option that the backend does not know.
         SignerError: The key cannot be opened.
+        AuditUnavailable: The trail cannot record it.
     """
     rest, fragment = split_fragment(uri)
-    backend = call_backend(load_backend_module(rest), "open_backend", rest, options)
-    try:
-        return Signer(
-            backend,
-            kid=fragment if kid is None else kid,
-            verify=verify,
-            expected_thumbprint=expected_thumbprint,
-            custody_policy=custody_policy,
-            observers=observers,
-        )
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            backend.close()
-        raise
+    module = load_backend_module(rest)
+    checked_trail(trail)
+    with recorded(trail, "open", {"key": without_secrets(uri)}) as found:
+        backend = call_backend(module, "open_backend", rest, options)
+        try:
+            signer = Signer(
+                backend,
+                kid=fragment if kid is None else kid,
+                verify=verify,
+                expected_thumbprint=expected_thumbprint,
+                custody_policy=custody_policy,
+                observers=observers,
+                trail=trail,
+            )
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                backend.close()
+            raise
+        found["thumbprint"] = signer.public_key.thumbprint()
+    return signer
 
 
 @without_locals
-def generate_key(uri: str, **options: Any) -> GeneratedKey:
+def generate_key(uri: str, *, trail: Trail | None = None, **options: Any) -> GeneratedKey:
     """Make a new P-256 signing key where the URI says; an existing key is never overwritten.
 
     Args:
         uri: As for `open_signer`, naming a key that does not exist yet.
+        trail: Asked before the key is made, see `AuditTrail`; stays the caller's.
         **options: The backend's own options; see its ``generate_key``.
 
     Raises:
@@ -343,7 +388,10 @@ def generate_key(uri: str, **options: Any) -> GeneratedKey:
     module = load_backend_module(rest)
     if not hasattr(module, "generate_key"):
         raise KeyUriError(f"The scheme {scheme_of(uri)}: does not make keys.")
-    generated: GeneratedKey = call_backend(module, "generate_key", rest, options)
+    checked_trail(trail)
+    with recorded(trail, "generate-key", {"key": without_secrets(uri)}) as found:
+        generated: GeneratedKey = call_backend(module, "generate_key", rest, options)
+        found["thumbprint"] = generated.public_key.thumbprint()
     return generated
 
 

@@ -145,7 +145,7 @@ class SignerConformance:
         digest = hashlib.sha256(canonical.encode()).digest()
         thumbprint = urlsafe_b64encode(digest).rstrip(b"=").decode()
         assert signer.public_key.thumbprint() == thumbprint
-        with Signer(signer._backend) as unnamed:  # noqa: SLF001
+        with Signer(signer._backend, trail=signer.trail) as unnamed:  # noqa: SLF001
             assert unnamed.kid == thumbprint
 
     def test_algorithm_is_es256(self, signer: Signer) -> None:

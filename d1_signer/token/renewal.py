@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d1_signer.errors import (
+    AuditError,
     ConfigurationError,
     D1SignerError,
     FetcherClosedError,
@@ -190,7 +191,7 @@ class Renewal:
             started, began = (self._clock(), self._wall()), time.monotonic()
             try:
                 tried, reply = self._try_once(attempt, deadline, stopped, refused_kids)
-            except (SignerError, ConfigurationError, TokenTimeout) as error:
+            except (AuditError, SignerError, ConfigurationError, TokenTimeout) as error:
                 # That time ran out before another attempt was sent hides nothing of what D1
                 # answered before, nor does another key that cannot sign.
                 late = isinstance(error, TokenTimeout) or time.monotonic() >= deadline

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All figures, each suite in a process of its own.
 
-``python -m tests.bench [core|token|pkcs11|cloud|tls ...]``
+``python -m tests.bench [core|token|pkcs11|cloud|tls|audit ...]``
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import subprocess
 import sys
 
-SUITES = ("core", "token", "pkcs11", "cloud", "tls")
+SUITES = ("core", "token", "pkcs11", "cloud", "tls", "audit")
 
 
 def main(names: list[str]) -> int:

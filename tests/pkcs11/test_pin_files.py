@@ -61,20 +61,20 @@ def test_a_pin_that_is_typed_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("d1_signer.secret.getpass.getpass", person)
     monkeypatch.setattr("d1_signer.secret.sys.stdin.isatty", lambda: True, raising=False)
-    pin = Pin("prompt", None)
+    pin = Pin("prompt", None, of="pkcs11:token=t")
     for _ in range(2):
         typed = pin.read()
         assert typed is not None
         assert typed is pin.kept
         assert typed.reveal() == "98765432"
-    assert asked == ["PIN: "]
-    assert Pin(None, None).read() is None
+    assert asked == ["PIN for pkcs11:token=t: "]
+    assert Pin(None, None, of="pkcs11:token=t").read() is None
 
 
 def test_a_pin_of_a_file_is_read_each_time_and_kept_where_the_file_is_away(tmp_path: Path) -> None:
     file = tmp_path / "pin"
     file.touch(mode=0o600)
-    pin = Pin(f"file:{file}", None)
+    pin = Pin(f"file:{file}", None, of="pkcs11:token=t")
     for text in ("98765432", "23456789"):
         file.write_text(text)
         read = pin.read()
@@ -85,7 +85,7 @@ def test_a_pin_of_a_file_is_read_each_time_and_kept_where_the_file_is_away(tmp_p
     assert kept is not None
     assert kept.reveal() == "23456789"
     with pytest.raises(SecretSourceError) as away:
-        Pin(f"file:{file}", None).read()
+        Pin(f"file:{file}", None, of="pkcs11:token=t").read()
     assert away.value.details["step"] == "login"
 
 

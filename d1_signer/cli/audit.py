@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`d1-signer audit`: verifying a trail, proving one record, sealing what processes left."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from d1_signer.audit import folder as folders, verifying
+from d1_signer.audit.note import LARGEST_NOTE, VerifierKey, split_notes
+from d1_signer.audit.proving import prove
+from d1_signer.audit.sealing import seal_idle
+from d1_signer.cli._output import (
+    OptionsOnly,
+    Output,
+    printable,
+    setting,
+    table,
+    to_stdout,
+    with_output_options,
+)
+from d1_signer.cli._trail import TrailSettings
+from d1_signer.errors import AuditError, ConfigurationError
+from d1_signer.secret import shown_path
+
+_LARGEST_FILE = 16 * LARGEST_NOTE
+
+_folder = setting("--audit-trail", "D1_AUDIT_TRAIL", "Folder of the audit trail.", metavar="FOLDER")
+
+
+@click.group()
+def audit() -> None:
+    """The audit trail: who signed what, when, and whether the list is whole."""
+
+
+@audit.command()
+@click.argument("folder", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    required=True,
+    metavar="VKEY|file:PATH",
+    help="The verifier key that the trail's operator told, or a file with one on each line; "
+    "repeat it for several.",
+)
+@click.option(
+    "--since",
+    multiple=True,
+    metavar="CHECKPOINT",
+    help="File of checkpoints that were kept elsewhere: finds a trail that was taken back.",
+)
+@with_output_options
+@click.pass_context
+def verify(
+    context: click.Context,
+    *,
+    folder: tuple[str, ...],
+    keys: tuple[str, ...],
+    since: tuple[str, ...],
+    output: Output,
+) -> None:
+    """Verify audit trails.
+
+    FOLDER is a trail's folder, which is searched for instances, or one instance. Nothing else is
+    read than what is named here. The exit status is 0 where all is whole, 1 where something is
+    found, 2 where it cannot be verified at all.
+    """
+    known = _keys(keys)
+    kept = [note for file in since for note in _notes(file)]
+    instances = [instance for name in folder for instance in _instances(name)]
+    try:
+        reports = verifying.verify(instances, known, kept)
+    except AuditError as error:
+        raise ConfigurationError(
+            f"A checkpoint of --since cannot be used: {error.message}"
+        ) from None
+    except OSError as error:
+        raise _unreadable(error) from None
+    findings = [finding for report in reports for finding in report.findings]
+    whole = bool(reports) and not findings
+    document = {
+        "whole": whole,
+        "instances": [
+            {
+                "instance": report.name,
+                "records": report.records,
+                "sealed": report.sealed,
+                "checkpoints": report.checkpoints,
+                "unfinished": report.unfinished,
+                "notes": report.notes,
+                "findings": [
+                    {"record": finding.record, "text": finding.text} for finding in report.findings
+                ],
+            }
+            for report in reports
+        ],
+    }
+    output.result(document, _told(reports, whole=whole))
+    if not whole:
+        context.exit(1)
+
+
+def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
+    lines: list[str] = []
+    for report in reports:
+        lines.append(printable(f"Instance {report.name}"))
+        lines.append(
+            f"  {report.records} records, {report.sealed} of them sealed by {report.checkpoints} "
+            f"checkpoints; {report.unfinished} begun without an end"
+        )
+        lines += (f"  note     {printable(note)}" for note in report.notes)
+        for finding in report.findings:
+            where = "" if finding.record is None else f"Record {finding.record}: "
+            lines.append(f"  FINDING  {where}{printable(finding.text)}")
+    found = sum(len(report.findings) for report in reports)
+    if not reports:
+        lines.append("FINDING  There is no instance of an audit trail in these folders.")
+    lines += ["", "Whole: nothing was found." if whole else f"Not whole: {found or 1} found."]
+    return "\n".join(lines)
+
+
+@audit.command()
+@click.argument("number", type=click.IntRange(min=0))
+@click.argument("folder", required=False, type=click.Path())
+@_folder
+@click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
+@with_output_options
+def proof(
+    *,
+    number: int,
+    folder: str | None,
+    audit_trail: str | None,
+    output_file: str | None,
+    output: Output,
+) -> None:
+    """Prove that the record NUMBER is in the trail, without showing another one.
+
+    FOLDER is an instance, or a trail with a single one. The proof is a C2SP tlog-proof; its extra
+    data is the record.
+    """
+    settings = TrailSettings(folder=folder or audit_trail, origin=None, key=None)
+    instances = _instances(str(settings.required_folder()))
+    if len(instances) != 1:
+        names = ", ".join(printable(str(instance)) for instance in instances[:20])
+        raise ConfigurationError(
+            f"The audit trail has {len(instances)} instances, each with records of its own.",
+            hint=f"Name one as FOLDER: {names or 'there is none'}.",
+        )
+    try:
+        found, record = prove(instances[0], number)
+    except OSError as error:
+        raise _unreadable(error) from None
+    encoded = found.encode()
+    if output_file is not None:
+        try:
+            Path(output_file).write_bytes(encoded)
+        except OSError as error:
+            shown = shown_path(Path(output_file).absolute())
+            raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
+    if output.json:
+        document: dict[str, object] = {
+            "instance": instances[0].name,
+            "number": number,
+            "record": record.decode(),
+            "proof": encoded.decode(),
+            "path": [base64.b64encode(node).decode() for node in found.path],
+        }
+        output.result(document, "")
+    elif output_file is None:
+        to_stdout(encoded)
+
+
+@audit.command(cls=OptionsOnly)
+@_folder
+@setting(
+    "--audit-origin",
+    "D1_AUDIT_ORIGIN",
+    "Whose audit trail it is. [default: this host's name]",
+    metavar="NAME",
+)
+@setting(
+    "--audit-key", "D1_AUDIT_KEY", "Key URI of the key that seals the audit trail.", metavar="URI"
+)
+@with_output_options
+def seal(
+    *,
+    audit_trail: str | None,
+    audit_origin: str | None,
+    audit_key: str | None,
+    output: Output,
+) -> None:
+    """Seal what processes that are gone have left unsealed.
+
+    It prints the verifier key that an auditor needs as well.
+    """
+    settings = TrailSettings(folder=audit_trail, origin=audit_origin, key=audit_key)
+    trail = settings.required_folder()
+    signer = settings.signer()
+    if signer is None:
+        raise ConfigurationError(
+            "No key is given that seals the audit trail.", hint="Set D1_AUDIT_KEY to its key URI."
+        )
+    key = VerifierKey(settings.name(), signer.public_key)
+    try:
+        sealed = seal_idle(trail, signer, key)
+    except OSError as error:
+        raise _unreadable(error) from None
+    rows = [
+        (name, "written by a process, which seals it" if count is None else f"{count} sealed")
+        for name, count in sealed.items()
+    ]
+    document = {"verifier_key": str(key), "sealed": sealed}
+    output.result(document, f"{table(('INSTANCE', 'RECORDS'), rows)}\n\nVerifier key  {key}")
+
+
+def _keys(texts: Sequence[str]) -> list[VerifierKey]:
+    found: list[VerifierKey] = []
+    for text in texts:
+        if text.startswith("file:"):
+            lines = _read(text.removeprefix("file:").removeprefix("//")).decode(errors="replace")
+        else:
+            lines = text
+        try:
+            found += [VerifierKey.parse(line) for line in lines.split("\n") if line.strip()]
+        except AuditError as error:
+            raise ConfigurationError(error.message, hint=error.hint) from None
+    if not found:
+        raise ConfigurationError("The file of --key holds no verifier key.")
+    return found
+
+
+def _notes(file: str) -> list[bytes]:
+    found = list(split_notes(io.BytesIO(_read(file))))
+    if not found or not all(whole for _, whole in found):
+        raise ConfigurationError("The file of --since holds no signed checkpoint.")
+    return [note for note, _ in found]
+
+
+def _instances(name: str) -> list[Path]:
+    path = Path(name).absolute()
+    try:
+        return folders.instances(path)
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _read(name: str) -> bytes:
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise _unreadable(error) from None
+    if len(data) > _LARGEST_FILE:
+        raise ConfigurationError(f"{shown_path(name)} is larger than {_LARGEST_FILE} bytes.")
+    return data
+
+
+def _unreadable(error: OSError) -> ConfigurationError:
+    where = shown_path(Path(str(error.filename)).absolute()) if error.filename else "A file"
+    return ConfigurationError(f"{where} cannot be read or written: {error.strerror}.")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doing something with a key between two records of an audit trail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+
+from d1_signer.custody.evidence import Evidence
+from d1_signer.custody.policy import CustodyPolicy
+from d1_signer.errors import AuditError, ConfigurationError, CustodyError, D1SignerError
+from d1_signer.events import Recordable, Trail, Use
+
+
+def checked_trail(trail: object) -> None:
+    """Refuse what is no trail.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    methods = ("begin", "end", "note", "watch")
+    if trail is not None and not all(callable(getattr(trail, name, None)) for name in methods):
+        raise ConfigurationError(
+            "trail is not an audit trail.", hint="Write trail=AuditTrail(folder, origin=…)."
+        )
+
+
+@contextlib.contextmanager
+def recorded(
+    trail: Trail | None,
+    action: str,
+    about: Mapping[str, Recordable],
+    deadline: float | None = None,
+) -> Iterator[dict[str, Recordable]]:
+    """Do what is inside once its beginning is recorded, and record how it ended.
+
+    Gives a dictionary for what is known at its end.
+
+    Raises:
+        AuditUnavailable: It cannot be recorded: nothing was done, or its result must not be used.
+    """
+    found: dict[str, Recordable] = {}
+    if trail is None:
+        yield found
+        return
+    begun = trail.begin(action, about, deadline=deadline)
+    try:
+        yield found
+    except BaseException as failure:
+        outcome = failure.code if isinstance(failure, D1SignerError) else "interrupted"
+        with contextlib.suppress(AuditError):  # the first error is the one to tell
+            trail.end(begun, outcome, found)
+        raise
+    trail.end(begun, "done", found)
+
+
+def described(use: Use | None) -> dict[str, Recordable]:
+    """What a caller said that a signature is for."""
+    if use is None:
+        return {}
+    return {"purpose": use.purpose, "references": use.references}
+
+
+def answers(evidence: Evidence) -> dict[str, Recordable]:
+    """What evidence says in short."""
+    return {
+        "exportable": evidence.exportable,
+        "generated_in_place": evidence.generated_in_place,
+        "hardware": evidence.hardware,
+    }
+
+
+def hold_against(
+    policy: CustodyPolicy,
+    evidence: Evidence,
+    trail: Trail | None,
+    about: Mapping[str, Recordable],
+) -> None:
+    """Hold evidence against a policy, and record how that ended.
+
+    Raises:
+        CustodyError: A demand is not met.
+        AuditUnavailable: It cannot be recorded.
+    """
+    outcome = CustodyError.code
+    try:
+        policy.check(evidence)
+        outcome = "met"
+    finally:
+        if trail is not None:
+            demands = [name for name, demanded in asdict(policy).items() if demanded]
+            trail.note("policy", {**about, "demands": demands, "outcome": outcome})

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`d1-signer audit`, and the records that every command makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d1_signer import generate_key
+from d1_signer.audit import folder
+from d1_signer.sandbox import Sandbox
+from tests.audit import second
+from tests.audit.trails import records, records_file
+from tests.cli.conftest import Run, run_process
+
+ORIGIN = "bank.example/d1"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "trail"
+
+
+@pytest.fixture
+def audited(tmp_path: Path, place: Path, key_uri: str) -> dict[str, str]:
+    """Variables for a command with a trail that is sealed."""
+    sealing = generate_key((tmp_path / "seal.pem").as_uri())
+    return {
+        "D1_AUDIT_TRAIL": str(place),
+        "D1_AUDIT_ORIGIN": ORIGIN,
+        "D1_AUDIT_KEY": sealing.uri,
+        "D1_SIGNER_KEY": key_uri,
+    }
+
+
+def actions(place: Path) -> list[str]:
+    return [record["action"] for record in records(place) if record["event"] == "begin"]
+
+
+def vkey(run: Run) -> str:
+    key: str = run("audit", "seal", "--json").document["verifier_key"]
+    return key
+
+
+def test_every_command_records_and_the_trail_is_whole(
+    run: Run,
+    audited: dict[str, str],
+    settings: dict[str, str],
+    place: Path,
+    sandbox: Sandbox,
+    tmp_path: Path,
+) -> None:
+    client = generate_key((tmp_path / "client.pem").as_uri()).uri
+    assert run("token", "--json", **settings | audited).status == 0
+    assert run("assertion").status == 0
+    assert run("public-key").status == 0
+    assert run("custody").status == 0
+    assert run("csr", "--key", client, "--subject", "CN=x").status == 0
+    assert run("generate-key", "--key", (tmp_path / "new.pem").as_uri()).status == 0
+    assert run("generate-key", "--key", (tmp_path / "new.pem").as_uri()).status == 1
+    assert run("check", "--json").document["ok"]
+    assert actions(place) == [
+        *("open", "sign"),
+        *("open", "sign"),
+        "open",
+        *("open", "custody"),
+        *("open", "sign"),
+        *("generate-key", "generate-key"),
+        *("open", "sign", "custody", "sign"),
+    ]
+    outcomes = [record["outcome"] for record in records(place) if record["event"] == "end"]
+    assert outcomes.count("key_exists") == 1
+    assert len(sandbox.exchanges) > 0
+    whole = run("audit", "verify", str(place), "--key", vkey(run), "--json").document
+    assert whole["whole"] is True
+    (instance,) = whole["instances"]
+    assert instance["sealed"] == instance["records"] == len(records(place))
+
+
+def test_a_refused_key_file_is_recorded(run: Run, audited: dict[str, str], place: Path) -> None:
+    result = run("public-key", "--key", "file:///nowhere/key.pem", **audited)
+    assert result.status == 2
+    assert [r["outcome"] for r in records(place) if r["event"] == "end"] == ["secret_source"]
+
+
+def test_check_tells_of_the_trail(run: Run, audited: dict[str, str]) -> None:
+    steps = {step["step"]: step for step in run("check", "--json", **audited).document["steps"]}
+    assert "MiB free" in steps["audit-record"]["detail"]
+    assert f"verifier key {ORIGIN}+" in steps["audit-seal"]["detail"]
+
+
+def test_nothing_is_signed_without_the_trail(
+    run: Run, audited: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    audited["D1_AUDIT_TRAIL"] = str(tmp_path / "file" / "trail")
+    result = run("public-key", "--json", **audited)
+    assert result.status == 1
+    assert result.document["code"] == "audit_unavailable"
+    assert result.document["retryable"] is True
+
+
+def test_half_of_the_settings_is_refused(run: Run, audited: dict[str, str]) -> None:
+    del audited["D1_AUDIT_TRAIL"]
+    result = run("public-key", "--json", **audited)
+    assert (result.status, result.document["code"]) == (2, "configuration")
+    assert "D1_AUDIT_TRAIL" in result.document["hint"]
+
+
+def test_the_sealing_key_signs_nothing_else(run: Run, audited: dict[str, str]) -> None:
+    audited["D1_SIGNER_KEY"] = audited["D1_AUDIT_KEY"]
+    result = run("public-key", "--json", **audited)
+    assert (result.status, result.document["code"]) == (2, "configuration")
+    assert "seals" in result.document["message"]
+
+
+def test_a_tampered_record_is_named(run: Run, audited: dict[str, str], place: Path) -> None:
+    run("public-key", **audited)
+    key = vkey(run)
+    file = records_file(place)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"bank-2026"', b'"bank-2027"')
+    file.write_bytes(b"".join(lines))
+    result = run("audit", "verify", str(place), "--key", key)
+    assert result.status == 1
+    assert "FINDING  Record 2: " in result.out
+    (instance,) = folder.instances(place)
+    document = run("audit", "verify", str(instance), "--key", key, "--json").document
+    assert document["whole"] is False
+    assert document["instances"][0]["findings"][0]["record"] == 2
+
+
+def test_verify_reads_a_key_from_a_file_and_kept_checkpoints(
+    run: Run, audited: dict[str, str], place: Path, tmp_path: Path
+) -> None:
+    run("public-key", **audited)
+    (tmp_path / "vkey").write_text(vkey(run) + "\n")
+    (instance,) = folder.instances(place)
+    kept = tmp_path / "kept"
+    kept.write_bytes((instance / folder.CHECKPOINTS).read_bytes())
+    key = f"file:{tmp_path / 'vkey'}"
+    assert run("audit", "verify", str(place), "--key", key, "--since", str(kept)).status == 0
+    records_file(place).unlink()
+    (instance / folder.CHECKPOINTS).unlink()
+    result = run("audit", "verify", str(place), "--key", key, "--since", str(kept))
+    assert result.status == 1
+    assert "missing" in result.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["FOLDER"],
+        ["--key", "VKEY"],
+        ["FOLDER", "--key", "nonsense"],
+        ["FOLDER", "--key", "file:/nowhere"],
+        ["/nowhere/trail", "--key", "VKEY"],
+        ["FOLDER", "--key", "VKEY", "--since", "/nowhere"],
+        ["FOLDER", "--key", "VKEY", "--since", "FOLDER"],
+        ["FOLDER", "--key", "VKEY", "--unknown"],
+    ],
+)
+def test_wrong_usage_has_status_2(
+    run: Run, audited: dict[str, str], place: Path, arguments: list[str]
+) -> None:
+    run("public-key", **audited)
+    values = {"FOLDER": str(place), "VKEY": vkey(run)}
+    result = run("audit", "verify", *(values.get(text, text) for text in arguments))
+    assert result.status == 2
+
+
+def test_an_empty_folder_is_not_whole(run: Run, audited: dict[str, str], tmp_path: Path) -> None:
+    run("public-key", **audited)
+    (tmp_path / "empty").mkdir()
+    result = run("audit", "verify", str(tmp_path / "empty"), "--key", vkey(run))
+    assert result.status == 1
+    assert "no instance" in result.out
+
+
+def test_verify_reads_nothing_but_its_arguments(audited: dict[str, str], place: Path) -> None:
+    assert run_process("public-key", **audited).status == 0
+    key = json.loads(run_process("audit", "seal", "--json", **audited).out)["verifier_key"]
+    audited |= {"D1_AUDIT_KEY": "file:///nowhere", "D1_SIGNER_KEY": "file:///nowhere"}
+    assert run_process("audit", "verify", str(place), "--key", key, **audited).status == 0
+
+
+def test_a_proof_shows_one_record_alone(
+    run: Run, audited: dict[str, str], place: Path, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        run("custody", **audited)
+    key = vkey(run)
+    lines = records_file(place).read_bytes().splitlines()
+    for number, line in enumerate(lines):
+        file = tmp_path / "record.tlog-proof"
+        assert run("audit", "proof", str(number), "-o", str(file)).status == 0
+        assert second.verify_proof(file.read_bytes(), line, key) == number
+    document = run("audit", "proof", "1", str(place), "--json").document
+    assert document["record"].encode() == lines[1]
+    result = run("audit", "proof", str(len(lines)), "--json")
+    assert (result.status, result.document["code"]) == (1, "audit")
+
+
+def test_seal_makes_up_for_processes_that_are_gone(
+    run: Run, audited: dict[str, str], place: Path
+) -> None:
+    sealing = audited.pop("D1_AUDIT_KEY")
+    run("public-key", **audited)
+    result = run("audit", "proof", "1", "--json")
+    assert "not sealed" in result.document["message"]
+    document = run("audit", "seal", "--json", D1_AUDIT_KEY=sealing).document
+    (instance,) = folder.instances(place)
+    assert document["sealed"] == {instance.name: len(records(place))}
+    whole = run("audit", "verify", str(place), "--key", document["verifier_key"], "--json").document
+    assert whole["instances"][0]["sealed"] == len(records(place))
+
+
+def test_a_pin_in_the_uri_is_not_recorded(audited: dict[str, str], place: Path) -> None:
+    audited["D1_SIGNER_KEY"] = "pkcs11:token=x;object=y?pin-value=s3cret-pin"
+    run_process("public-key", **audited)
+    (begin,) = [record for record in records(place) if record["event"] == "begin"]
+    assert begin["key"] == "pkcs11:token=x;object=y"
+    assert b"s3cret" not in records_file(place).read_bytes()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/audit: openssl as printed there, and members of records as the table names them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from d1_signer import AuditTrail, CustodyPolicy, Signer, Use
+from d1_signer.audit import folder
+from tests.audit import second
+from tests.audit.trails import ORIGIN, SIGNING, records, sealing_signer, verifier_key
+from tests.signing.backends import KeyBackend
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "audit" / "README.md").read_text(encoding="utf-8")
+FORMAT = (ROOT / "docs" / "audit" / "format.md").read_text(encoding="utf-8")
+
+
+def trail_of(tmp_path: Path) -> Path:
+    place = tmp_path / "trail"
+    with AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail:
+        policy = CustodyPolicy(hardware=False)
+        with Signer(KeyBackend(SIGNING), trail=trail, custody_policy=policy) as signer:
+            signer.sign(b"x", use=Use(purpose="p", references=(("jti", "j"),)))
+            trail.seal()
+            signer.custody()
+    return place
+
+
+def run(block: str, instance: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=instance,
+        env=os.environ | {"VKEY": str(verifier_key())},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    return f"{done.returncode} {done.stdout}{done.stderr}"
+
+
+def test_openssl_verifies_a_checkpoint_as_printed(tmp_path: Path) -> None:
+    (instance,) = folder.instances(trail_of(tmp_path))
+    (block,) = re.findall(r"^```sh\n(tail .*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert run(block, instance) == "0 Verified OK\n"
+    text = (instance / "text").read_text().splitlines()
+    lines = (instance / "records-0000000000000000.jsonl").read_bytes().splitlines()
+    assert text[:2] == [ORIGIN, str(len(lines))]
+    assert base64.b64decode(text[2]) == second.mth(lines)
+    checkpoints = instance / folder.CHECKPOINTS
+    altered = checkpoints.read_bytes().replace(f"\n{len(lines)}\n".encode(), b"\n1\n")
+    checkpoints.write_bytes(altered)
+    assert run(block, instance).startswith("1 Verification failure")
+
+
+def test_the_leaf_of_a_record_as_printed(tmp_path: Path) -> None:
+    (instance,) = folder.instances(trail_of(tmp_path))
+    (block,) = re.findall(r"^```sh\n(head -n 1 .*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    (line, *_) = (instance / "records-0000000000000000.jsonl").read_bytes().splitlines()
+    assert hashlib.sha256(b"\x00" + line).hexdigest() in run(block, instance)
+
+
+def test_every_member_of_a_record_is_in_the_table(tmp_path: Path) -> None:
+    rows = re.findall(r"^\| (`.*?) \|", FORMAT, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-z_0-9]+)`", row)}
+    members = {member for record in records(trail_of(tmp_path)) for member in record}
+    assert members - named == set()
+    assert len(members) > 20
