@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from d1_signer.errors import (
         AccessDeniedError as AccessDeniedError,
         AmbiguousKeyError as AmbiguousKeyError,
+        AttestationError as AttestationError,
         ConfigurationError as ConfigurationError,
         CustodyError as CustodyError,
         D1SignerError as D1SignerError,
@@ -153,6 +154,7 @@ _HOMES = {
     "errors": [
         "AccessDeniedError",
         "AmbiguousKeyError",
+        "AttestationError",
         "ConfigurationError",
         "CustodyError",
         "D1SignerError",
