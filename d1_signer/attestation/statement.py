@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from d1_signer.attestation.anchors import Anchor
+
 FactValue = bool | int | str | None
 
 
@@ -64,3 +66,18 @@ class Verified:
     anchor: str
     facts: Mapping[str, FactValue] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a statement is held against.
+
+    Attributes:
+        anchors: Keys that vouch for its format.
+        at: The moment that all certificates must be valid at; None: not judged.
+        nonces: What it must carry.
+    """
+
+    anchors: tuple[Anchor, ...]
+    at: float | None
+    nonces: tuple[bytes, ...]
