@@ -73,6 +73,7 @@ def test_a_nonce_is_carried_or_refused(name: str) -> None:
         {"anchors": [1]},
         {"anchors": ["zz" * 32]},
         {"anchors": ["ab" * 16]},
+        {"anchors": [b"ab" * 32]},
         {"anchors": [f"{number:064x}" for number in range(300)]},
     ],
     ids=str,
@@ -168,7 +169,8 @@ def test_a_vendors_hash_means_what_it_means_there() -> None:
 
     assert anchors_for("yubihsm", [yubico.spki_sha256], PUBLISHED) == (yubico,)
     assert anchors_for("tpm2", [yubico.spki_sha256], PUBLISHED) == ()
-    assert anchors_for("tpm2", PUBLISHED | {"ab" * 32}, PUBLISHED) == (Anchor("ab" * 32),)
+    for ours in ("ab" * 32, "AB:" * 31 + "AB", b"\xab" * 32):
+        assert anchors_for("tpm2", PUBLISHED | {ours}, PUBLISHED) == (Anchor("ab" * 32),)
 
 
 def test_an_anchor_is_the_hash_of_its_key() -> None:
