@@ -371,6 +371,7 @@ def tpm2(
     attributes: int = _KEY,
     ak_attributes: int = _AK,
     magic: int = 0xFF544347,
+    safe: int = 1,
     key: PrivateKey = KEY,
     ak: PrivateKey | None = None,
     hashed: bytes = CREATION,
@@ -394,7 +395,7 @@ def tpm2(
     public, ak_public = tpm_public(key, attributes), tpm_public(ak, ak_attributes, scheme=True)
     attest = struct.pack(">IH", magic, 0x801A if creation else 0x8017)
     attest += tpm2b(b"\x00\x0b" + b"q" * 32) + tpm2b(NONCE)
-    attest += struct.pack(">QIIBQ", 5000, 2, 1, 1, 0x1122)
+    attest += struct.pack(">QIIBQ", 5000, 2, 1, safe, 0x1122)
     attest += tpm2b(b"\x00\x0b" + hashlib.sha256(public).digest())
     attest += tpm2b(hashlib.sha256(hashed).digest() if creation else b"\x00\x0b" + b"n" * 32)
     made = {
