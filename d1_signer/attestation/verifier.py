@@ -104,7 +104,7 @@ def _check_statement(statement: Statement) -> None:
     """Types and sizes, before anything is read."""
     if not isinstance(statement, Statement):
         raise refused("it is not a Statement")
-    if statement.format not in _VERIFIERS:
+    if not isinstance(statement.format, str) or statement.format not in _VERIFIERS:
         raise refused(
             f"its format {plain(str(statement.format))} is not known",
             f"Known are {', '.join(sorted(_VERIFIERS))}.",

@@ -175,3 +175,29 @@ def test_content_is_empty_or_what_is_signed() -> None:
     assert doubled.verify() == made.verify()
     other = replace(made, statement=replace(made.statement, content=b"x"))
     assert "beside its parts" in refusal(other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (b"\x00\x23\x00\x0b", b"\x00\x08\x00\x0b", "RSA or ECC key that is named by SHA-2"),
+        (b"\x00\x23\x00\x0b", b"\x00\x23\x00\x04", "RSA or ECC key that is named by SHA-2"),
+        (b"\x00\x10\x00\x10\x00\x03", b"\x00\x10\x00\x10\x00\x10", "not on P-256"),
+        (b"\x00\x03\x00\x10", b"\x00\x03\x00\x20", "key derivation"),
+    ],
+)
+def test_public_areas_of_other_keys_are_refused(old: bytes, new: bytes, told: str) -> None:
+    made = tpm2()
+    public = (made.statement.parts or {})["public"]
+    assert old in public
+    assert told in refusal(with_parts(made, public=public.replace(old, new, 1)))
+
+
+def test_public_areas_that_are_cut_or_contradict_themselves_are_refused() -> None:
+    made = tpm2(key=rsa_key("statement"))
+    public = (made.statement.parts or {})["public"][2:]
+    assert "is cut" in refusal(with_parts(made, public=public[:-1]))
+    assert "stands behind" in refusal(with_parts(made, public=public + b"\0"))
+    longer = public.replace(b"\x08\x00\x00\x00\x00\x00", b"\x10\x00\x00\x00\x00\x00", 1)
+    assert longer != public
+    assert "not as long as it says" in refusal(with_parts(made, public=longer))
