@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from d1_signer.errors import (
         AccessDeniedError as AccessDeniedError,
         AmbiguousKeyError as AmbiguousKeyError,
+        AttestationError as AttestationError,
         AuditError as AuditError,
         AuditUnavailable as AuditUnavailable,
         ConfigurationError as ConfigurationError,
@@ -162,6 +163,7 @@ _HOMES = {
     "errors": [
         "AccessDeniedError",
         "AmbiguousKeyError",
+        "AttestationError",
         "AuditError",
         "AuditUnavailable",
         "ConfigurationError",

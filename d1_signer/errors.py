@@ -27,6 +27,7 @@ The tree (``code`` in brackets; *retryable* where trying again later can help)::
     │   │   └── SignerThrottled [signer_throttled]        asked to slow down; retryable
     │   ├── SignerClosedError [signer_closed]             used after ``close()``
     │   └── CustodyError [custody]                        the key does not meet the custody policy
+    │       └── AttestationError [attestation]          a statement about a key is not verified
     └── TokenError [token]
         ├── TokenRefusedError [token_refused]             D1 refused the assertion
         ├── TlsError [tls]                                TLS trust between D1 and us is missing
@@ -264,6 +265,12 @@ class CustodyError(SignerError):
     """The evidence about the key does not meet the custody policy."""
 
     code = "custody"
+
+
+class AttestationError(CustodyError):
+    """A device's signed statement about a key does not prove what it should."""
+
+    code = "attestation"
 
 
 class TokenError(D1SignerError):
