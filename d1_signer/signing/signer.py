@@ -31,24 +31,23 @@ from typing import Any, NoReturn, Self, final
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
-from d1_signer.custody.evidence import Evidence
+from d1_signer.attestation import Statement
 from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.custody.report import CustodyReport
+from d1_signer.custody.report import CustodyReport, Maker
 from d1_signer.errors import (
-    ConfigurationError,
     D1SignerError,
     InvalidInputError,
     InvalidSignatureError,
     KeyMismatchError,
     KeyUriError,
     SignerClosedError,
-    SignerError,
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Observer, SignEvent, Use, checked, notify
 from d1_signer.frames import without_locals
 from d1_signer.signing.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
-from d1_signer.signing.key_uri import scheme_of, split_fragment
+from d1_signer.signing.holding import Holding
+from d1_signer.signing.key_uri import scheme_of, split_fragment, taken_from_query
 from d1_signer.signing.registry import call_backend, load_backend_module, plug_in_of
 
 _LONGEST_TIMEOUT = 86_400.0
@@ -72,6 +71,8 @@ class Signer:
         verify: bool = True,
         expected_thumbprint: str | None = None,
         custody_policy: CustodyPolicy | None = None,
+        attestation: Statement | str | None = None,
+        attestation_anchors: str | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         """Take over a backend; `close` closes it. Most callers want `open_signer`.
@@ -81,12 +82,17 @@ class Signer:
             kid: Key identifier that D1 knows; None: the RFC 7638 thumbprint.
             verify: Verify each signature under the pinned public key before it is returned.
             expected_thumbprint: RFC 7638 thumbprint that the key must have.
-            custody_policy: What the key's custody must be shown to be.
+            custody_policy: What the key's custody must be shown to be, now and whenever the backend
+                opens the key anew; None: what ``D1_CUSTODY_POLICY`` says, if it is set.
+            attestation: A device's statement about the key, or ``FORMAT:PATH[,PATH…]``.
+            attestation_anchors: File of keys that statements may rest on, beside the published.
             observers: Told of each signature, see `SignEvent`.
 
         Raises:
             KeyMismatchError: The key has another thumbprint than expected.
-            CustodyError: The evidence does not meet the policy.
+            CustodyError: The evidence does not meet the policy, or the statement proves nothing
+                about this key.
+            ConfigurationError: A policy, a statement or a file that is none.
             InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
         """
         self._backend = backend
@@ -106,10 +112,14 @@ class Signer:
                 "expected one.",
                 hint="Check which key the URI names, and the thumbprint that was registered.",
             )
-        if not isinstance(custody_policy, CustodyPolicy | None):
-            raise ConfigurationError("custody_policy is not a CustodyPolicy.")
-        if custody_policy is not None:
-            custody_policy.check(self.custody().evidence)
+        self._custody = Holding(
+            backend,
+            self._public_key,
+            policy=custody_policy,
+            attestation=attestation,
+            anchors=attestation_anchors,
+        )
+        self._custody.hold(self._kid)
 
     @property
     def public_key(self) -> PublicKey:
@@ -201,6 +211,8 @@ class Signer:
 
     def _sign(self, digest: bytes, timeout: float | None) -> bytes:
         deadline = None if timeout is None else time.monotonic() + timeout
+        if self._custody.watched is not None:
+            self._custody.hold_again(deadline)
         answer = guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
@@ -215,6 +227,8 @@ class Signer:
                 ) from failure
         else:
             es256.check_raw(answer)
+        if self._custody.watched is not None:
+            self._custody.hold_again(deadline)  # this signature may have opened the key anew
         return answer
 
     def custody(self) -> CustodyReport:
@@ -224,19 +238,14 @@ class Signer:
             SignerUnavailable: The device or service does not answer; retryable.
             SignerError: Anything else that keeps the backend from asking.
         """
-        evidence = guarded(self._backend.name, self._backend.custody)
-        if not isinstance(evidence, Evidence):
-            raise SignerError(
-                f"The {self._backend.name} backend gave no evidence.",
-                hint="This is a defect of the backend; report it to its maintainers.",
-            )
         return CustodyReport(
             backend=self._backend.name,
             kid=self._kid,
             thumbprint=self._public_key.thumbprint(),
             collected_at=int(time.time()),
-            evidence=evidence,
+            evidence=self._custody.evidence(),
             plug_in=plug_in_of(self._backend),
+            made_by=Maker.here(),
         )
 
     def as_private_key(self) -> EllipticCurvePrivateKey:
@@ -281,6 +290,8 @@ def open_signer(
     verify: bool = True,
     expected_thumbprint: str | None = None,
     custody_policy: CustodyPolicy | None = None,
+    attestation: Statement | str | None = None,
+    attestation_anchors: str | None = None,
     observers: Sequence[Observer] = (),
     **options: Any,
 ) -> Signer:
@@ -292,7 +303,12 @@ def open_signer(
         kid: Key identifier; wins over the fragment. Without either: the RFC 7638 thumbprint.
         verify: Verify each signature before it is returned.
         expected_thumbprint: RFC 7638 thumbprint that the key must have.
-        custody_policy: What the key's custody must be shown to be.
+        custody_policy: What the key's custody must be shown to be; None: what ``D1_CUSTODY_POLICY``
+            says, if it is set.
+        attestation: A device's statement about the key, verified now: a `Statement`, or
+            ``FORMAT:PATH[,PATH…]``; wins over ``attestation=`` in the URI's query.
+        attestation_anchors: File of keys that statements may rest on, beside the published ones;
+            wins over ``attestation-anchors=``.
         observers: Told of each signature.
         **options: The backend's own options; see its ``open_backend``.
 
@@ -306,6 +322,7 @@ def open_signer(
         SignerError: The key cannot be opened.
     """
     rest, fragment = split_fragment(uri)
+    rest, query = taken_from_query(rest, ("attestation", "attestation-anchors"))
     backend = call_backend(load_backend_module(rest), "open_backend", rest, options)
     try:
         return Signer(
@@ -314,6 +331,8 @@ def open_signer(
             verify=verify,
             expected_thumbprint=expected_thumbprint,
             custody_policy=custody_policy,
+            attestation=attestation or query.get("attestation"),
+            attestation_anchors=attestation_anchors or query.get("attestation-anchors"),
             observers=observers,
         )
     except BaseException:
