@@ -16,7 +16,8 @@ import click
 from d1_signer.cli._output import Output, StdoutError, with_output_options
 from d1_signer.cli._stdout import give_up_stdout
 from d1_signer.cli.check import check
-from d1_signer.cli.keys import csr, custody, generate_key, public_key
+from d1_signer.cli.custody import custody
+from d1_signer.cli.keys import csr, generate_key, public_key
 from d1_signer.cli.sandbox import sandbox
 from d1_signer.cli.tokens import assertion, token
 from d1_signer.errors import ConfigurationError, D1SignerError, InvalidInputError

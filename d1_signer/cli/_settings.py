@@ -14,6 +14,7 @@ import click
 from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable
+from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
 from d1_signer.secret import Secret
 from d1_signer.signing.key_uri import scheme_of
@@ -79,14 +80,20 @@ class Keys:
             )
         self.options.require_known(self.uris)
 
-    def open(self, uri: str) -> Signer:
-        """Open one of the keys; the caller closes it."""
+    def open(self, uri: str, policy: CustodyPolicy | None = None) -> Signer:
+        """Open one of the keys; the caller closes it.
+
+        Args:
+            uri: The key.
+            policy: What is demanded of it; None: what ``D1_CUSTODY_POLICY`` says.
+        """
         # The others have time limits by default. A vendor's library that hangs would be deaf to
         # Ctrl-C as well.
         options: dict[str, Any] = {}
         if scheme_of(uri) == "pkcs11":
             options["timeout"] = HSM_PATIENCE
-        return open_signer(uri, kid=self.kid, **options | self.options.for_key(uri))
+        options |= self.options.for_key(uri)
+        return open_signer(uri, kid=self.kid, custody_policy=policy, **options)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:

@@ -101,6 +101,7 @@ class Evidence:
         fips_mode: Whether its device works in FIPS mode; None where unknown.
         statements: What the backend fetched from its service, not verified. None: nothing.
         attestations: What was verified. A backend leaves it out: the `Signer` verifies.
+        claimed: Where something was verified: what the backend alone says.
     """
 
     location: str
@@ -112,6 +113,7 @@ class Evidence:
     fips_mode: bool | None = None
     statements: tuple[Statement, ...] | None = None
     attestations: tuple[Attestation, ...] | None = None
+    claimed: Evidence | None = None
 
     def attested_by(self, name: str) -> Attestation | None:
         """The statement that answers one of `ANSWERS` as it is answered here; None: a claim."""
@@ -131,6 +133,7 @@ class Evidence:
             ),
             statements=None,
             attestations=None,
+            claimed=None,
         )
 
     def with_attestations(self, attestations: tuple[Attestation, ...]) -> Evidence:
@@ -138,6 +141,8 @@ class Evidence:
 
         Where one of them says what is worse for the key, that is the answer.
         """
+        if not attestations:
+            return self
         answers: dict[str, bool | None] = {}
         for name, (good, _) in ANSWERS.items():
             told = [getattr(self, name), *(one.answer(name) for one in attestations)]
@@ -152,5 +157,6 @@ class Evidence:
             hardware=answers["hardware"],
             fips_mode=answers["fips_mode"],
             facts=(*self.facts, *facts),
-            attestations=attestations or None,
+            attestations=attestations,
+            claimed=self,
         )
