@@ -25,7 +25,7 @@ The tree (``code`` in brackets; *retryable* where trying again later can help)::
     │   │   └── SignerThrottled [signer_throttled]        asked to slow down; retryable
     │   ├── SignerClosedError [signer_closed]             used after ``close()``
     │   └── CustodyError [custody]                        the key does not meet the custody policy
-    │       └── AttestationError [attestation]          a signed statement about a key is not verified
+    │       └── AttestationError [attestation]          a statement about a key is not verified
     └── TokenError [token]
         ├── TokenRefusedError [token_refused]             D1 refused the assertion
         ├── TlsError [tls]                                TLS trust between D1 and us is missing

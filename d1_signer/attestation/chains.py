@@ -21,7 +21,6 @@ from d1_signer.attestation.certificates import (
 from d1_signer.attestation.refusals import refused
 from d1_signer.errors import AttestationError
 
-_LONGEST = 6
 _MOST_SIGNATURES = 64
 
 
@@ -43,11 +42,13 @@ class Rules:
         understood: OIDs of extensions that the format looks at, so that they may be critical,
             beside basic constraints and key usage.
         of_luna: See `keys.verify_certified`.
+        longest: Certificates in a chain, the root's not counted.
     """
 
     may_issue: Callable[[tuple[Certificate, ...]], None]
     understood: frozenset[str] = frozenset()
     of_luna: bool = False
+    longest: int = 6
 
 
 @dataclass(slots=True)
@@ -78,13 +79,18 @@ def chain_of(
         rules: The vendor's.
 
     Raises:
-        AttestationError: There is none; the reason is that of the nearest try.
+        AttestationError: There is none.
     """
     search = _Search(pool, anchors, at, rules)
     chain = _climb(search, (leaf,))
     if chain is None:
-        raise search.reasons[0]
+        raise most_telling(search.reasons)
     return chain
+
+
+def most_telling(reasons: list[AttestationError]) -> AttestationError:
+    """What is wrong with a certificate tells more than that a chain ends, which has a hint."""
+    return min(reasons, key=lambda reason: bool(reason.hint))
 
 
 def _climb(search: _Search, path: tuple[Certificate, ...]) -> Chain | None:
@@ -98,7 +104,7 @@ def _climb(search: _Search, path: tuple[Certificate, ...]) -> Chain | None:
         spki = _key_of(search, anchor)
         if spki is not None and _signed(search, top, spki):
             return Chain(path, anchor)
-    if len(path) < _LONGEST:
+    if len(path) < search.rules.longest:
         for above in search.pool:
             if (
                 above.subject == top.issuer

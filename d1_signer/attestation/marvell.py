@@ -125,51 +125,53 @@ def _unpacked(content: bytes) -> bytes:
 def _chains(pool: tuple[Certificate, ...], asked: Asked) -> tuple[Chain, Chain]:
     """The manufacturer's and the owner's chain of one partition key."""
     partitions = [each for each in pool if _PARTITION.fullmatch(each.common_name)]
-    reasons = [refused("no certificate of a partition comes with it")]
-    made = _found(partitions, pool, asked, reasons, owner=False)
-    owned = _found(partitions, pool, asked, reasons, owner=True)
+    if not partitions:
+        raise refused("no certificate of a partition comes with it")
+    made = _found(partitions, pool, asked, owner=False)
+    owned = _found(partitions, pool, asked, owner=True)
     for one in made:
         for other in owned:
             if one.certificates[0].spki == other.certificates[0].spki:
                 return one, other
-    if made and owned:
-        raise refused("manufacturer and owner certify different partition keys")
-    raise reasons[-1]
+    raise refused("manufacturer and owner certify different partition keys")
 
 
 def _found(
     partitions: list[Certificate],
     pool: tuple[Certificate, ...],
     asked: Asked,
-    reasons: list[AttestationError],
     *,
     owner: bool,
 ) -> list[Chain]:
+    """Chains of the manufacturer, of partition and card, or of the owner, who signs itself."""
     anchors = tuple(each for each in asked.anchors if each.owner in {owner, None})
-    rules = Rules(may_issue=_owner_signs_itself if owner else _card)
-    found = []
+    length = 1 if owner else 2
+    rules = Rules(may_issue=_card, longest=length)
+    found: list[Chain] = []
+    reasons: list[AttestationError] = []
     for partition in partitions:
         try:
-            found.append(chain_of(partition, pool, anchors=anchors, at=asked.at, rules=rules))
+            chain = chain_of(partition, pool, anchors=anchors, at=asked.at, rules=rules)
         except AttestationError as reason:
             reasons.append(reason)
-    if owner:
-        return found
-    return [chain for chain in found if len(chain.certificates) == 2]  # noqa: PLR2004 (and card)
+        else:
+            if len(chain.certificates) == length:
+                found.append(chain)
+            else:
+                reasons.append(refused("no card stands above its partition"))
+    if not found:
+        raise chains.most_telling(reasons)
+    return found
 
 
 def _card(path: tuple[Certificate, ...]) -> None:
     """A card's certificate has no extensions, being of version 1; its name says what it is."""
     partition, card = _PARTITION.fullmatch(path[0].common_name), path[-1]
     named = _CARD.fullmatch(card.common_name)
-    if partition is None or named is None or named[1] != partition[1] or len(path) > 2:  # noqa: PLR2004
+    if partition is None or named is None or named[1] != partition[1]:
         raise refused(f"{card.name} is not that of the card of {path[0].name}")
     if card.version != V1 or card.extensions:
         chains.authority(path)
-
-
-def _owner_signs_itself(path: tuple[Certificate, ...]) -> None:
-    raise refused(f"{path[-1].name} stands between the partition and its owner")
 
 
 def _key_pair(signed: bytes) -> tuple[Attributes, Attributes]:
