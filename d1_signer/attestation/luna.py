@@ -33,6 +33,7 @@ _SERIAL = f"{_ARC}.2.1"
 _LIMITS = (
     "A Luna HSM confirms keys that it made and that cannot leave it: no attribute says so.",
     "It does not say when it was made, and carries no nonce: an old one looks the same.",
+    "It does not say whether the key may be cloned to another Luna HSM.",
     "It does not say whether the HSM is in FIPS mode, nor who may use the key.",
 )
 

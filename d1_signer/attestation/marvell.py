@@ -27,6 +27,7 @@ from d1_signer.attestation.statement import Asked, FactValue, Statement, Verifie
 from d1_signer.errors import AttestationError
 
 _LONGEST = 65_536
+_MOST_PARTITIONS = 8  # two are due: the manufacturer's and the owner's
 _GZIP = b"\x1f\x8b"
 _CARD = re.compile(r"HSM:([\w.-]+)(, for FIPS mode)?")
 _PARTITION = re.compile(r"HSM:([\w.-]+):PARTN:(\d+)(, for FIPS mode)?")
@@ -73,14 +74,14 @@ def verify_marvell(statement: Statement, asked: Asked) -> Verified:
     }
     facts["partition"] = int(partition[2])
     facts["owner anchor"] = owned.anchor.spki_sha256
-    extractable = _flag(private, _EXTRACTABLE)
+    extractable, local = _flag(private, _EXTRACTABLE), _flag(private, _LOCAL)
     fips = all(each.common_name.endswith(", for FIPS mode") for each in made.certificates)
     return Verified(
         spki=spki,
         device=f"Marvell LiquidSecurity HSM {plain(partition[1])}, partition {partition[2]}",
         exportable=extractable,
-        never_exportable=_flag(private, _NEVER_EXTRACTABLE) and not extractable,
-        generated_in_place=_flag(private, _LOCAL),
+        never_exportable=_flag(private, _NEVER_EXTRACTABLE) and local and not extractable,
+        generated_in_place=local,
         hardware=made.anchor.hardware,
         fips_mode=True if fips else None,
         stated_at=None,
@@ -125,8 +126,8 @@ def _unpacked(content: bytes) -> bytes:
 def _chains(pool: tuple[Certificate, ...], asked: Asked) -> tuple[Chain, Chain]:
     """The manufacturer's and the owner's chain of one partition key."""
     partitions = [each for each in pool if _PARTITION.fullmatch(each.common_name)]
-    if not partitions:
-        raise refused("no certificate of a partition comes with it")
+    if not 0 < len(partitions) <= _MOST_PARTITIONS:
+        raise refused(f"{len(partitions)} certificates of partitions come with it")
     made = _found(partitions, pool, asked, owner=False)
     owned = _found(partitions, pool, asked, owner=True)
     for one in made:

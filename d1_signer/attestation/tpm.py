@@ -158,7 +158,8 @@ def _trusted(statement: Statement, asked: Asked, ak: Public) -> Anchor:
         )
     (leaf,) = own
     chains.may_sign(leaf)
-    if EXTENDED_KEY_USAGE in leaf.extensions and _AIK_CERTIFICATE not in leaf.purposes():
+    # An authority may certify keys of software too, for other purposes.
+    if _AIK_CERTIFICATE not in leaf.purposes():
         raise refused(f"{leaf.name} is not that of an attestation key")
     understood = frozenset({EXTENDED_KEY_USAGE, SUBJECT_ALT_NAME})
     rules = Rules(may_issue=chains.authority, understood=understood)

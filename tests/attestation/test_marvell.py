@@ -6,13 +6,23 @@ from __future__ import annotations
 import gzip
 import struct
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from d1_signer.attestation import AttestationError
 from tests.attestation.changing import refusal, to, with_key
 from tests.attestation.makers import KEY, OWNER_ROOT, ROOT, Made, marvell, trusted
-from tests.attestation.pki import Holder, ec_key, rsa_key, spki, spki_sha256
+from tests.attestation.pki import (
+    START,
+    Holder,
+    Settings,
+    certificate,
+    ec_key,
+    rsa_key,
+    spki,
+    spki_sha256,
+)
 
 _EXTRACTABLE, _LOCAL, _NEVER = 0x0162, 0x0163, 0x0164
 
@@ -40,7 +50,7 @@ def test_a_key_that_was_extractable_once_is_told() -> None:
     verified = marvell(private={_NEVER: b"\x00"}).verify()
     assert (verified.exportable, verified.never_exportable) == (False, False)
     verified = marvell(private={_LOCAL: b"\x00"}).verify()
-    assert verified.generated_in_place is False
+    assert (verified.never_exportable, verified.generated_in_place) == (False, False)
     assert verified.facts["CKA_LOCAL"] is False
 
 
@@ -112,7 +122,17 @@ def test_a_partition_of_another_card_is_refused() -> None:
     assert "not that of the card" in refusal(marvell({"card": to(subject=card)}))
     nobody = Holder("somebody", rsa_key("partition"))
     made = marvell({"partition": to(subject=nobody), "owned": to(subject=nobody)})
-    assert "no certificate of a partition" in refusal(made)
+    assert "0 certificates of partitions" in refusal(made)
+
+
+def test_many_certificates_of_partitions_are_refused() -> None:
+    made = marvell()
+    partition = Holder("HSM:1.0-TEST:PARTN:7", ec_key("many"))
+    many = [
+        certificate(Settings(partition, ROOT, start=START + timedelta(each))) for each in range(8)
+    ]
+    statement = replace(made.statement, certificates=(*made.statement.certificates, *many))
+    assert "10 certificates of partitions" in refusal(replace(made, statement=statement))
 
 
 def test_a_card_right_under_the_owner_is_not_made_by_marvell() -> None:

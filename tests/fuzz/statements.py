@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from d1_signer.attestation import Statement
 from tests.attestation import samples
-from tests.attestation.makers import MAKERS, Made, package, yubikey_piv
+from tests.attestation.makers import MAKERS, package, yubikey_piv
 from tests.attestation.pki import value
 from tests.fuzz.mutations import mutated
 
@@ -32,12 +32,6 @@ _REAL = (
     "tpm2 certify",
     "tpm2 soft",
 )
-
-
-def all_statements() -> list[Made]:
-    """Ours of every format, and the real ones where there are any."""
-    made = [maker() for maker in MAKERS.values()] + [yubikey_piv(old=True)]
-    return made + [samples.sample(name) for name in _REAL if samples.FOLDER]
 
 
 def taken_apart(statement: Statement) -> Parts:
@@ -117,7 +111,7 @@ def reencoded(der: bytes, which: int, form: Callable[[int, bytes], bytes]) -> by
 
     def walk(data: bytes) -> bytes:
         done, at = b"", 0
-        while at < len(data):
+        while at + 1 < len(data):
             tag, start, length = data[at], at + 2, data[at + 1]
             if length & 0x80:
                 start += length & 0x7F
@@ -128,15 +122,20 @@ def reencoded(der: bytes, which: int, form: Callable[[int, bytes], bytes]) -> by
             content = walk(content) if tag & 0x20 else content
             done += form(tag, content) if mine else value(tag, content)
             at = start + length
-        return done
+        return done + data[at:]
 
     return walk(der)
 
 
+MADE = [maker() for maker in MAKERS.values()] + [yubikey_piv(old=True)]
+MADE += [samples.sample(name) for name in _REAL if samples.FOLDER]
+PARTS = [taken_apart(made.statement) for made in MADE]
+
+
 @st.composite
-def changed(draw: st.DrawFn, made: Made, others: list[Parts]) -> Statement:
-    """A statement of which one or two parts were changed."""
-    statement, parts = made.statement, taken_apart(made.statement)
+def changed(draw: st.DrawFn, which: int) -> Statement:
+    """One of `MADE` of which one or two parts were changed."""
+    statement, parts = MADE[which].statement, dict(PARTS[which])
     kind = draw(st.integers(0, 9))
     if kind == 0:
         return replace(statement, content=draw(mutated(statement.content or b"x")))
@@ -149,7 +148,7 @@ def changed(draw: st.DrawFn, made: Made, others: list[Parts]) -> Statement:
             other = draw(st.sampled_from(sorted(parts)))
             parts[name], parts[other] = parts[other], parts[name]
         elif kind == 3:  # a part of another statement
-            foreign = draw(st.sampled_from(others))
+            foreign = PARTS[draw(st.integers(0, len(PARTS) - 1))]
             parts[name] = foreign[draw(st.sampled_from(sorted(foreign)))]
         elif kind <= 5 and parts[name][:1] == b"\x30" and statement.format != "tpm2":
             form = draw(st.sampled_from(_FORMS))

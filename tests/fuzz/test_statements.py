@@ -8,11 +8,9 @@ from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 
 from d1_signer.attestation import AttestationError
-from tests.fuzz.statements import all_statements, changed, put_together, taken_apart
+from tests.fuzz.statements import MADE, PARTS, changed, put_together
 
 FUZZ = settings.get_profile("fuzz")
-MADE = all_statements()
-PARTS = [taken_apart(made.statement) for made in MADE]
 # A nonce would tell most changes of a TPM's statement before anything else looks at them.
 WITHOUT_NONCE = [replace(made, asked={**made.asked, "nonce": None}) for made in MADE]
 VERDICTS = [made.verify() for made in WITHOUT_NONCE]
@@ -29,7 +27,7 @@ def test_parts_make_the_statement_again() -> None:
 def test_a_changed_statement_proves_the_same_or_nothing(data: st.DataObject) -> None:
     which = data.draw(st.integers(0, len(MADE) - 1))
     made, verdict = WITHOUT_NONCE[which], VERDICTS[which]
-    statement = data.draw(changed(made, PARTS))
+    statement = data.draw(changed(which))
     try:
         verified = replace(made, statement=statement).verify()
     except AttestationError:
