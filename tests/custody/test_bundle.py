@@ -310,3 +310,39 @@ def test_verify_reads_nothing_but_its_arguments(tmp_path: Path) -> None:
         if not name.endswith(code) and ".so." not in name and ".pyc." not in name
     }
     assert others == {str(file)}
+
+
+def _places(value: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside: list[tuple[Any, object]] = []
+    if isinstance(value, dict):
+        inside = [*value.items()]
+    elif isinstance(value, list):
+        inside = [*enumerate(value)]
+    return [path, *(place for name, one in inside for place in _places(one, (*path, name)))]
+
+
+def test_whatever_stands_in_it_is_read_or_refused() -> None:
+    dice = random.Random(14)
+    one = signer()
+    content = bundle(one, away=True)
+    others: tuple[object, ...] = (None, True, 0, -1, 10**400, 1.5, "", "\ud800", "x", [], {}, [[]])
+    for _ in range(400):
+        document = json.loads(content)
+        document["keys"][1]["statements"] = [
+            {"format": "tpm2", "content": "", "certificates": ["AAAA"], "nonce": None, "parts": {}}
+        ]
+        *above, name = dice.choice(_places(document)[1:])
+        inside = document
+        for step in above:
+            inside = inside[step]
+        if dice.random() < 0.2:
+            del inside[name]
+        else:
+            inside[name] = dice.choice(others)
+        if isinstance(document.get("signatures"), list):
+            message = signed_part(encoded({**document, "signatures": []}))
+            document["signatures"] = [
+                None,
+                b64encode(der_from_raw(one.sign(message))).decode(),
+            ]
+        assert wrong(encoded(document))  # there is a key that was away, at least
