@@ -91,14 +91,14 @@ def _normal(text: str) -> str:
 
 
 def anchors_for(
-    statement_format: str, given: Iterable[Anchor | str], published: frozenset[Anchor]
+    statement_format: str, given: Iterable[Anchor | str | bytes], published: frozenset[Anchor]
 ) -> tuple[Anchor, ...]:
     """The anchors that vouch for a format.
 
     Args:
         statement_format: The format.
-        given: Anchors, or their SHA-256 alone: then it means what it means in `published`, or if
-            it does not stand there, a key that vouches for any format.
+        given: Anchors, or their SHA-256 alone, in hexadecimal or as it is: then it means what it
+            means in `published`, or if it does not stand there, a key that vouches for any format.
         published: The vendors' keys.
 
     Raises:
@@ -109,8 +109,8 @@ def anchors_for(
     known = {anchor.spki_sha256: anchor for anchor in published}
     anchors: dict[str, Anchor] = {}
     for entry in given:
-        if isinstance(entry, str):
-            name = _normal(entry)
+        if isinstance(entry, str | bytes):
+            name = entry.hex() if isinstance(entry, bytes) else _normal(entry)
             anchor = known.get(name) or Anchor(name)
         elif isinstance(entry, Anchor):
             anchor = entry

@@ -37,7 +37,7 @@ FORMATS = frozenset(_VERIFIERS)
 def verify(
     statement: Statement,
     *,
-    anchors: Iterable[Anchor | str] = PUBLISHED,
+    anchors: Iterable[Anchor | str | bytes] = PUBLISHED,
     public_key: PublicKey | bytes | None = None,
     nonce: bytes | None = None,
     at: float | None = None,
@@ -46,8 +46,8 @@ def verify(
 
     Args:
         statement: The statement, of 256 KiB at most with all its parts.
-        anchors: Trusted keys: `Anchor`, or their SPKI's SHA-256 in hexadecimal. Where this is
-            given, the vendors' keys count only if they stand in it (``PUBLISHED | {...}``).
+        anchors: Trusted keys: `Anchor`, or their SPKI's SHA-256, 32 bytes or hexadecimal. Where
+            this is given, the vendors' keys count only if they stand in it (``PUBLISHED | {...}``).
         public_key: The key that it must be about, SubjectPublicKeyInfo in DER where it is bytes.
         nonce: What it must carry: ``tpm2`` has it signed, ``yubihsm`` as the key's label. A format
             that carries none is refused then.
@@ -74,7 +74,7 @@ def verify(
 
 def _verify(
     statement: Statement,
-    anchors: Iterable[Anchor | str],
+    anchors: Iterable[Anchor | str | bytes],
     public_key: PublicKey | bytes | None,
     nonce: bytes | None,
     at: float | None,
@@ -104,7 +104,7 @@ def _check_statement(statement: Statement) -> None:
     """Types and sizes, before anything is read."""
     if not isinstance(statement, Statement):
         raise refused("it is not a Statement")
-    if statement.format not in _VERIFIERS:
+    if not isinstance(statement.format, str) or statement.format not in _VERIFIERS:
         raise refused(
             f"its format {plain(str(statement.format))} is not known",
             f"Known are {', '.join(sorted(_VERIFIERS))}.",

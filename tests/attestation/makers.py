@@ -97,6 +97,7 @@ def marvell(
     key: PrivateKey = KEY,
     private: dict[int, bytes | None] | None = None,
     public: dict[int, bytes | None] | None = None,
+    again: dict[int, bytes] | None = None,
     change: Callable[[bytes], bytes] = bytes,
     packed: bool = True,
 ) -> Made:
@@ -112,7 +113,7 @@ def marvell(
     numbers = _marvell_key(key)
     objects = [
         _marvell_object(1, {**_COMMON, **_OF_PUBLIC, **numbers}, public),
-        _marvell_object(2, {**_COMMON, **_OF_PRIVATE, **numbers}, private),
+        _marvell_object(2, {**_COMMON, **_OF_PRIVATE, **numbers}, private, again),
     ]
     info = struct.pack(">HHHH", 1, 3, 8, 8 + len(objects[0])) + b"".join(objects)
     total = 32 + len(info) + 256
@@ -146,16 +147,16 @@ def _marvell_key(key: PrivateKey) -> dict[int, bytes]:
 
 
 def _marvell_object(
-    handle: int, attributes: dict[int, bytes], changed: dict[int, bytes | None] | None
+    handle: int,
+    attributes: dict[int, bytes],
+    changed: dict[int, bytes | None] | None,
+    again: dict[int, bytes] | None = None,
 ) -> bytes:
     merged = {**attributes, **(changed or {})}
-    kept = {number: value for number, value in merged.items() if value is not None}
-    listed = b"".join(struct.pack(">II", *each) + value for each, value in _sizes(kept))
-    return struct.pack(">III", handle, len(kept), len(listed)) + listed
-
-
-def _sizes(attributes: dict[int, bytes]) -> list[tuple[tuple[int, int], bytes]]:
-    return [((number, len(value)), value) for number, value in attributes.items()]
+    listed = [(number, value) for number, value in merged.items() if value is not None]
+    listed += (again or {}).items()
+    content = b"".join(struct.pack(">II", number, len(each)) + each for number, each in listed)
+    return struct.pack(">III", handle, len(listed), len(content)) + content
 
 
 # ── luna-pkc ─────────────────────────────────────────────────────────────────────────────────────
@@ -370,6 +371,7 @@ def tpm2(
     attributes: int = _KEY,
     ak_attributes: int = _AK,
     magic: int = 0xFF544347,
+    safe: int = 1,
     key: PrivateKey = KEY,
     ak: PrivateKey | None = None,
     hashed: bytes = CREATION,
@@ -393,7 +395,7 @@ def tpm2(
     public, ak_public = tpm_public(key, attributes), tpm_public(ak, ak_attributes, scheme=True)
     attest = struct.pack(">IH", magic, 0x801A if creation else 0x8017)
     attest += tpm2b(b"\x00\x0b" + b"q" * 32) + tpm2b(NONCE)
-    attest += struct.pack(">QIIBQ", 5000, 2, 1, 1, 0x1122)
+    attest += struct.pack(">QIIBQ", 5000, 2, 1, safe, 0x1122)
     attest += tpm2b(b"\x00\x0b" + hashlib.sha256(public).digest())
     attest += tpm2b(hashlib.sha256(hashed).digest() if creation else b"\x00\x0b" + b"n" * 32)
     made = {

@@ -53,6 +53,14 @@ def test_a_confirmation_right_under_the_root_is_refused() -> None:
     assert "serial number" in refusal(luna({"key": to(issuer=ROOT)}))
 
 
+def test_a_package_of_another_type_or_of_too_many_is_refused() -> None:
+    made = luna()
+    data = made.statement.content.replace(b"\x01\x07\x02", b"\x01\x07\x01", 1)
+    many = package([*made.certificates.values()] * 20)
+    for content, told in ((data, "PKCS #7 one of"), (many, "more than 64 certificates")):
+        assert told in refusal(replace(made, statement=replace(made.statement, content=content)))
+
+
 def test_a_package_of_something_else_is_refused() -> None:
     made = luna()
     other = certificate(Settings(ROOT, ROOT))

@@ -7,6 +7,7 @@ import gzip
 import struct
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
@@ -87,6 +88,34 @@ def test_lengths_that_contradict_each_other_are_refused() -> None:
             set_at(at, value).verify()
     with pytest.raises(AttestationError):
         marvell(change=lambda signed: signed + b"\0\0\0\0").verify()
+
+
+def test_an_attribute_stands_once() -> None:
+    """The later one would say that the key was never extractable."""
+    made = marvell(private={_EXTRACTABLE: b"\x01"}, again={_EXTRACTABLE: b"\x00"})
+    assert "repeated" in refusal(made)
+
+
+def test_objects_end_with_their_attributes_and_stand_side_by_side() -> None:
+    def longer(signed: bytes, by: int) -> bytes:
+        """The public object's length, and that of the whole with it."""
+        size = int.from_bytes(signed[48:52], "big") + by
+        return signed[:48] + size.to_bytes(4, "big") + signed[52:]
+
+    for by in (-1, 1, 8):
+        assert "are cut" in refusal(marvell(change=partial(longer, by=by)))
+
+    def behind(signed: bytes) -> bytes:
+        total, size = struct.unpack_from(">II", signed, 8)
+        return signed[:8] + struct.pack(">II", total + 4, size + 4) + signed[16:] + b"more"
+
+    assert "one behind the other" in refusal(marvell(change=behind))
+
+    def twice(signed: bytes) -> bytes:
+        """Both offsets lead to the private object, which then stands for the public one too."""
+        return signed[:36] + signed[38:40] + signed[38:]
+
+    assert "one behind the other" in refusal(marvell(change=twice))
 
 
 def test_owner_and_manufacturer_certify_one_key() -> None:

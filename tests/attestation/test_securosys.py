@@ -88,7 +88,9 @@ def test_members_of_the_json() -> None:
     made = securosys()
     twice = made.statement.content.replace(b"{", b'{"attestationData": "",', 1)
     assert "twice" in refusal(replace(made, statement=replace(made.statement, content=twice)))
-    for content in (b"[]", b"{}", b"null", b"[" * 100_000, b"\xff{}"):
+    for content, told in ((b"[]", "not an object"), (b"{}", "due in base64")):
+        assert told in refusal(replace(made, statement=replace(made.statement, content=content)))
+    for content in (b"null", b"[" * 100_000, b"\xff{}"):
         with pytest.raises(AttestationError):
             replace(made, statement=replace(made.statement, content=content)).verify()
     assert "list of certificates" in refusal(securosys(members={"attestationCertChain": "x"}))
@@ -98,3 +100,10 @@ def test_the_attestation_key_is_an_hsms() -> None:
     somebody = Holder("SOMEBODY", ec_key("primus"))
     assert "one HSM" in refusal(securosys({"device": to(subject=somebody)}))
     assert "one HSM" in refusal(securosys({"signer": to(issuer=ROOT)}))
+    root_in_its_name = Holder("PRIMUS HSM KEY (SN: 18)", ROOT.key)
+    assert "not by the HSM" in refusal(securosys({"signer": to(issuer=root_in_its_name)}))
+
+
+def test_a_long_description_is_refused() -> None:
+    made = securosys(change=lambda xml: xml.replace("<label>", "<label>" + " " * 65_536))
+    assert "longer than 65536" in refusal(made)

@@ -128,11 +128,20 @@ def test_another_key_or_another_scheme_did_not_sign_it() -> None:
     signature = (tpm2().statement.parts or {})["signature"]
     sha384 = signature[:2] + b"\x00\x0c" + signature[4:]
     assert "not by the scheme" in refusal(with_parts(tpm2(), signature=sha384))
-    for scheme in (b"\x00\x1a\x00\x0b", b"\x00\x18\x00\x04", b"\x00\x10"):
-        ak = (tpm2().statement.parts or {})["ak_public"][2:]
-        ak = ak.replace(b"\x00\x18\x00\x0b", scheme, 1)
-        with pytest.raises(AttestationError):
-            with_parts(tpm2(), ak_public=tpm2b(ak)).verify()
+    # ECDAA, and ECDSA with SHA-1: by the signature's own form they could pass for ECDSA.
+    for scheme in (b"\x00\x1a\x00\x0b", b"\x00\x18\x00\x04"):
+        made = tpm2(plain=True)
+        ak = (made.statement.parts or {})["ak_public"].replace(b"\x00\x18\x00\x0b", scheme, 1)
+        assert "another scheme" in refusal(with_parts(made, ak_public=ak))
+    without = (tpm2().statement.parts or {})["ak_public"][2:].replace(
+        b"\x00\x18\x00\x0b", b"\x00\x10", 1
+    )
+    assert "another scheme" in refusal(with_parts(tpm2(), ak_public=tpm2b(without)))
+
+
+def test_a_clock_that_is_none_is_refused() -> None:
+    assert tpm2(safe=0).verify().spki == spki(KEY)
+    assert "not one of a TPM" in refusal(tpm2(safe=2))
 
 
 @pytest.mark.parametrize("name", ["attest", "signature", "public", "ak_public", "creation_data"])
@@ -166,3 +175,29 @@ def test_content_is_empty_or_what_is_signed() -> None:
     assert doubled.verify() == made.verify()
     other = replace(made, statement=replace(made.statement, content=b"x"))
     assert "beside its parts" in refusal(other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (b"\x00\x23\x00\x0b", b"\x00\x08\x00\x0b", "RSA or ECC key that is named by SHA-2"),
+        (b"\x00\x23\x00\x0b", b"\x00\x23\x00\x04", "RSA or ECC key that is named by SHA-2"),
+        (b"\x00\x10\x00\x10\x00\x03", b"\x00\x10\x00\x10\x00\x10", "not on P-256"),
+        (b"\x00\x03\x00\x10", b"\x00\x03\x00\x20", "key derivation"),
+    ],
+)
+def test_public_areas_of_other_keys_are_refused(old: bytes, new: bytes, told: str) -> None:
+    made = tpm2()
+    public = (made.statement.parts or {})["public"]
+    assert old in public
+    assert told in refusal(with_parts(made, public=public.replace(old, new, 1)))
+
+
+def test_public_areas_that_are_cut_or_contradict_themselves_are_refused() -> None:
+    made = tpm2(key=rsa_key("statement"))
+    public = (made.statement.parts or {})["public"][2:]
+    assert "is cut" in refusal(with_parts(made, public=public[:-1]))
+    assert "stands behind" in refusal(with_parts(made, public=public + b"\0"))
+    longer = public.replace(b"\x08\x00\x00\x00\x00\x00", b"\x10\x00\x00\x00\x00\x00", 1)
+    assert longer != public
+    assert "not as long as it says" in refusal(with_parts(made, public=longer))

@@ -73,6 +73,7 @@ def test_a_nonce_is_carried_or_refused(name: str) -> None:
         {"anchors": [1]},
         {"anchors": ["zz" * 32]},
         {"anchors": ["ab" * 16]},
+        {"anchors": [b"ab" * 32]},
         {"anchors": [f"{number:064x}" for number in range(300)]},
     ],
     ids=str,
@@ -83,24 +84,33 @@ def test_arguments_that_are_no_such_thing(name: str, asked: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("statement", "told"),
     [
-        None,
-        b"bytes",
-        Statement(format="unknown"),
-        Statement(format=None),  # type: ignore[arg-type]
-        Statement(format=[]),  # type: ignore[arg-type]
-        Statement(format="tpm2", content="text"),  # type: ignore[arg-type]
-        Statement(format="tpm2", certificates="text"),  # type: ignore[arg-type]
-        Statement(format="tpm2", certificates=None),  # type: ignore[arg-type]
-        Statement(format="tpm2", parts=[1]),  # type: ignore[arg-type]
-        Statement(format="tpm2", parts={"attest": None}),  # type: ignore[dict-item]
+        (None, "not a Statement"),
+        (b"bytes", "not a Statement"),
+        (Statement(format="unknown"), "unknown is not known"),
+        (Statement(format=None), "None is not known"),  # type: ignore[arg-type]
+        (Statement(format=[]), "[] is not known"),  # type: ignore[arg-type]
+        (Statement(format="tpm2", content="text"), "not all bytes"),  # type: ignore[arg-type]
+        (Statement(format="tpm2", certificates="text"), "not all bytes"),  # type: ignore[arg-type]
+        (Statement(format="tpm2", certificates=b"der"), "not all bytes"),  # type: ignore[arg-type]
+        (Statement(format="tpm2", certificates=None), "cannot be read"),  # type: ignore[arg-type]
+        (Statement(format="tpm2", parts=[1]), "not a mapping"),  # type: ignore[arg-type]
+        (Statement(format="tpm2", parts={"attest": None}), "not all bytes"),  # type: ignore[dict-item]
+        (Statement(format="tpm2", content=bytes(262_145)), "longer than 262144"),
+        (Statement(format="tpm2", certificates=(bytes(131_073),) * 2), "longer than 262144"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
-def test_statements_that_are_none(statement: Any) -> None:
-    with pytest.raises(AttestationError):
+def test_statements_that_are_none(statement: Any, told: str) -> None:
+    with pytest.raises(AttestationError) as caught:
         verify(statement)
+    assert told in caught.value.message
+
+
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), True])
+def test_a_moment_is_a_number_of_seconds(at: float) -> None:
+    assert "not a number of seconds" in refusal(luna(), at=at)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -168,7 +178,8 @@ def test_a_vendors_hash_means_what_it_means_there() -> None:
 
     assert anchors_for("yubihsm", [yubico.spki_sha256], PUBLISHED) == (yubico,)
     assert anchors_for("tpm2", [yubico.spki_sha256], PUBLISHED) == ()
-    assert anchors_for("tpm2", PUBLISHED | {"ab" * 32}, PUBLISHED) == (Anchor("ab" * 32),)
+    for ours in ("ab" * 32, "AB:" * 31 + "AB", b"\xab" * 32):
+        assert anchors_for("tpm2", PUBLISHED | {ours}, PUBLISHED) == (Anchor("ab" * 32),)
 
 
 def test_an_anchor_is_the_hash_of_its_key() -> None:

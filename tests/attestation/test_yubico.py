@@ -134,6 +134,8 @@ def test_only_the_certificate_of_a_key_in_a_slot() -> None:
     assert "PIV slot" in refusal(yubikey_piv({"key": to(subject=named)}))
     assert "PIV slot" in refusal(yubikey_piv(policies=b"\x01"))
     assert "lacks" in refusal(yubikey_piv({"key": to(extensions=[])}))
+    short = [(f"{PIV}.3", False, b"\x05\x04"), (f"{PIV}.8", False, b"\x01\x01")]
+    assert "no firmware version" in refusal(yubikey_piv({"key": to(extensions=short)}))
     firmware = [(f"{PIV}.3", False, b"\x05\x04\x04")]
     assert "different firmware" in refusal(yubikey_piv({"device": to(extensions=firmware)}))
 
