@@ -94,7 +94,22 @@ def _verdict(keys: Sequence[tuple[KeyReport, Sequence[str]]], policy: CustodyPol
     else:
         mark, text = "open", f"{len(keys)} keys; nothing was required, so judge for yourself."
     words = ", ".join(policy.words) or "nothing"
-    return f'<h1 class="{mark}">{_e(text[0].upper() + text[1:])}</h1><p>Required: {_e(words)}.</p>'
+    return (
+        f'<h1 class="{mark}">{_e(text[0].upper() + text[1:])}</h1>'
+        f"<p>Required: {_e(words)}.</p><p>{_founded(keys)}</p>"
+    )
+
+
+def _founded(keys: Sequence[tuple[KeyReport, Sequence[str]]]) -> str:
+    """How well the answers are founded, all in all."""
+    known = [told.report.evidence for told, _ in keys if told.report is not None]
+    pairs = [(evidence, name) for evidence in known for name in ANSWERS]
+    unknown = sum(getattr(evidence, name) is None for evidence, name in pairs)
+    attested = sum(evidence.attested_by(name) is not None for evidence, name in pairs)
+    return (
+        f"Of {len(pairs)} answers {attested} are attested by a device, "
+        f"{len(pairs) - attested - unknown} are only claimed, {unknown} are unknown."
+    )
 
 
 def _key(told: KeyReport, unmet: Sequence[str]) -> str:

