@@ -82,6 +82,7 @@ class IsolatedBackend:
         forks.notice()
         self._settings = settings
         self._count = itertools.count(1)
+        self.openings = 0  # see `d1_signer.signing.backend.Reopening`
         self._opener = Opener(settings)
         self._renew()
         host, self._pinned = self._opener.open(settings.timeout)
@@ -100,7 +101,6 @@ class IsolatedBackend:
         self._circuit = Circuit(self._settings.location)
         self._replacing = Remedy()
         self._closed = False
-        self.openings = 0  # see `d1_signer.signing.backend.Reopening`
 
     # -- the Backend protocol -----------------------------------------------------------------
 
