@@ -57,7 +57,7 @@ def test_a_key_made_here_never_left(token: SoftHsmToken, isolation: str) -> None
         open_signer(token.uri, custody_policy=CustodyPolicy(hardware=True), isolation=isolation)
 
 
-@pytest.mark.parametrize("attribute", ["164", "165", "163"])
+@pytest.mark.parametrize("attribute", ["164", "165"])
 def test_what_the_token_denies_of_a_new_key_is_no_new_key(
     token: SoftHsmToken, shim: Shim, attribute: str
 ) -> None:

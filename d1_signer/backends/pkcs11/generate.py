@@ -71,7 +71,8 @@ _DEMANDED = {
 }
 _FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 # Not every module tells them; one that says no has made the key in another way than was asked for.
-_NOT_DENIED = (Attribute.ALWAYS_SENSITIVE, Attribute.NEVER_EXTRACTABLE, Attribute.LOCAL)
+# CKA_LOCAL is not among them: NSS denies it of every key.
+_NOT_DENIED = (Attribute.ALWAYS_SENSITIVE, Attribute.NEVER_EXTRACTABLE)
 
 
 def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
