@@ -182,6 +182,12 @@ def test_a_vendors_hash_means_what_it_means_there() -> None:
         assert anchors_for("tpm2", PUBLISHED | {ours}, PUBLISHED) == (Anchor("ab" * 32),)
 
 
+def test_anchors_are_a_bounded_set() -> None:
+    assert "not one text" in refusal(luna(), anchors="ab" * 32)
+    many = [f"{number:064x}" for number in range(257)]
+    assert "more than 256 anchors" in refusal(luna(), anchors=many)
+
+
 def test_an_anchor_is_the_hash_of_its_key() -> None:
     with pytest.raises(AttestationError):
         Anchor("00" * 32, spki=spki(KEY))
