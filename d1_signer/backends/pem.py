@@ -86,6 +86,7 @@ class PemBackend:
             generated_in_place=None,
             hardware=False,
             facts=tuple(facts),
+            never_exportable=False,
         )
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ _COMMANDS = {
     "generate-key": ("keys", "generate_key", "Make a new P-256 signing key."),
     "public-key": ("keys", "public_key", "Print the public key to register at D1."),
     "csr": ("keys", "csr", "Print a certificate signing request (PKCS#10), signed by the key."),
-    "custody": ("keys", "custody", "Print where each private key lives."),
+    "custody": ("custody", "custody", "Print where each private key lives."),
     "check": ("check", "check", "Check keys, TLS and D1 step by step."),
     "token": ("tokens", "token", "Get an access token from D1."),
     "assertion": ("tokens", "assertion", "Sign an assertion and print what it says."),

@@ -40,6 +40,8 @@ _PLAIN_NAME = re.compile(r"[a-z]+([_-][a-z]+)*")
 _USER_IN_URL = re.compile(r"://[^/?#]*@")
 _WHOLE_NUMBER = re.compile(r"-?(0x[0-9A-Fa-f]{1,16}|[0-9]{1,19})")
 _DECIMAL = re.compile(r"-?([0-9]{1,19}(\.[0-9]{0,19})?|\.[0-9]{1,19})")
+# What `open_signer` has itself, for a key of any backend.
+_FOR_EVERY_KEY = ("attestation", "attestation_anchors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,7 @@ class BackendOptions:
         """
         from d1_signer.signing.registry import option_names
 
-        unknown, known = set(self.given), set[str]()
+        unknown, known = set(self.given) - {*_FOR_EVERY_KEY}, {*_FOR_EVERY_KEY}
         for uri in uris:
             functions = [_function(uri, name) for name in ("open_backend", "generate_key")]
             if functions[0] is None:
@@ -89,6 +91,8 @@ class BackendOptions:
         if function is None:
             return {}
         chosen: dict[str, Any] = {}
+        if function_name == "open_backend":
+            chosen = {name: self.given[name] for name in _FOR_EVERY_KEY if name in self.given}
         for name, text in self.given.items():
             parameter = _parameter(function, name)
             if parameter is not None:

@@ -20,19 +20,32 @@ from d1_signer.signing.key_uri import scheme_of
 from d1_signer.token.d1 import AssertionProfile, Environment
 
 if TYPE_CHECKING:
+    from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
     from d1_signer.token.fetcher import Audience
 
 
-def open_key(uri: str, options: BackendOptions, *, kid: str | None = None) -> Signer:
+def open_key(
+    uri: str,
+    options: BackendOptions,
+    *,
+    kid: str | None = None,
+    policy: CustodyPolicy | None = None,
+) -> Signer:
     """Open a key; the caller closes it."""
     from d1_signer.signing.signer import open_signer
 
     # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
     # as well.
     limit: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme_of(uri) == "pkcs11" else {}
-    return open_signer(uri, kid=kid, trail=current_trail(), **limit | options.for_key(uri))
+    return open_signer(
+        uri,
+        kid=kid,
+        custody_policy=policy,
+        trail=current_trail(),
+        **limit | options.for_key(uri),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +94,14 @@ class Keys:
             )
         self.options.require_known(self.uris)
 
-    def open(self, uri: str) -> Signer:
-        """Open one of the keys; the caller closes it."""
-        return open_key(uri, self.options, kid=self.kid)
+    def open(self, uri: str, policy: CustodyPolicy | None = None) -> Signer:
+        """Open one of the keys; the caller closes it.
+
+        Args:
+            uri: The key.
+            policy: What is demanded of it; None: what ``D1_CUSTODY_POLICY`` says.
+        """
+        return open_key(uri, self.options, kid=self.kid, policy=policy)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:

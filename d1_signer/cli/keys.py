@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`d1-signer public-key`, `csr`, `generate-key` and `custody`."""
+"""`d1-signer public-key`, `csr` and `generate-key`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,13 @@ from d1_signer.cli._output import (
     OptionsOnly,
     Output,
     facts,
-    indented,
-    moment,
     printable,
-    table,
     to_stdout,
     with_output_options,
 )
 from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.cli._trail import current_trail, with_trail
-from d1_signer.custody.report import CustodyReport
 from d1_signer.errors import ConfigurationError
 from d1_signer.signing.key_uri import split_fragment
 
@@ -204,36 +200,3 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     }
     told = facts({"Key URI": named, "kid": kid or thumbprint, "Thumbprint": thumbprint})
     output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}")
-
-
-@click.command(cls=OptionsOnly)
-@with_keys
-@with_output_options
-def custody(keys: Keys, *, output: Output) -> None:
-    """Print where each private key lives.
-
-    Each fact stands with its source, and whether it is claimed or attested.
-    """
-    with keys.opened() as signers:
-        reports = [signer.custody() for signer in signers]
-    document = {"keys": [report.to_dict() for report in reports]}
-    output.result(document, "\n\n".join(map(custody_text, reports)))
-
-
-def custody_text(report: CustodyReport) -> str:
-    """A custody report for people."""
-    evidence = report.evidence
-    head = facts(
-        {
-            "kid": report.kid,
-            "Thumbprint": report.thumbprint,
-            "Backend": report.backend,
-            "Location": evidence.location,
-            "Exportable": evidence.exportable,
-            "Generated in place": evidence.generated_in_place,
-            "Hardware": evidence.hardware,
-            "Collected": moment(report.collected_at),
-        }
-    )
-    rows = [(fact.name, str(fact.assurance), fact.source, fact.value) for fact in evidence.facts]
-    return f"{head}\n\n{indented(table(('FACT', 'ASSURANCE', 'SOURCE', 'VALUE'), rows))}"

@@ -76,6 +76,24 @@ class Pooled(Protocol):
         ...
 
 
+@runtime_checkable
+class Reopening(Protocol):
+    """A backend that opens its key anew by itself, such as after its device was away.
+
+    The `Signer` looks at it before and after each signature where a custody policy is in force, and
+    holds the policy again.
+    """
+
+    @property
+    def openings(self) -> int:
+        """How often the key was opened so far; never less than before."""
+        ...
+
+    def custody_within(self, deadline: float | None) -> Evidence:
+        """As `Backend.custody`, by a moment on ``time.monotonic()``; None: its own limit."""
+        ...
+
+
 class BackendModule(Protocol):
     """What an entry point of the group ``d1_signer.backends`` refers to."""
 

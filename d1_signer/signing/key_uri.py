@@ -54,6 +54,31 @@ def split_fragment(uri: str) -> tuple[str, str | None]:
     return rest, percent_decode(fragment) if mark else None
 
 
+def taken_from_query(uri: str, names: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """Take those names out of a URI's query that are for every scheme.
+
+    Returns:
+        The URI without them, for its backend, and their values.
+
+    Raises:
+        KeyUriError: One stands there twice, or cannot be decoded.
+    """
+    rest, mark, query = uri.partition("?")
+    taken: dict[str, str] = {}
+    left = []
+    for item in query.split("&"):
+        name, _, value = item.partition("=")
+        if name not in names:
+            left.append(item)
+        elif name in taken:
+            raise KeyUriError(f"The key URI {without_secrets(uri)} has {name} twice.")
+        else:
+            taken[name] = percent_decode(value)
+    if not taken:
+        return uri, taken
+    return rest + (mark + "&".join(left) if left else ""), taken
+
+
 def percent_decode(text: str) -> str:
     """Decode percent-encoding strictly to UTF-8 text.
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 
-from d1_signer.custody.evidence import Evidence
-from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.errors import AuditError, ConfigurationError, CustodyError, D1SignerError
+from d1_signer.custody.evidence import ANSWERS, Evidence
+from d1_signer.errors import AuditError, ConfigurationError, D1SignerError
 from d1_signer.events import Recordable, Trail, Use
 
 
@@ -64,30 +62,4 @@ def described(use: Use | None) -> dict[str, Recordable]:
 
 def answers(evidence: Evidence) -> dict[str, Recordable]:
     """What evidence says in short."""
-    return {
-        "exportable": evidence.exportable,
-        "generated_in_place": evidence.generated_in_place,
-        "hardware": evidence.hardware,
-    }
-
-
-def hold_against(
-    policy: CustodyPolicy,
-    evidence: Evidence,
-    trail: Trail | None,
-    about: Mapping[str, Recordable],
-) -> None:
-    """Hold evidence against a policy, and record how that ended.
-
-    Raises:
-        CustodyError: A demand is not met.
-        AuditUnavailable: It cannot be recorded.
-    """
-    outcome = CustodyError.code
-    try:
-        policy.check(evidence)
-        outcome = "met"
-    finally:
-        if trail is not None:
-            demands = [name for name, demanded in asdict(policy).items() if demanded]
-            trail.note("policy", {**about, "demands": demands, "outcome": outcome})
+    return {name: getattr(evidence, name) for name in ANSWERS}

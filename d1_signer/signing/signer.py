@@ -31,11 +31,11 @@ from typing import Any, NoReturn, Self, final
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from d1_signer import es256
+from d1_signer.attestation import Statement
 from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.custody.report import CustodyReport
+from d1_signer.custody.report import CustodyReport, Maker
 from d1_signer.errors import (
     AuditError,
-    ConfigurationError,
     D1SignerError,
     InvalidInputError,
     InvalidSignatureError,
@@ -46,16 +46,15 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Observer, Recordable, SignEvent, Trail, Use, checked, notify
 from d1_signer.frames import without_locals
-from d1_signer.signing.backend import (
-    Backend,
-    GeneratedKey,
-    Pooled,
-    SignatureEncoding,
-    evidence_of,
-    guarded,
+from d1_signer.signing.backend import Backend, GeneratedKey, Pooled, SignatureEncoding, guarded
+from d1_signer.signing.holding import Holding
+from d1_signer.signing.key_uri import (
+    scheme_of,
+    split_fragment,
+    taken_from_query,
+    without_secrets,
 )
-from d1_signer.signing.key_uri import scheme_of, split_fragment, without_secrets
-from d1_signer.signing.recording import answers, checked_trail, described, hold_against, recorded
+from d1_signer.signing.recording import answers, checked_trail, described, recorded
 from d1_signer.signing.registry import call_backend, load_backend_module, plug_in_of
 
 _LONGEST_TIMEOUT = 86_400.0
@@ -79,6 +78,8 @@ class Signer:
         verify: bool = True,
         expected_thumbprint: str | None = None,
         custody_policy: CustodyPolicy | None = None,
+        attestation: Statement | str | None = None,
+        attestation_anchors: str | None = None,
         observers: Sequence[Observer] = (),
         trail: Trail | None = None,
     ) -> None:
@@ -89,7 +90,10 @@ class Signer:
             kid: Key identifier that D1 knows; None: the RFC 7638 thumbprint.
             verify: Verify each signature under the pinned public key before it is returned.
             expected_thumbprint: RFC 7638 thumbprint that the key must have.
-            custody_policy: What the key's custody must be shown to be.
+            custody_policy: What the key's custody must be shown to be, now and whenever the backend
+                opens the key anew; None: what ``D1_CUSTODY_POLICY`` says, if it is set.
+            attestation: A device's statement about the key, or ``FORMAT:PATH[,PATH…]``.
+            attestation_anchors: File of keys that statements may rest on, beside the published.
             observers: Told of each signature, see `SignEvent`.
             trail: Asked before each signature, see `AuditTrail`; stays the caller's.
 
@@ -97,7 +101,9 @@ class Signer:
             ConfigurationError: ``trail`` is none, or is sealed by this key.
             AuditUnavailable: The trail cannot record that the key is in use.
             KeyMismatchError: The key has another thumbprint than expected.
-            CustodyError: The evidence does not meet the policy.
+            CustodyError: The evidence does not meet the policy, or the statement proves nothing
+                about this key.
+            ConfigurationError: A policy, a statement or a file that is none.
             InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
         """
         self._backend = backend
@@ -120,18 +126,24 @@ class Signer:
                 "expected one.",
                 hint="Check which key the URI names, and the thumbprint that was registered.",
             )
-        if not isinstance(custody_policy, CustodyPolicy | None):
-            raise ConfigurationError("custody_policy is not a CustodyPolicy.")
         self._about: dict[str, Recordable] = {
             "backend": backend.name,
             "kid": self._kid,
-            "thumbprint": self._public_key.thumbprint(),
+            "thumbprint": self._thumbprint,
         }
         if trail is not None:
             trail.watch(self._public_key)
             trail.note("key", self._about)
-        if custody_policy is not None:
-            hold_against(custody_policy, self.custody().evidence, trail, self._about)
+        self._custody = Holding(
+            backend,
+            self._public_key,
+            policy=custody_policy,
+            attestation=attestation,
+            anchors=attestation_anchors,
+            trail=trail,
+            about=self._about,
+        )
+        self._custody.hold()
 
     @property
     def trail(self) -> Trail | None:
@@ -238,6 +250,8 @@ class Signer:
             return self._sign(digest, deadline)
 
     def _sign(self, digest: bytes, deadline: float | None) -> bytes:
+        if self._custody.watched is not None:
+            self._custody.hold_again(deadline)
         answer = guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
@@ -252,6 +266,8 @@ class Signer:
                 ) from failure
         else:
             es256.check_raw(answer)
+        if self._custody.watched is not None:
+            self._custody.hold_again(deadline)  # this signature may have opened the key anew
         return answer
 
     def custody(self) -> CustodyReport:
@@ -262,7 +278,7 @@ class Signer:
             SignerError: Anything else that keeps the backend from asking.
         """
         with recorded(self._trail, "custody", self._about) as found:
-            evidence = evidence_of(self._backend)
+            evidence = self._custody.evidence()
             found.update(answers(evidence))
         return CustodyReport(
             backend=self._backend.name,
@@ -271,6 +287,7 @@ class Signer:
             collected_at=int(time.time()),
             evidence=evidence,
             plug_in=plug_in_of(self._backend),
+            made_by=Maker.here(),
         )
 
     def as_private_key(self) -> EllipticCurvePrivateKey:
@@ -320,6 +337,8 @@ def open_signer(
     verify: bool = True,
     expected_thumbprint: str | None = None,
     custody_policy: CustodyPolicy | None = None,
+    attestation: Statement | str | None = None,
+    attestation_anchors: str | None = None,
     observers: Sequence[Observer] = (),
     trail: Trail | None = None,
     **options: Any,
@@ -332,7 +351,12 @@ def open_signer(
         kid: Key identifier; wins over the fragment. Without either: the RFC 7638 thumbprint.
         verify: Verify each signature before it is returned.
         expected_thumbprint: RFC 7638 thumbprint that the key must have.
-        custody_policy: What the key's custody must be shown to be.
+        custody_policy: What the key's custody must be shown to be; None: what ``D1_CUSTODY_POLICY``
+            says, if it is set.
+        attestation: A device's statement about the key, verified now: a `Statement`, or
+            ``FORMAT:PATH[,PATH…]``; wins over ``attestation=`` in the URI's query.
+        attestation_anchors: File of keys that statements may rest on, beside the published ones;
+            wins over ``attestation-anchors=``.
         observers: Told of each signature.
         trail: Asked before each use of the key, see `AuditTrail`; stays the caller's.
         **options: The backend's own options; see its ``open_backend``.
@@ -348,6 +372,7 @@ def open_signer(
         AuditUnavailable: The trail cannot record it.
     """
     rest, fragment = split_fragment(uri)
+    rest, query = taken_from_query(rest, ("attestation", "attestation-anchors"))
     module = load_backend_module(rest)
     checked_trail(trail)
     with recorded(trail, "open", {"key": without_secrets(uri)}) as found:
@@ -359,6 +384,8 @@ def open_signer(
                 verify=verify,
                 expected_thumbprint=expected_thumbprint,
                 custody_policy=custody_policy,
+                attestation=attestation or query.get("attestation"),
+                attestation_anchors=attestation_anchors or query.get("attestation-anchors"),
                 observers=observers,
                 trail=trail,
             )

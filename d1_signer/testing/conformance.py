@@ -30,7 +30,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_public_key
 
 from d1_signer.custody.evidence import Assurance
-from d1_signer.errors import D1SignerError, InvalidInputError, SignerClosedError, SignerTimeout
+from d1_signer.custody.policy import CustodyPolicy
+from d1_signer.errors import (
+    CustodyError,
+    D1SignerError,
+    InvalidInputError,
+    SignerClosedError,
+    SignerTimeout,
+)
 from d1_signer.signing.signer import Signer
 
 _MESSAGE = b"d1_signer conformance"
@@ -168,6 +175,20 @@ class SignerConformance:
         for answer in (evidence.exportable, evidence.generated_in_place, evidence.hardware):
             assert answer in {True, False, None}
         _assert_shows_none(secrets, json.dumps(report.to_dict()))
+
+    def test_policy_is_held(self, signer: Signer) -> None:
+        evidence = signer.custody().evidence
+        words = ("non-exportable", "never-exportable", "generated-in-place", "hardware", "fips")
+        policies = [CustodyPolicy.parse(",".join(kinds)) for kinds in (words, *zip(words))]
+        policies += [CustodyPolicy.parse(f"{word},attested") for word in words]
+        refused = [policy for policy in policies if policy.unmet(evidence)]
+        assert refused, "nobody can show all of it"
+        for policy in policies:
+            if policy not in refused:
+                Signer(signer._backend, custody_policy=policy)  # noqa: SLF001
+                continue
+            with pytest.raises(CustodyError):
+                Signer(signer._backend, custody_policy=policy)  # noqa: SLF001
 
     # -- threads and forks --------------------------------------------------------------------
 

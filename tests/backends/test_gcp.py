@@ -450,17 +450,18 @@ def test_no_credentials_is_a_login_error(tmp_path: Path, monkeypatch: pytest.Mon
 # -- custody, making keys -------------------------------------------------------------------------
 
 
-def test_custody_delivers_the_attestation_and_derives_nothing_from_it(signer: Signer) -> None:
+def test_statement_that_cannot_be_verified_is_a_claim(signer: Signer) -> None:
     evidence = signer.custody().evidence
     facts = {fact.name: fact for fact in evidence.facts}
     assert facts["protectionLevel"].value == "HSM"
     assert facts["attestation.format"].value == "CAVIUM_V2_COMPRESSED"
     content = facts["attestation.content"]
     assert base64.b64decode(str(content.value)) == b"signed by the HSM"
-    assert "not verified" in content.source
-    attested = {fact.name for fact in evidence.facts if fact.assurance is Assurance.ATTESTED}
-    assert attested == {"attestation.content"}
+    assert str(facts["marvell statement"].value).startswith("not verified: ")
+    assert {fact.assurance for fact in evidence.facts} == {Assurance.CLAIMED}
     CustodyPolicy(non_exportable=True, generated_in_place=True, hardware=True).check(evidence)
+    with pytest.raises(errors.CustodyError, match="it is only claimed"):
+        CustodyPolicy(hardware=Assurance.ATTESTED).check(evidence)
 
 
 @pytest.mark.parametrize("fault", gcp.VERSION_FAULTS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer.cli._app import cli
+from d1_signer.cli.custody import _FILES
 from tests.cli.conftest import Run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -16,6 +17,8 @@ OPTIONS = {
     name: {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
     for name, command in cli.commands.items()
 }
+for file_command in _FILES.values():
+    OPTIONS["custody"] |= {flag for parameter in file_command.params for flag in parameter.opts}
 
 
 def commands() -> list[str]:

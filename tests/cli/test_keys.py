@@ -266,7 +266,8 @@ def test_custody_for_people_and_machines(run: Run, key_uri: str, other_uri: str)
     assert reports[0]["generated_in_place"] is None
     assert {"name": "mode", "value": "0600"}.items() <= reports[0]["facts"][1].items()
     text = run("custody").out
-    assert "Exportable          yes\nGenerated in place  not known\n" in text
+    assert "Exportable          yes (claimed)\nNever exportable    no (claimed)\n" in text
+    assert "Generated in place  not known\n" in text
     assert "  mode       claimed    operating system  0600\n" in text
     assert text.index("bank-2026") < text.index("next-2027")
 

@@ -178,7 +178,7 @@ def test_of_several_keys_one_must_know_it(run: Run, uri: str, key_uri: str, othe
     assert (known.status, given()["count"]) == (0, 3)
     unknown = run("custody", "--key", key_uri, "--key", other_uri, "--option", "count=3")
     assert unknown.status == 2
-    assert "Known: passphrase_source." in unknown.err
+    assert "Known: attestation, attestation_anchors, passphrase_source." in unknown.err
 
 
 def test_the_key_uri_is_what_is_wrong_where_nothing_serves_it(run: Run) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import d1_signer
-import d1_signer.cli.keys
+import d1_signer.cli.custody
 from d1_signer import generate_key
 from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import COMMAND, Run
@@ -109,11 +109,11 @@ def test_output_options_before_the_command(run: Run, key_uri: str) -> None:
 def test_a_defect_is_one_line_and_shows_no_values(
     run: Run, key_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_report: object) -> str:
+    def broken(*_report: object) -> str:
         secret = PASSPHRASE
         raise LookupError(secret)
 
-    monkeypatch.setattr(d1_signer.cli.keys, "custody_text", broken)
+    monkeypatch.setattr(d1_signer.cli.custody, "key_text", broken)
     result = run("custody", "--key", key_uri)
     assert result.status == 1
     assert result.err.startswith("Error: Unexpected LookupError; this is a defect of d1-signer.\n")

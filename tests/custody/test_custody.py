@@ -77,16 +77,27 @@ def test_report_is_json_with_claimed_and_attested_apart() -> None:
         ),
     )
     read = json.loads(json.dumps(report.to_dict()))
+    answers = ("exportable", "never_exportable", "generated_in_place", "hardware", "fips_mode")
+    assert {name: read.pop(name) for name in answers} == {
+        "exportable": False,
+        "never_exportable": None,
+        "generated_in_place": None,
+        "hardware": True,
+        "fips_mode": None,
+    }
+    for fact in read["facts"]:
+        assert (fact.pop("format"), fact.pop("anchor")) == (None, None)
     assert read == {
         "backend": "pkcs11",
         "plug_in": None,
         "kid": "é",
         "thumbprint": "t",
         "collected_at": 1,
+        "time": "1970-01-01T00:00:01Z",
+        "made_by": None,
         "location": "l",
-        "exportable": False,
-        "generated_in_place": None,
-        "hardware": True,
+        "attested": [],
+        "limits": [],
         "facts": [
             {
                 "name": "CKA_EXTRACTABLE",

@@ -43,6 +43,8 @@ _FACTS = (
     *("Arn", "Origin", "KeySpec", "KeyUsage", "KeyManager", "MultiRegion"),
     *("CustomKeyStoreId", "CloudHsmClusterId", "CreationDate"),
 )
+# What is imported has a copy elsewhere; of an external key store AWS does not know.
+_NEVER_EXPORTABLE = {"AWS_KMS": True, "AWS_CLOUDHSM": True, "EXTERNAL": False}
 
 
 class AwsKmsBackend(RemoteBackend[Client]):
@@ -102,9 +104,12 @@ class AwsKmsBackend(RemoteBackend[Client]):
         metadata = self._metadata
         told = {name: metadata.get(name) for name in _FACTS}
         facts = facts_of("AWS KMS DescribeKey", told)
+        _, _, _, region, account, _ = self._arn.split(":", 5)
+        facts += facts_of("AWS KMS key ARN", {"account": account, "region": region})
         # Imported key material has a copy elsewhere, and for what is in an external key store AWS
         # does not speak.
-        inside = metadata.get("Origin") in {"AWS_KMS", "AWS_CLOUDHSM"}
+        origin = metadata.get("Origin")
+        inside = origin in {"AWS_KMS", "AWS_CLOUDHSM"}
         if inside:
             facts.append(
                 Fact(
@@ -119,6 +124,7 @@ class AwsKmsBackend(RemoteBackend[Client]):
             generated_in_place=inside,
             hardware=True if inside else None,
             facts=tuple(facts),
+            never_exportable=_NEVER_EXPORTABLE.get(str(origin)),
         )
 
 

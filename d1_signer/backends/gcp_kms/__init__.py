@@ -95,8 +95,7 @@ class GcpKmsBackend(RemoteBackend[Client]):
     def custody(self) -> Evidence:
         """Report what Cloud KMS says of the version, asked once: it does not change.
 
-        An attestation is delivered as it is. It is signed by the HSM's manufacturer and by Google;
-        this package does not verify it, so what it says is still no more than claimed here.
+        An attestation is passed on for the `Signer` to verify.
         """
         if self._evidence is None:
             client, until = self._begin(None)

@@ -11,11 +11,12 @@ from typing import Final, TypeVar
 import google_crc32c
 from google.cloud import kms_v1 as kms
 
+from d1_signer.attestation import Statement
 from d1_signer.backends.gcp_kms.client import Client
 from d1_signer.backends.gcp_kms.failures import CLOUD_KMS, STATES
 from d1_signer.backends.gcp_kms.place import Place
 from d1_signer.backends.remote import facts_of
-from d1_signer.custody.evidence import Assurance, Evidence, Fact
+from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -192,25 +193,29 @@ def evidence(version: kms.CryptoKeyVersion) -> Evidence:
     }
     facts = facts_of(_SOURCE, told)
     attestation = version.attestation
+    statements: tuple[Statement, ...] | None = None
     if attestation.content:
-        facts += facts_of(_SOURCE, {"attestation.format": _named(attestation.format)})
-        facts.append(
-            Fact(
-                name="attestation.content",
-                value=b64encode(attestation.content).decode(),
-                source="statement signed by the HSM, delivered by Cloud KMS, not verified here",
-                assurance=Assurance.ATTESTED,
-            )
+        content = bytes(attestation.content)
+        told = {
+            "attestation.format": _named(attestation.format),
+            "attestation.content": b64encode(content).decode(),
+        }
+        facts += facts_of(_SOURCE, told)
+        chains = attestation.cert_chains
+        certificates = tuple(
+            text.encode()
+            for name in ("cavium_certs", "google_card_certs", "google_partition_certs")
+            for text in getattr(chains, name)
         )
-        for name in ("cavium_certs", "google_card_certs", "google_partition_certs"):
-            chain = "".join(getattr(attestation.cert_chains, name))
-            facts += facts_of(_SOURCE, {f"attestation.certChains.{name}": chain or None})
+        statements = (Statement(format="marvell", content=content, certificates=certificates),)
     return Evidence(
         location=f"gcpkms://{version.name}",
         exportable=False if held_by_google and not imported else None,
         generated_in_place=not imported if held_by_google else None,
         hardware=_HARDWARE.get(level),
         facts=tuple(facts),
+        statements=statements,
+        never_exportable=False if imported else (True if held_by_google else None),
     )
 
 

@@ -8,6 +8,7 @@ is called inside the module (`Module.run`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ class Access:
     Attributes:
         public: The public key, given or pinned by the first signature.
         proven: Whether the key has signed: a token that is not there now was there before.
+        openings: How often the key was found for a session that signs.
     """
 
     def __init__(self, module: Module, settings: Settings, pin: Pin) -> None:
@@ -43,6 +45,8 @@ class Access:
         self._pin = pin
         self.public: PublicKey | None = settings.public_key
         self.proven = False
+        self.openings = 0
+        self._count = itertools.count(1)
         self._generation = -1
         self.forget()
 
@@ -117,6 +121,7 @@ class Access:
             raise
         log_in = self._login_for_each(session) if found.always_authenticate else None
         sign = self._module.cryptoki.signer(session.handle, found.private, log_in)
+        self.openings = next(self._count)  # two threads at once: another number all the same
         worker.use(session, sign, generation)
 
     def _login_for_each(self, session: Session) -> Callable[[], None] | None:

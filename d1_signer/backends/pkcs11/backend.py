@@ -109,9 +109,18 @@ class Pkcs11Backend:
 
     def custody(self) -> Evidence:
         """Ask the token what it claims about the key."""
+        return self.custody_within(None)
+
+    def custody_within(self, deadline: float | None) -> Evidence:
+        """As `custody`; see `d1_signer.signing.backend.Reopening`."""
         forks.notice()
-        deadline = self._deadline(None)
+        deadline = self._deadline(deadline)
         return self._bounded(deadline, lambda: self._served(self._access.evidence, deadline))
+
+    @property
+    def openings(self) -> int:
+        """How often the key was found; see `d1_signer.signing.backend.Reopening`."""
+        return self._access.openings
 
     def pool_use(self) -> tuple[int, int]:
         """Sessions in use, and how many there may be; see `d1_signer.signing.backend.Pooled`."""

@@ -9,6 +9,7 @@ from pkcs11 import Attribute, Mechanism, SlotFlag, TokenFlag, exceptions as sdk
 
 from d1_signer.backends.pkcs11.keys import FoundKey
 from d1_signer.backends.pkcs11.module.cryptoki import shown
+from d1_signer.backends.pkcs11.module.file import file_of, sha256_of
 from d1_signer.backends.pkcs11.module.life import Module
 from d1_signer.backends.pkcs11.session import attributes
 from d1_signer.backends.pkcs11.session.session import Session
@@ -47,17 +48,26 @@ def evidence(module: Module, session: Session, found: FoundKey, uri: Pkcs11Uri) 
         "token flags": _flags(token.flags_now()),
         "CKF_HW_SLOT": hardware,
         **_library(module),
+        **_file(module),
     }
     facts += [_fact(name, value, "PKCS#11") for name, value in of_token.items()]
     facts.append(_fact("locking", str(module.locking), "d1_signer"))
+    exportable = _exportable(
+        sensitive=values[Attribute.SENSITIVE], extractable=values[Attribute.EXTRACTABLE]
+    )
+    never = (
+        None if exportable is None else not exportable,
+        values[Attribute.LOCAL],  # one that came from elsewhere may still be there
+        values[Attribute.ALWAYS_SENSITIVE],
+        values[Attribute.NEVER_EXTRACTABLE],
+    )
     return Evidence(
         location=uri.location(found.id),
-        exportable=_exportable(
-            sensitive=values[Attribute.SENSITIVE], extractable=values[Attribute.EXTRACTABLE]
-        ),
+        exportable=exportable,
         generated_in_place=values[Attribute.LOCAL],
         hardware=hardware,
         facts=tuple(facts),
+        never_exportable=_all(never),
     )
 
 
@@ -75,11 +85,23 @@ def _library(module: Module) -> dict[str, FactValue]:
     return {"library description": None, "library version": None}
 
 
+def _file(module: Module) -> dict[str, FactValue]:
+    file = file_of(module.path)
+    return {"module path": shown(str(file or module.path)), "module SHA-256": sha256_of(file)}
+
+
 def _exportable(*, sensitive: bool | None, extractable: bool | None) -> bool | None:
     """PKCS#11 section 4.9: a sensitive key never leaves in clear, an extractable one wrapped."""
     if sensitive is False or extractable is True:
         return True
     return None if sensitive is None or extractable is None else False
+
+
+def _all(answers: tuple[bool | None, ...]) -> bool | None:
+    """Yes where each is, no where one is no, else unknown."""
+    if False in answers:
+        return False
+    return None if None in answers else True
 
 
 def _mechanism(number: int | None) -> FactValue:

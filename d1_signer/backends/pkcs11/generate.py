@@ -70,6 +70,9 @@ _DEMANDED = {
     Attribute.SIGN: True,
 }
 _FORBIDDEN = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
+# Not every module tells them; one that says no has made the key in another way than was asked for.
+# CKA_LOCAL is not among them: NSS denies it of every key.
+_NOT_DENIED = (Attribute.ALWAYS_SENSITIVE, Attribute.NEVER_EXTRACTABLE)
 
 
 def generate(settings: Settings, pin: Pin, timeout: float) -> GeneratedKey:
@@ -174,9 +177,11 @@ def _templates(label: str, key_id: bytes) -> Iterator[tuple[Template, Template]]
 
 def _wrong(session: Session, private: int) -> list[str]:
     """The attributes that are not as demanded, by name."""
-    told = {name: attributes.flag(session, private, name) for name in (*_DEMANDED, *_FORBIDDEN)}
+    names = (*_DEMANDED, *_FORBIDDEN, *_NOT_DENIED)
+    told = {name: attributes.flag(session, private, name) for name in names}
     wrong = [name for name, value in _DEMANDED.items() if told[name] is not value]
     wrong += [name for name in _FORBIDDEN if told[name] is True]
+    wrong += [name for name in _NOT_DENIED if told[name] is False]
     return [f"CKA_{name.name}" for name in wrong]
 
 

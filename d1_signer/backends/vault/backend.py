@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import re
+import time
 from base64 import b64decode, b64encode, urlsafe_b64decode
 from urllib.parse import quote
 
 from d1_signer.backends.remote import RemoteBackend, facts_of
-from d1_signer.backends.vault.failures import FOR_THE_KEY, TO_SIGN
+from d1_signer.backends.vault.failures import FOR_THE_CLUSTER, FOR_THE_KEY, TO_SIGN
+from d1_signer.backends.vault.http import Told
 from d1_signer.backends.vault.keys import ELSEWHERE, Described
 from d1_signer.backends.vault.tokens import Client
-from d1_signer.custody.evidence import Evidence
-from d1_signer.errors import KeyMismatchError
+from d1_signer.custody.evidence import Evidence, Fact
+from d1_signer.errors import D1SignerError, KeyMismatchError
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import SignatureEncoding
 from d1_signer.transport.foreign import quoted
@@ -21,6 +23,9 @@ from d1_signer.transport.processes import PerProcess
 _VERSION = r"vault:v([1-9][0-9]{0,8}):"
 _RAW = re.compile(_VERSION + r"([A-Za-z0-9_-]{86})")
 _DER = re.compile(_VERSION + r"([A-Za-z0-9+/]{10,104}={0,2})")
+# Any server of the cluster may answer, also one that is not its leader.
+_HEALTH = "sys/health?standbyok=true&perfstandbyok=true"
+_PATIENCE = 1.0  # seconds: the key was described a moment ago, so that it is there or not told
 _FACTS = (
     "type",
     "exportable",
@@ -108,6 +113,7 @@ class VaultBackend(RemoteBackend[Client]):
         facts = [
             *facts_of("Vault Transit key", {name: told.data.get(name) for name in _FACTS}),
             *facts_of("d1_signer", {"mount": self._mount, "version": self._version}),
+            *_server(client, until),
         ]
         location = f"hashivault://{self._key}"
         if told.type in ELSEWHERE:
@@ -126,13 +132,17 @@ class VaultBackend(RemoteBackend[Client]):
             told.data.get(name) for name in ("exportable", "allow_plaintext_backup")
         )
         known = isinstance(exportable, bool) and isinstance(backup, bool)
+        imported = told.data.get("imported_key")
+        # Both can be switched on later, and never off again: what is off was never on.
+        leaves = bool(exportable or backup) if known else None
         return Evidence(
             location=location,
-            exportable=bool(exportable or backup) if known else None,
-            generated_in_place=not told.data.get("imported_key"),
+            exportable=leaves,
+            generated_in_place=not imported,
             # Transit signs in the memory of the server's process, whatever seals its storage.
             hardware=False,
             facts=tuple(facts),
+            never_exportable=False if imported or leaves else (None if leaves is None else True),
         )
 
 
@@ -150,3 +160,25 @@ def described(client: Client, path: str, key: str, until: float) -> Described:
         return Described.read(
             key, told.get("data"), lambda what: client.http.altered(FOR_THE_KEY, what)
         )
+
+
+def _server(client: Client, until: float) -> list[Fact]:
+    """Which Vault it is; its cluster is told without a token, and to nobody in some places."""
+    http, settings = client.http, client.http.settings
+    told: dict[str, object] = {"address": settings.endpoint, "namespace": settings.namespace}
+    try:
+        health = http.request(
+            FOR_THE_CLUSTER,
+            "GET",
+            _HEALTH,
+            until=min(until, time.monotonic() + _PATIENCE),
+            namespaced=False,
+        )
+    except D1SignerError:
+        health = Told()
+    cluster, version = health.get("cluster_id"), health.get("version")
+    of_cluster = {
+        "cluster id": quoted(cluster)[1:-1] if isinstance(cluster, str) else None,
+        "server version": quoted(version)[1:-1] if isinstance(version, str) else None,
+    }
+    return [*facts_of("d1_signer", told), *facts_of("Vault sys/health", of_cluster)]

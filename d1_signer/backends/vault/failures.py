@@ -72,6 +72,7 @@ class Purpose:
 
 TO_SIGN = Purpose("to sign", Phase.SIGNATURE)
 FOR_THE_KEY = Purpose("to describe the key", Phase.LOOK_UP)
+FOR_THE_CLUSTER = Purpose("for its cluster", Phase.LOOK_UP)
 TO_MAKE = Purpose("to make a key", Phase.GENERATION)
 TO_LOG_IN = Purpose("to log in", Phase.CREDENTIALS)
 TO_UNWRAP = Purpose("to unwrap the secret id", Phase.CREDENTIALS)

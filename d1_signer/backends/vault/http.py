@@ -52,11 +52,12 @@ class _Call:
     token: Secret | None
     fields: Mapping[str, object] | None
     secrets: Mapping[str, Secret]
+    namespaced: bool
 
     def headers(self, namespace: str | None) -> dict[str, str]:
         # X-Vault-Request is what a Vault Agent may ask for, against request forgery.
         headers = {"X-Vault-Request": "true", "Content-Type": "application/json"}
-        if namespace:
+        if namespace and self.namespaced:
             headers["X-Vault-Namespace"] = namespace
         if self.token is not None:
             headers["X-Vault-Token"] = self.token.reveal()
@@ -107,6 +108,7 @@ class HttpClient:
         fields: Mapping[str, object] | None = None,
         secrets: Mapping[str, Secret] | None = None,
         counted: bool = False,
+        namespaced: bool = True,
     ) -> Told:
         """Send a request; again, until the time is over, where what failed may pass.
 
@@ -122,6 +124,7 @@ class HttpClient:
             fields: Members of the JSON body.
             secrets: More members of it, which no error may show.
             counted: Vault counts attempts: nothing is sent again that it may have dealt with.
+            namespaced: Whether the path is one of the namespace, where there is one.
 
         Returns:
             The answer's JSON object; empty for an answer without a body.
@@ -134,6 +137,7 @@ class HttpClient:
             token=token,
             fields=fields,
             secrets=secrets or {},
+            namespaced=namespaced,
         )
         if counted:
             self._http.forget()  # a kept connection that is dead would leave it open what happened

@@ -8,12 +8,19 @@ module is never loaded here, and the PIN is only passed on (see `opening`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
 import time
 import weakref
 
+from d1_signer.backends.pkcs11.isolation.answers import (
+    Again,
+    died,
+    signed,
+    too_late,
+)
 from d1_signer.backends.pkcs11.isolation.child import Host
 from d1_signer.backends.pkcs11.isolation.opening import (
     HostSettings,
@@ -74,6 +81,8 @@ class IsolatedBackend:
         """
         forks.notice()
         self._settings = settings
+        self._count = itertools.count(1)
+        self.openings = 0  # see `d1_signer.signing.backend.Reopening`
         self._opener = Opener(settings)
         self._renew()
         host, self._pinned = self._opener.open(settings.timeout)
@@ -105,7 +114,11 @@ class IsolatedBackend:
 
     def custody(self) -> Evidence:
         """Ask the token what it claims about the key."""
-        document = json.loads(self._asked(CUSTODY, b"", self._deadline(None)))
+        return self.custody_within(None)
+
+    def custody_within(self, deadline: float | None) -> Evidence:
+        """As `custody`; see `d1_signer.signing.backend.Reopening`."""
+        document = json.loads(self._asked(CUSTODY, b"", self._deadline(deadline)))
         facts = [
             Fact(**{**fact, "assurance": Assurance(fact["assurance"])})
             for fact in document.pop("facts")
@@ -142,14 +155,14 @@ class IsolatedBackend:
         forks.notice()
         try:
             return self._asked_once(kind, body, deadline)
-        except _Again as again:
+        except Again as again:
             reason = again.reason
         helped = False
         try:
             answer = self._asked_once(kind, body, deadline)
             helped = True
-        except _Again:
-            raise reason or _died() from None
+        except Again:
+            raise reason or died() from None
         finally:
             if reason is not None:
                 self._replacing.taken(helped=helped)
@@ -162,7 +175,7 @@ class IsolatedBackend:
             left = remaining(deadline)
             if left == 0:
                 self._give(host, connection)
-                raise _too_late()  # noqa: TRY301 (the whole use of a connection is in here)
+                raise too_late()  # noqa: TRY301 (the whole use of a connection is in here)
             if left is not None or connection.gettimeout() is not None:  # each costs a system call
                 connection.settimeout(left)
             send(connection, kind, body)
@@ -170,11 +183,11 @@ class IsolatedBackend:
             self._give(host, connection)
         except TimeoutError:
             self._lost(taken)
-            raise _too_late() from None
+            raise too_late() from None
         except Gone:
             if self._lost(taken):
-                raise _Again from None
-            raise _died() from None
+                raise Again from None
+            raise died() from None
         except D1SignerError:
             raise
         except BaseException:
@@ -183,20 +196,27 @@ class IsolatedBackend:
             self._lost(taken)
             raise
         if answered == DONE:
-            return answer
+            return self._signed(host, answer) if kind == SIGN else answer
         raise self._failure(answer, host, deadline)
+
+    def _signed(self, host: Host, answer: bytes) -> bytes:
+        signature, openings = signed(answer)
+        if openings != host.openings:  # the child is new, or has opened the key anew
+            host.openings = openings
+            self.openings = next(self._count)
+        return signature
 
     def _failure(self, answer: bytes, host: Host, deadline: float | None) -> Exception:
         try:
             error, more = decoded_error(answer)
         except Gone:
-            return _died()
+            return died()
         refused.merge(more["refused"])
         if host.dead:
-            return _Again()
+            return Again()
         if error.details.get("needs") == "process" and self._replacing.due:
             self._replace(host, deadline)
-            return _Again(error)
+            return Again(error)
         return error
 
     def _take(self, taken: list[_Taken], deadline: float | None) -> _Taken:
@@ -362,14 +382,6 @@ class IsolatedBackend:
         return f"<IsolatedBackend {self._settings.location}>"
 
 
-class _Again(Exception):
-    """The child was killed for another caller's deadline, or cannot be helped for this reason."""
-
-    def __init__(self, reason: D1SignerError | None = None) -> None:
-        super().__init__()
-        self.reason = reason
-
-
 _all: weakref.WeakSet[IsolatedBackend] = weakref.WeakSet()
 
 
@@ -380,18 +392,3 @@ def _renew_all() -> None:
 
 
 forks.in_child(_renew_all)
-
-
-def _died() -> SignerUnavailable:
-    return SignerUnavailable(
-        "The process that hosts the PKCS#11 module has ended; it is replaced.",
-        hint="If it happens again, look at what the vendor's library writes to standard error.",
-        details={"step": "signature"},
-    )
-
-
-def _too_late() -> SignerTimeout:
-    return SignerTimeout(
-        "The HSM gave no answer within the deadline.",
-        hint="Check the HSM and its connection, or allow more time.",
-    )

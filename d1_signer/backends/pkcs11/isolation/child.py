@@ -20,7 +20,10 @@ _HOST = "d1_signer.backends.pkcs11.isolation.host"
 
 
 class Host:
-    """The process and its sockets; `free` and `dead` are the backend's, under its lock."""
+    """The process and its sockets; `free`, `dead` and `openings` are the backend's, under its lock.
+
+    `openings` is what it told last.
+    """
 
     def __init__(
         self, connections: int, *, kept_variables: tuple[str, ...], core_dumps: bool
@@ -37,6 +40,7 @@ class Host:
         """
         self.size = connections
         self.dead = False
+        self.openings = b""
         self._kept_variables = kept_variables
         self._core_dumps = core_dumps
         self._sockets: list[socket.socket] = []

@@ -20,7 +20,9 @@ from dataclasses import asdict
 from typing import Any, NoReturn, TypeVar
 
 from d1_signer.backends.pkcs11 import generate_key, open_backend
+from d1_signer.backends.pkcs11.backend import Pkcs11Backend
 from d1_signer.backends.pkcs11.isolation import confinement
+from d1_signer.backends.pkcs11.isolation.answers import answer_of
 from d1_signer.backends.pkcs11.isolation.wire import (
     ACCEPTED,
     CUSTODY,
@@ -37,7 +39,7 @@ from d1_signer.backends.pkcs11.isolation.wire import (
 from d1_signer.backends.pkcs11.session import at_exit, login
 from d1_signer.backends.pkcs11.session.pin import refused
 from d1_signer.errors import D1SignerError, SignerError
-from d1_signer.signing.backend import Backend, GeneratedKey
+from d1_signer.signing.backend import GeneratedKey
 
 T = TypeVar("T")
 
@@ -79,8 +81,9 @@ def _end() -> NoReturn:
         os._exit(0)  # threads may be in a call that does not return
 
 
-def _opened(uri: str, options: dict[str, Any]) -> tuple[Backend, dict[str, object]]:
+def _opened(uri: str, options: dict[str, Any]) -> tuple[Pkcs11Backend, dict[str, object]]:
     backend = open_backend(uri, **options)
+    assert isinstance(backend, Pkcs11Backend)  # noqa: S101 (the options name no isolation)
     return backend, {"public_key": backend.public_key().pem()}
 
 
@@ -125,7 +128,7 @@ def _witnessed(control: socket.socket) -> Iterator[None]:
     receive(control)
 
 
-def _serve(backend: Backend, connection: socket.socket) -> None:
+def _serve(backend: Pkcs11Backend, connection: socket.socket) -> None:
     try:
         while True:
             kind, body = receive(connection)
@@ -144,9 +147,9 @@ def _serve(backend: Backend, connection: socket.socket) -> None:
         connection.close()  # however this thread ends, the parent does not wait for it
 
 
-def _answer(backend: Backend, kind: bytes, body: bytes) -> bytes:
+def _answer(backend: Pkcs11Backend, kind: bytes, body: bytes) -> bytes:
     if kind == SIGN:
-        return backend.sign_digest(body, None)
+        return answer_of(backend.sign_digest(body, None), backend.openings)
     if kind == CUSTODY:
         return json.dumps(asdict(backend.custody())).encode()
     raise SignerError(f"The host process was asked for something unknown ({kind!r}).")

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`custody`: what is required, a key that is away, the bundle and the page as files."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from d1_signer import generate_key
+from tests.cli.conftest import Run
+
+
+@pytest.fixture
+def client_key(tmp_path: Path) -> str:
+    return generate_key((tmp_path / "client.pem").as_uri()).uri
+
+
+def test_a_key_that_falls_short_is_reported_and_signs_nothing(
+    run: Run, key_uri: str, tmp_path: Path
+) -> None:
+    bundle, html = tmp_path / "bundle.json", tmp_path / "page.html"
+    arguments = ("custody", "--key", key_uri, "--require", "hardware,attested")
+    result = run(*arguments, "--bundle", str(bundle), "--html", str(html))
+    assert result.status == 1
+    assert "NOT SHOWN TO BE: held by hardware" in result.out
+    assert "No bundle is written" in result.err
+    assert not bundle.exists()
+    assert "1 of 1 keys are not shown to be what is required" in html.read_text()
+    document = run(*arguments, "--json").document
+    assert document["policy"] == ["hardware", "attested"]
+    assert document["keys"][0]["unmet"] == ["held by hardware"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["non-exportable", "never-exportable", "generated-in-place", "hardware", "attested", "fips"],
+)
+def test_each_word_is_refused_of_a_file(run: Run, key_uri: str, word: str) -> None:
+    assert run("custody", "--key", key_uri, "--require", word).status == 1
+    assert run("custody", "--key", key_uri, D1_CUSTODY_POLICY=word).status == 1
+    for command in ("public-key", "assertion", "check"):
+        arguments = ("--issuer-id", "i", "--no-audience") if command == "assertion" else ()
+        result = run(command, "--key", key_uri, *arguments, "--json")
+        assert result.status == 1, command
+        assert '"custody"' in result.out
+
+
+def test_a_word_that_is_not_known_is_a_wrong_setting(run: Run, key_uri: str) -> None:
+    for words in ("hard", "", ","):
+        result = run("custody", "--key", key_uri, "--require", words)
+        assert result.status == 2
+        assert "never-exportable" in result.err
+
+
+def test_one_key_that_is_away_does_not_keep_the_others_from_being_told(
+    run: Run, key_uri: str, tmp_path: Path
+) -> None:
+    away, bundle = (tmp_path / "none.pem").as_uri(), tmp_path / "bundle.json"
+    keys = ("--key", away, "--key", key_uri)
+    result = run("custody", *keys, "--bundle", str(bundle), "--json")
+    assert result.status == 1
+    first, second = result.document["keys"]
+    assert first["error"]["code"] == "secret_source"
+    assert first["location"] == away
+    assert second["kid"] == "bank-2026"
+    assert {"host", "user", "d1_signer", "python"} == set(result.document["made_by"])
+    verified = run("custody", "verify", str(bundle))
+    assert verified.status == 1
+    assert "could not be asked" in verified.out
+    assert "could not be asked" in run("custody", *keys).out
+    assert run("custody", "--key", away).status == 2
+    changed = run("custody", "diff", str(bundle), str(bundle))
+    assert (changed.status, changed.out) == (0, "Nothing has changed.\n")
+
+
+def test_the_client_key_and_the_trails_key_are_looked_at_as_well(
+    run: Run, key_uri: str, client_key: str, tmp_path: Path
+) -> None:
+    audit = generate_key((tmp_path / "audit.pem").as_uri()).uri
+    keys = {"D1_SIGNER_KEY": key_uri, "D1_CLIENT_KEY": client_key, "D1_AUDIT_KEY": audit}
+    told = run("custody", "--json", **keys).document["keys"]
+    assert [key["use"] for key in told] == ["assertion", "client", "audit"]
+    path = run("custody", "--json", D1_CLIENT_KEY=str(tmp_path / "client.pem")).document["keys"]
+    assert [key["use"] for key in path] == ["assertion", "audit"]
+
+
+def test_the_bundle_is_written_once_and_verified(run: Run, key_uri: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.json"
+    written = run("custody", "--key", key_uri, "--bundle", str(bundle), "--challenge", "2026 ü")
+    assert written.status == 0
+    assert stat.S_IMODE(bundle.stat().st_mode) & 0o133 == 0
+    content = bundle.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle.json"]
+    again = run("custody", "--key", key_uri, "--bundle", str(bundle))
+    assert again.status == 2
+    assert "exists" in again.err
+    assert bundle.read_bytes() == content
+    verified = run("custody", "verify", str(bundle), "--challenge", "2026 ü", D1_SIGNER_KEY="x")
+    assert verified.status == 0
+    assert "claimed by pem" in verified.out
+    document = run("custody", "verify", str(bundle), "--json").document
+    assert document["holds"] is True
+    assert document["keys"][0]["answers"]["hardware"] == {"answer": False, "by": "claimed by pem"}
+    assert run("custody", "verify", str(bundle), "--challenge", "other").status == 1
+    assert run("custody", "verify", str(bundle), "--thumbprint", "other").status == 1
+    bundle.write_bytes(content.replace(b"pem", b"hsm"))
+    assert run("custody", "verify", str(bundle)).status == 1
+    assert run("custody", "diff", str(bundle), str(bundle)).status == 1
+    bundle.write_bytes(content + b" ")
+    assert run("custody", "verify", str(bundle), "--json").document["code"] == "custody"
+
+
+def test_what_cannot_be_written_or_read_is_a_wrong_setting(
+    run: Run, key_uri: str, tmp_path: Path
+) -> None:
+    dangling = tmp_path / "link"
+    dangling.symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "none" / "bundle.json", tmp_path, dangling):
+        for option in ("--bundle", "--html"):
+            assert run("custody", "--key", key_uri, option, str(path)).status == 2
+    assert not (tmp_path / "nowhere").exists()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (tmp_path / "none", tmp_path, fifo):
+        assert run("custody", "verify", str(path)).status == 2
+    assert run("custody", "--key", key_uri, "--challenge", "x").status == 2
+    assert run("custody", "verify").status == 2
+
+
+def test_what_is_stray_is_not_repeated(run: Run, key_uri: str) -> None:
+    result = run("custody", "--key", key_uri, "s3cret-stray")
+    assert result.status == 2
+    assert "s3cret" not in result.out + result.err
+
+
+def test_a_statement_is_an_option_of_every_key(run: Run, key_uri: str, tmp_path: Path) -> None:
+    file = tmp_path / "pkc.p7b"
+    file.write_bytes(b"no statement")
+    for value, status, told in (
+        (f"luna-pkc:{file}", 1, "statement is refused"),
+        (f"luna-pkc:{file}.none", 2, "cannot be read"),
+        (str(file), 2, "FORMAT:PATH"),
+        (f"tpm2:{file},{file}", 2, "public is missing"),
+    ):
+        result = run("custody", "--key", key_uri, "--option", f"attestation={value}")
+        assert result.status == status
+        assert told in result.err
+    uri, _, kid = key_uri.partition("#")
+    in_uri = run("custody", "--key", f"{uri}?attestation=luna-pkc:{file}#{kid}", "--json")
+    assert json.loads(in_uri.out)["code"] == "attestation"
+    twice = f"{uri}?attestation=luna-pkc:{file}&attestation=luna-pkc:{file}"
+    assert run("custody", "--key", twice).status == 2
