@@ -104,10 +104,12 @@ if TYPE_CHECKING:
     from d1_signer.signing.lazy_signer import (
         LazySigner as LazySigner,
     )
-    from d1_signer.signing.signer import (
-        Signer as Signer,
+    from d1_signer.signing.opening import (
         generate_key as generate_key,
         open_signer as open_signer,
+    )
+    from d1_signer.signing.signer import (
+        Signer as Signer,
     )
     from d1_signer.signing.signer_set import (
         Health as Health,
@@ -207,11 +209,8 @@ _HOMES = {
     ],
     "token.httpx_auth": ["HttpxD1Auth"],
     "token.renewal": ["Limits"],
-    "signing.signer": [
-        "Signer",
-        "generate_key",
-        "open_signer",
-    ],
+    "signing.opening": ["generate_key", "open_signer"],
+    "signing.signer": ["Signer"],
     "signing.lazy_signer": ["LazySigner"],
     "signing.signer_set": ["Health", "MemberHealth", "SignerSet"],
     "secret": ["Secret", "SecretSource", "read_secret"],

@@ -206,8 +206,8 @@ def _function(uri: str, name: str) -> Callable[..., Any] | None:
 
 def _parameter(function: Callable[..., Any], name: str) -> inspect.Parameter | None:
     """The parameter that takes an option; what `open_signer` has itself, a backend never sees."""
+    from d1_signer.signing.opening import open_signer
     from d1_signer.signing.registry import option_names
-    from d1_signer.signing.signer import open_signer
 
     if name in inspect.signature(open_signer).parameters:
         return None

@@ -34,7 +34,7 @@ def open_key(
     policy: CustodyPolicy | None = None,
 ) -> Signer:
     """Open a key; the caller closes it."""
-    from d1_signer.signing.signer import open_signer
+    from d1_signer.signing.opening import open_signer
 
     # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
     # as well.

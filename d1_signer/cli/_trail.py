@@ -56,7 +56,7 @@ class TrailSettings:
         """The signer of checkpoints, which is closed with the command; None where none is given."""
         if self.key is None:
             return None
-        from d1_signer.signing.signer import open_signer
+        from d1_signer.signing.opening import open_signer
 
         options: dict[str, Any] = {}
         if scheme_of(self.key) == "pkcs11":

@@ -184,7 +184,7 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     The key URI says where; nothing is ever overwritten. In an HSM it is made on the device:
     sensitive, not extractable, for signing only.
     """
-    from d1_signer.signing.signer import generate_key as generate
+    from d1_signer.signing.opening import generate_key as generate
 
     uri = keys.single()
     options = keys.options.for_key(uri, "generate_key")

@@ -18,7 +18,7 @@ from botocore.config import Config
 from d1_signer import errors
 from d1_signer.backends.aws_kms.failures import CODES, STATES
 from d1_signer.backends.aws_kms.sources import STS
-from d1_signer.signing.signer import generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
 from tests.servers import aws
 from tests.servers.aws import answering, on_sign
 from tests.servers.certificates import self_signed

@@ -20,7 +20,8 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
 from d1_signer import errors
 from d1_signer.backends.gcp_kms.failures import CLOUD_KMS, REASONS, STATES, STATUSES
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from tests.servers import gcp
 from tests.servers.certificates import self_signed
 from tests.servers.fault_proxy import listening

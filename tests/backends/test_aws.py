@@ -22,7 +22,8 @@ from botocore.config import Config
 from d1_signer import errors
 from d1_signer.backends.aws_kms import AwsKmsBackend
 from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.transport.exchange import Answer, Http
 from tests.servers import aws
 from tests.servers.aws import answering, asking, calls, on_sign, with_signature

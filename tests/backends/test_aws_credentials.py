@@ -23,7 +23,8 @@ from botocore import credentials as botocore_credentials
 
 from d1_signer import errors
 from d1_signer.backends import renewal
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.servers import aws
 from tests.servers.credential_source import AWS_SECRET, Source, credential_source
 
@@ -502,7 +503,7 @@ _ON_A_TERMINAL = """
 import sys, termios, time
 from d1_signer.errors import D1SignerError
 from d1_signer.backends import renewal
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 renewal._PAUSE = 0.0
 try:
     with open_signer(sys.argv[1], timeout=4) as signer:

@@ -13,7 +13,7 @@ import sys
 for name in sys.argv[2:]:
     sys.modules[name] = None
 from d1_signer.errors import MissingExtraError
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 try:
     open_signer(sys.argv[1])
 except MissingExtraError as error:

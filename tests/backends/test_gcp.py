@@ -25,7 +25,8 @@ from d1_signer import errors
 from d1_signer.backends.gcp_kms import GcpKmsBackend
 from d1_signer.custody.evidence import Assurance
 from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.transport.processes import fork_gate
 from tests.servers import gcp
 from tests.servers.certificates import self_signed
@@ -356,7 +357,7 @@ _PROGRAM = """
 import sys, certifi
 certifi.where = lambda: sys.argv[2]
 from d1_signer.errors import SignerUnavailable
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 try:
     signer = open_signer(sys.argv[1], timeout=30)
 except SignerUnavailable as error:

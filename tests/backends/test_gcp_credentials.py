@@ -38,7 +38,7 @@ if "TOKEN_ENDPOINT_OF_THE_TESTS" in os.environ:
 _RENEWS = """
 import sys, time
 from d1_signer.backends import renewal
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 renewal._PAUSE = 0.05
 with open_signer(sys.argv[1], timeout=30) as signer:
     credentials = signer._backend._clients.made_here().credentials
@@ -53,7 +53,7 @@ with open_signer(sys.argv[1], timeout=30) as signer:
 _OPENS = """
 import sys, time
 from d1_signer.errors import D1SignerError
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 started = time.monotonic()
 try:
     with open_signer(sys.argv[1], timeout=float(sys.argv[2])) as signer:
@@ -222,7 +222,7 @@ _OUTAGE = """
 import sys, threading, time
 from d1_signer.errors import D1SignerError
 from d1_signer.backends import renewal
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 renewal._PAUSE, renewal._PATIENCE = 0.05, 1.0
 failed, signed = [], []
 with open_signer(sys.argv[1], timeout=5) as signer:

@@ -18,7 +18,8 @@ from cryptography import x509
 
 from d1_signer import errors
 from d1_signer.backends.gcp_kms.place import Place
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.servers import aws, gcp
 from tests.servers.certificates import Authority
 from tests.servers.forwarder import Forwarder, NameServer

@@ -23,7 +23,8 @@ from d1_signer.errors import (
     SignerClosedError,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from tests.facts.secrecy import assert_hidden
 
 PASSPHRASE = "hunter2-correct-horse"

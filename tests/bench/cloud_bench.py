@@ -31,7 +31,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from google.cloud import kms_v1 as kms
 
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.servers import aws, gcp, vault
 
 Sign = Callable[[bytes], bytes]

@@ -22,7 +22,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11.wire import wire
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SignerConformance
 from tests.conformance.interop import PrivateKeyInterop
 

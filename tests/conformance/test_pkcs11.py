@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from d1_signer.events import Event, SignEvent
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SignerConformance, SoftHsmToken
 
 

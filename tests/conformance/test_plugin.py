@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from d1_signer import errors
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SignerConformance
 from tests.conformance.interop import PrivateKeyInterop
 

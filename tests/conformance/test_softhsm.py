@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SignerConformance, SoftHsmToken
 from tests.conformance.interop import PrivateKeyInterop
 

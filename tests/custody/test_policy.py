@@ -15,7 +15,8 @@ from d1_signer.attestation import Statement, Verified
 from d1_signer.custody.evidence import ANSWERS, Assurance, Attestation, Evidence, Fact
 from d1_signer.custody.policy import WORDS, CustodyPolicy
 from d1_signer.errors import ConfigurationError, CustodyError
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.signing.backends import KeyBackend
 
 GOOD = Evidence(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer.backends.pkcs11.session.pin import refused
-from d1_signer.signing.signer import generate_key
+from d1_signer.signing.opening import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11 import shim as shims
 from tests.pkcs11.shim import Shim

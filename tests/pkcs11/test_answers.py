@@ -21,7 +21,7 @@ from d1_signer.errors import (
     SignerError,
     SignerUnavailable,
 )
-from d1_signer.signing.signer import generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from d1_signer.errors import SignerClosedError
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import Run
 from tests.pkcs11.shim import Call, Shim

@@ -10,7 +10,7 @@ import pytest
 from pkcs11 import _pkcs11
 
 from d1_signer.backends.pkcs11.module import cryptoki, lending
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

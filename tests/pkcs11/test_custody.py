@@ -13,7 +13,7 @@ from pkcs11 import Attribute, KeyType, Mechanism
 from d1_signer.backends.pkcs11.returns import Ckr
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.errors import CustodyError, SignerError, SignerUnavailable
-from d1_signer.signing.signer import generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 from tests.pkcs11.test_keys import change, make_pair

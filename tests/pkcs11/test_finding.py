@@ -22,7 +22,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import ABORT, Call, Shim
 

@@ -22,7 +22,8 @@ import pytest
 import d1_signer
 from d1_signer.backends.pkcs11.backend import Pkcs11Backend
 from d1_signer.errors import SignerError, SignerTimeout, SignerUnavailable
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

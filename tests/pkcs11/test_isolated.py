@@ -27,7 +27,8 @@ from d1_signer.errors import (
     SignerTimeout,
     SignerUnavailable,
 )
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import ABORT, HANG, Call, Shim
 

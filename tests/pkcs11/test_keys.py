@@ -27,7 +27,8 @@ from d1_signer.errors import (
     KeyUriError,
     SignerError,
 )
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer.es256 import PublicKey
-from d1_signer.signing.signer import generate_key
+from d1_signer.signing.opening import generate_key
 from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.pkcs11.conftest import Run
 from tests.pkcs11.nss import make_nss_database

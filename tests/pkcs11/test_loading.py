@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.signing.signer import generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
 from tests.pkcs11.conftest import ROOT, Run
 
 URI = "pkcs11:token=none;object=d1"

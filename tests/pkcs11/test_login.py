@@ -14,7 +14,8 @@ from pkcs11 import Attribute, KeyType, MechanismFlag
 
 from d1_signer.backends.pkcs11.keys import P256
 from d1_signer.errors import ConfigurationError, LoginError, SecretSourceError, SignerUnavailable
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

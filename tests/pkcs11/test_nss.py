@@ -18,7 +18,7 @@ import json, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from d1_signer import open_signer
 from d1_signer.errors import D1SignerError, LoginError
-from d1_signer.signing.signer import generate_key
+from d1_signer.signing.opening import generate_key
 
 uri, reserved = sys.argv[1], sys.argv[2]
 try:

@@ -12,7 +12,8 @@ import pytest
 from pkcs11 import Mechanism, ObjectClass, exceptions as sdk
 
 from d1_signer.errors import SignerUnavailable
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

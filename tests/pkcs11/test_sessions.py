@@ -10,7 +10,8 @@ import pytest
 
 from d1_signer.backends.pkcs11.session import pool
 from d1_signer.errors import SignerUnavailable
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

@@ -11,7 +11,7 @@ from pkcs11 import exceptions as sdk
 from d1_signer.backends.pkcs11.module import owners
 from d1_signer.backends.pkcs11.module.token import read_slots
 from d1_signer.errors import KeyNotFoundError, SignerUnavailable
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
 

@@ -25,7 +25,7 @@ import pytest
 from d1_signer.backends.pkcs11.module import life as module_life
 from d1_signer.cli import main
 from d1_signer.errors import SignerTimeout, SignerUnavailable
-from d1_signer.signing.signer import generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import ROOT, Run
 from tests.pkcs11.shim import Shim

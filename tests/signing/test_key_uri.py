@@ -18,7 +18,7 @@ from d1_signer.signing.key_uri import (
     split_fragment,
     without_secrets,
 )
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 
 NAMES = frozenset({"region", "endpoint", "passphrase-source"})
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

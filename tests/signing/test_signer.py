@@ -41,7 +41,8 @@ from d1_signer.es256 import PublicKey
 from d1_signer.events import Event, SignEvent, Use
 from d1_signer.signing import registry
 from d1_signer.signing.backend import SignatureEncoding
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from tests.facts.secrecy import assert_hidden
 
 from .backends import AnsweringBackend, KeyBackend

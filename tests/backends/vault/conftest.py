@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.servers import vault
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from d1_signer import errors
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from tests.leaks.known import known
 from tests.servers.aws import page
 from tests.servers.fault_proxy import Answer

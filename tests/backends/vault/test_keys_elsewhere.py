@@ -13,7 +13,7 @@ from d1_signer import errors
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import SignatureEncoding
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from tests.backends.vault.conftest import signs
 from tests.servers import vault
 from tests.servers.vault import calls

@@ -19,7 +19,8 @@ from d1_signer.backends.vault.backend import VaultBackend
 from d1_signer.backends.vault.credentials import Credentials
 from d1_signer.backends.vault.http import HttpClient
 from d1_signer.backends.vault.settings import read_settings
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.backends.vault.conftest import signs
 from tests.servers.vault import calls
 

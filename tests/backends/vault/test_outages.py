@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from d1_signer import errors
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.backends.vault.conftest import signs
 from tests.servers import vault
 from tests.servers.fault_proxy import Answer, Dropped, FaultProxy, listening

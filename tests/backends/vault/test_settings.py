@@ -16,7 +16,7 @@ import pytest
 from d1_signer import errors
 from d1_signer.backends.vault.settings import read_settings
 from d1_signer.secret import read_public_file
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from tests.backends.vault.conftest import signs
 from tests.owners import give_away
 from tests.servers import vault

@@ -18,7 +18,8 @@ import pytest
 from d1_signer import errors
 from d1_signer.backends.vault import VaultBackend
 from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.signing.signer import Signer, generate_key, open_signer
+from d1_signer.signing.opening import generate_key, open_signer
+from d1_signer.signing.signer import Signer
 from d1_signer.transport.processes import fork_gate
 from tests.backends.vault.conftest import signs
 from tests.servers import vault

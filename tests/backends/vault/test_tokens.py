@@ -22,7 +22,8 @@ from d1_signer.backends.vault.secret_ids import Known, known
 from d1_signer.backends.vault.settings import read_settings
 from d1_signer.backends.vault.tokens import Tokens
 from d1_signer.secret import Secret
-from d1_signer.signing.signer import Signer, open_signer
+from d1_signer.signing.opening import open_signer
+from d1_signer.signing.signer import Signer
 from tests.backends.vault.conftest import signs
 from tests.owners import give_away
 from tests.servers import vault

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from d1_signer import errors
-from d1_signer.signing.signer import open_signer
+from d1_signer.signing.opening import open_signer
 from tests.servers.process import free_port
 
 
