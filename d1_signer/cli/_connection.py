@@ -13,6 +13,7 @@ from d1_signer.cli._callbacks import checked_path, checked_path_or_key, checked_
 from d1_signer.cli._options import BackendOptions
 from d1_signer.cli._output import Command, setting
 from d1_signer.cli._settings import Issuer, open_key
+from d1_signer.cli._trail import current_trail
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
@@ -96,7 +97,8 @@ class Connection:
             return ClientCertificate(certificate, path, passphrase=self.passphrase_source)
         context = click.get_current_context()
         timeout = context.params["timeout"]
-        signer = context.with_resource(open_key(key, BackendOptions(timeout=timeout)))
+        options = BackendOptions(timeout=timeout)
+        signer = context.with_resource(open_key(key, options, trail=current_trail()))
         limit = {} if timeout is None else {"timeout": timeout}
         return ClientCertificate(certificate, signer, passphrase=self.passphrase_source, **limit)
 

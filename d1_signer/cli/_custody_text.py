@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from d1_signer.cli._output import explanation, facts, indented, moment, printable, said, table
-from d1_signer.custody.bundle import KeyReport
-from d1_signer.custody.evidence import Evidence
-from d1_signer.custody.report import CustodyReport
+
+if TYPE_CHECKING:
+    from d1_signer.custody.bundle import KeyReport
+    from d1_signer.custody.evidence import Evidence
+    from d1_signer.custody.report import CustodyReport
 
 NAMES = {
     "exportable": "Exportable",

@@ -20,6 +20,7 @@ from d1_signer.signing.key_uri import scheme_of
 from d1_signer.token.d1 import AssertionProfile, Environment
 
 if TYPE_CHECKING:
+    from d1_signer.audit.trail import AuditTrail
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
@@ -32,8 +33,9 @@ def open_key(
     *,
     kid: str | None = None,
     policy: CustodyPolicy | None = None,
+    trail: AuditTrail | None,
 ) -> Signer:
-    """Open a key; the caller closes it."""
+    """Open a key, whose uses the trail records; the caller closes it."""
     from d1_signer.signing.opening import open_signer
 
     # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
@@ -43,7 +45,7 @@ def open_key(
         uri,
         kid=kid,
         custody_policy=policy,
-        trail=current_trail(),
+        trail=trail,
         **limit | options.for_key(uri),
     )
 
@@ -94,14 +96,9 @@ class Keys:
             )
         self.options.require_known(self.uris)
 
-    def open(self, uri: str, policy: CustodyPolicy | None = None) -> Signer:
-        """Open one of the keys; the caller closes it.
-
-        Args:
-            uri: The key.
-            policy: What is demanded of it; None: what ``D1_CUSTODY_POLICY`` says.
-        """
-        return open_key(uri, self.options, kid=self.kid, policy=policy)
+    def open(self, uri: str) -> Signer:
+        """Open one of the keys; the caller closes it."""
+        return open_key(uri, self.options, kid=self.kid, trail=current_trail())
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Signer, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from d1_signer.audit.trail import AuditTrail
     from d1_signer.signing.signer import Signer
 
-_META = "d1_signer.trail"
+_SETTINGS = "d1_signer.trail.settings"
+_OPEN = "d1_signer.trail.open"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +65,8 @@ class TrailSettings:
 
     def name(self) -> str:
         """The origin; this host's name where none is given."""
+        import socket
+
         return self.origin or re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
 
     def open(self) -> AuditTrail | None:
@@ -118,10 +120,17 @@ def with_trail(command: Command) -> Command:
         **options: Any,
     ) -> Any:
         settings = TrailSettings(folder=audit_trail, origin=audit_origin, key=audit_key)
-        click.get_current_context().meta[_META] = functools.cache(settings.open)
+        meta = click.get_current_context().meta
+        meta[_SETTINGS], meta[_OPEN] = settings, functools.cache(settings.open)
         return command(*args, **options)
 
     return wrapper
+
+
+def trail_settings() -> TrailSettings:
+    """What this run was given of an audit trail."""
+    settings: TrailSettings = click.get_current_context().meta[_SETTINGS]
+    return settings
 
 
 def current_trail() -> AuditTrail | None:
@@ -131,7 +140,7 @@ def current_trail() -> AuditTrail | None:
         ConfigurationError: Its settings do not fit together.
         AuditUnavailable: Its folder cannot be made.
     """
-    opened: AuditTrail | None = click.get_current_context().meta[_META]()
+    opened: AuditTrail | None = click.get_current_context().meta[_OPEN]()
     return opened
 
 

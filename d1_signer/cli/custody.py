@@ -3,31 +3,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import os
+from pathlib import Path
 from typing import Any
 
 import click
 
 from d1_signer.cli._callbacks import checked_path_or_key
-from d1_signer.cli._custody_text import key_text
-from d1_signer.cli._files import refuse_existing, write_new
-from d1_signer.cli._options import BackendOptions
 from d1_signer.cli._output import OptionsOnly, Output, setting, with_output_options
+from d1_signer.cli._output_file import OutputFile
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.cli.custody_files import diff, verify
-from d1_signer.custody.bundle import KeyReport, make_bundle
-from d1_signer.custody.page import page
-from d1_signer.custody.policy import VARIABLE, CustodyPolicy
-from d1_signer.custody.report import Maker, utc
-from d1_signer.errors import D1SignerError
-from d1_signer.signing.key_uri import scheme_of, without_secrets
-from d1_signer.signing.signer import Signer
 
 _FILES = {command.name: command for command in (verify, diff)}
-_NO_DEMANDS = CustodyPolicy()
 
 
 class _Custody(OptionsOnly):
@@ -47,22 +35,6 @@ class _Custody(OptionsOnly):
         return super().make_context(info_name, args, parent, **extra)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Looked:
-    """What was found of one key, and its signer where it could be opened."""
-
-    told: KeyReport
-    signer: Signer | None
-    unmet: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, object]:
-        told = self.told
-        if told.report is None:
-            error = told.error and told.error.to_dict()
-            return {"use": told.use, "location": told.location, "error": error}
-        return {"use": told.use, **told.report.to_dict(), "unmet": list(self.unmet)}
-
-
 @click.command(cls=_Custody)
 @with_keys
 @setting(
@@ -73,103 +45,81 @@ class _Looked:
     callback=checked_path_or_key,
 )
 @setting(
-    "--audit-key",
-    "D1_AUDIT_KEY",
-    "Key URI of the audit trail's checkpoint key, which is looked at as well.",
-    metavar="URI",
-    callback=checked_path_or_key,
-)
-@setting(
     "--require",
-    VARIABLE,
+    "D1_CUSTODY_POLICY",
     "What every key must be shown to be: non-exportable, never-exportable, generated-in-place, "
     "hardware, fips; and attested: by a statement that was verified.",
     metavar="WORD,WORD…",
 )
-@click.option("--bundle", metavar="FILE", help="Write a file that an auditor checks without us.")
+@click.option(
+    "--bundle",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write a file that an auditor checks without us.",
+)
 @click.option(
     "--challenge", metavar="TEXT", help="What the auditor chose, which the bundle is signed with."
 )
-@click.option("--html", metavar="FILE", help="Write the report as one page, to print or to file.")
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the report as one page, to print or to file.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Overwrite a FILE; never a key, nor any other file that the settings name.",
+)
 @with_output_options
 def custody(
     keys: Keys,
     *,
     client_key: str | None,
-    audit_key: str | None,
     require: str | None,
-    bundle: str | None,
+    bundle: Path | None,
     challenge: str | None,
-    html: str | None,
+    html: Path | None,
+    force: bool,
     output: Output,
 ) -> int:
     """Print where each private key lives.
 
-    Each fact stands with its source, and whether it is claimed or attested. The exit status is 1
-    where a key cannot be asked, or is not shown to be what is required; then no bundle is written
-    that a key that falls short would have to sign.
+    Each fact stands with its source, and whether it is claimed or attested. The key that seals the
+    audit trail is looked at as well. The exit status is 1 where a key cannot be asked, or is not
+    shown to be what is required; then no bundle is written that a key that falls short would have
+    to sign.
 
     Two commands read files alone, without a key, a setting or a network: custody verify BUNDLE, and
     custody diff OLD NEW.
     """
-    policy = _NO_DEMANDS if require is None else CustodyPolicy.parse(require, where="--require")
+    from d1_signer.cli._looking import look
+
     if challenge is not None and bundle is None:
         raise click.UsageError("--challenge is for --bundle.")
-    refuse_existing(bundle, html)
+    bundle_file, page_file = _files(bundle, html, overwrite=force)
     keys.require()
-    made_by, made_at = Maker.here(), int(time.time())
-    with ExitStack() as stack:
-        looked = [
-            _looked_at(stack, use, one, uri, policy)
-            for use, one, uri in _all_keys(keys, client_key, audit_key)
-        ]
-        _require_one(looked)
-        falls_short = any(one.unmet for one in looked)
-        if bundle is not None and not falls_short:
-            told = [(one.told, one.signer) for one in looked]
-            content = make_bundle(told, challenge=challenge, made_by=made_by, made_at=made_at)
-            write_new(bundle, content)
-        if html is not None:
-            shown = [(one.told, one.unmet) for one in looked]
-            write_new(html, page(shown, policy=policy, made_by=made_by, made_at=made_at))
-    document = {
-        "time": utc(made_at),
-        "made_by": asdict(made_by),
-        "policy": list(policy.words),
-        "keys": [one.to_dict() for one in looked],
-    }
-    output.result(document, "\n\n".join(key_text(one.told, one.unmet) for one in looked))
-    if bundle is not None and falls_short:
-        output.note("No bundle is written: a key is not shown to be what is required.")
-    return int(falls_short or any(one.told.report is None for one in looked))
+    return look(
+        keys,
+        client_key,
+        require,
+        bundle=bundle_file,
+        challenge=challenge,
+        page_file=page_file,
+        output=output,
+    )
 
 
-def _all_keys(
-    keys: Keys, client_key: str | None, audit_key: str | None
-) -> Iterator[tuple[str, Keys, str]]:
-    """What each key is for, its settings and its URI; options are for the signing keys alone."""
-    for uri in keys.uris:
-        yield "assertion", keys, uri
-    plain = Keys(uris=(), kid=None, options=BackendOptions())
-    for use, key in (("client", client_key), ("audit", audit_key)):
-        if key is not None and scheme_of(key):
-            yield use, plain, key
-
-
-def _looked_at(stack: ExitStack, use: str, keys: Keys, uri: str, policy: CustodyPolicy) -> _Looked:
-    location = without_secrets(uri)
-    try:
-        # Held against the policy here, so that a key that falls short is reported as well.
-        signer = stack.enter_context(keys.open(uri, _NO_DEMANDS))
-        report = signer.custody()
-    except D1SignerError as error:
-        return _Looked(told=KeyReport(use=use, location=location, error=error), signer=None)
-    told = KeyReport(use=use, location=report.evidence.location, report=report)
-    return _Looked(told=told, signer=signer, unmet=policy.unmet(report.evidence))
-
-
-def _require_one(looked: Sequence[_Looked]) -> None:
-    """Where no key can be reported on, the first one's error is that of the command."""
-    first = looked[0].told.error
-    if first is not None and all(one.told.report is None for one in looked):
-        raise first.fresh()
+def _files(
+    bundle: Path | None, html: Path | None, *, overwrite: bool
+) -> tuple[OutputFile | None, OutputFile | None]:
+    """What is to be written, refused before a key is asked for anything."""
+    if overwrite and bundle is None and html is None:
+        raise click.UsageError("--force is for --bundle and --html.")
+    if bundle and html and os.path.realpath(bundle) == os.path.realpath(html):
+        raise click.UsageError("--bundle and --html name the same file.")
+    bundle_file = None if bundle is None else OutputFile(path=bundle, overwrite=overwrite)
+    page_file = None if html is None else OutputFile(path=html, overwrite=overwrite)
+    for file in filter(None, (bundle_file, page_file)):
+        file.require_free()
+    return bundle_file, page_file

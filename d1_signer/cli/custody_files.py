@@ -7,18 +7,17 @@ No key, no setting, no variable of the environment, no network.
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from d1_signer.cli._custody_text import NAMES, USES, by_whom, evidence_text
 from d1_signer.cli._output import Output, facts, printable, said, table, with_output_options
-from d1_signer.custody.difference import changes
-from d1_signer.custody.evidence import ANSWERS
-from d1_signer.custody.report import utc
-from d1_signer.custody.statements import read_anchor_file
-from d1_signer.custody.verifying import Checked, CheckedKey, check_bundle
 from d1_signer.errors import ConfigurationError, CustodyError
 from d1_signer.secret import read_public_file, shown_path, unreadable
+
+if TYPE_CHECKING:
+    from d1_signer.custody.verifying import Checked, CheckedKey
 
 _anchors = click.option(
     "--anchors",
@@ -46,6 +45,10 @@ def verify(
     Prints of each answer whether it is attested, and by which device, or claimed, or unknown. Reads
     no file but those that are named here. The exit status is 1 where anything does not hold.
     """
+    from d1_signer.custody.report import utc
+    from d1_signer.custody.statements import read_anchor_file
+    from d1_signer.custody.verifying import check_bundle
+
     checked = check_bundle(
         _content(file),
         anchors=read_anchor_file(anchors),
@@ -75,6 +78,10 @@ def diff(old: str, new: str, *, anchors: str | None, output: Output) -> int:
 
     Both are verified first. The exit status is 1 where anything has changed.
     """
+    from d1_signer.custody.difference import changes
+    from d1_signer.custody.statements import read_anchor_file
+    from d1_signer.custody.verifying import check_bundle
+
     trusted = read_anchor_file(anchors)
     both = []
     for file in (old, new):
@@ -106,6 +113,8 @@ def _content(path: str) -> bytes:
 
 
 def _document(key: CheckedKey) -> dict[str, object]:
+    from d1_signer.custody.evidence import ANSWERS
+
     if key.report is None:
         return {"use": key.use, "location": key.location, "findings": list(key.findings)}
     evidence = key.report.evidence
@@ -123,6 +132,8 @@ def _document(key: CheckedKey) -> dict[str, object]:
 
 
 def _text(checked: Checked, challenge: str | None) -> str:
+    from d1_signer.custody.report import utc
+
     findings = checked.all_findings
     head = facts(
         {
@@ -146,6 +157,8 @@ def _challenge(checked: Checked, challenge: str | None) -> str:
 
 
 def _key_text(key: CheckedKey) -> str:
+    from d1_signer.custody.report import utc
+
     report = key.report
     assert report is not None  # noqa: S101 (the caller looks)
     evidence = report.evidence
