@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +64,8 @@ class TrailSettings:
 
     def name(self) -> str:
         """The origin; this host's name where none is given."""
+        import socket
+
         return self.origin or re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
 
     def open(self) -> AuditTrail | None:
