@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d1_signer.cli._audit_collect import collect
 from d1_signer.cli._audit_show import show
 from d1_signer.cli._output import (
     OptionsOnly,
@@ -43,6 +44,7 @@ def audit() -> None:
 
 
 audit.add_command(show)
+audit.add_command(collect)
 
 
 @audit.command()
@@ -60,7 +62,8 @@ audit.add_command(show)
     "--since",
     multiple=True,
     metavar="CHECKPOINT",
-    help="File of checkpoints that were kept elsewhere: finds a trail that was taken back.",
+    help="File of checkpoints, or a collection, that was kept elsewhere: finds a trail that was "
+    "taken back.",
 )
 @with_output_options
 @click.pass_context
@@ -79,11 +82,13 @@ def verify(
     found, 2 where it cannot be verified at all.
     """
     from d1_signer.audit import verifying
+    from d1_signer.audit.collecting import checkpoints_of
 
     known = verifier_keys(keys)
-    kept = [note for file in since for note in notes_of(file)]
+    files = [notes_of(file) for file in since]
     instances = [instance for name in folder for instance in instances_of(name)]
     try:
+        kept = [note for notes in files for note in checkpoints_of(notes, known)]
         reports = verifying.verify(instances, known, kept)
     except AuditError as error:
         raise ConfigurationError(
