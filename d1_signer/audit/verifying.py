@@ -102,7 +102,7 @@ def _kept(since: Sequence[bytes], keys: Sequence[VerifierKey]) -> dict[str, dict
     """Sizes and roots of the checkpoints that were kept elsewhere, by instance."""
     kept: dict[str, dict[int, bytes]] = {}
     for note in since:
-        told = _believed(note, keys)
+        told = believed(note, keys)
         names = [line.removeprefix("instance ") for line in told.extensions]
         if len(names) != 1 or kept.setdefault(names[0], {}).get(told.size, told.root) != told.root:
             raise AuditError("A kept checkpoint names no instance, or two of them contradict.")
@@ -110,7 +110,7 @@ def _kept(since: Sequence[bytes], keys: Sequence[VerifierKey]) -> dict[str, dict
     return kept
 
 
-def _believed(note: bytes, keys: Sequence[VerifierKey]) -> Checkpoint:
+def believed(note: bytes, keys: Sequence[VerifierKey]) -> Checkpoint:
     """What a note tells, once one of the keys has verified it.
 
     Raises:
@@ -295,7 +295,7 @@ class _Verification:
                 self._report.notes.append("The last checkpoint was not written to its end.")
                 return
             try:
-                told = _believed(note, self._keys)
+                told = believed(note, self._keys)
             except AuditError as error:
                 self._report.find(None, f"Checkpoint {place}: {error.message}")
                 continue
@@ -337,7 +337,7 @@ class _Verification:
         """Whether a process that writes beside us has made the checkpoint that is told of."""
         try:
             newest = stored.last_checkpoint(self._path)
-            return newest is not None and _believed(newest.note, self._keys).size >= self._claimed
+            return newest is not None and believed(newest.note, self._keys).size >= self._claimed
         except AuditError:
             return False
 

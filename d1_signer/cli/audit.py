@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`d1-signer audit`: verifying a trail, proving one record, sealing what processes left."""
+"""`d1-signer audit`: verifying a trail, proving one record, sealing what processes left.
+
+Further commands have modules of their own, `_audit_….py`.
+"""
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from d1_signer.audit import folder as folders, verifying
-from d1_signer.audit.note import LARGEST_NOTE, VerifierKey, split_notes
-from d1_signer.audit.proving import prove
-from d1_signer.audit.sealing import seal_idle
+from d1_signer.cli._audit_collect import collect
+from d1_signer.cli._audit_show import show
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -24,17 +25,26 @@ from d1_signer.cli._output import (
     with_output_options,
 )
 from d1_signer.cli._trail import TrailSettings
+from d1_signer.cli._trail_files import instances_of, notes_of, unreadable, verifier_keys
 from d1_signer.errors import AuditError, ConfigurationError
 from d1_signer.secret import shown_path
 
-_LARGEST_FILE = 16 * LARGEST_NOTE
+if TYPE_CHECKING:
+    from d1_signer.audit import verifying
 
 _folder = setting("--audit-trail", "D1_AUDIT_TRAIL", "Folder of the audit trail.", metavar="FOLDER")
 
 
 @click.group()
 def audit() -> None:
-    """The audit trail: who signed what, when, and whether the list is whole."""
+    """The audit trail: who signed what, when, and whether the list is whole.
+
+    What verifies and shows reads its arguments alone: no settings, no network.
+    """
+
+
+audit.add_command(show)
+audit.add_command(collect)
 
 
 @audit.command()
@@ -52,7 +62,8 @@ def audit() -> None:
     "--since",
     multiple=True,
     metavar="CHECKPOINT",
-    help="File of checkpoints that were kept elsewhere: finds a trail that was taken back.",
+    help="File of checkpoints, or a collection, that was kept elsewhere: finds a trail that was "
+    "taken back.",
 )
 @with_output_options
 @click.pass_context
@@ -70,17 +81,21 @@ def verify(
     read than what is named here. The exit status is 0 where all is whole, 1 where something is
     found, 2 where it cannot be verified at all.
     """
-    known = _keys(keys)
-    kept = [note for file in since for note in _notes(file)]
-    instances = [instance for name in folder for instance in _instances(name)]
+    from d1_signer.audit import verifying
+    from d1_signer.audit.collecting import checkpoints_of
+
+    known = verifier_keys(keys)
+    files = [notes_of(file) for file in since]
+    instances = [instance for name in folder for instance in instances_of(name)]
     try:
+        kept = [note for notes in files for note in checkpoints_of(notes, known)]
         reports = verifying.verify(instances, known, kept)
     except AuditError as error:
         raise ConfigurationError(
             f"A checkpoint of --since cannot be used: {error.message}"
         ) from None
     except OSError as error:
-        raise _unreadable(error) from None
+        raise unreadable(error) from None
     findings = [finding for report in reports for finding in report.findings]
     whole = bool(reports) and not findings
     document = {
@@ -143,8 +158,10 @@ def proof(
     FOLDER is an instance, or a trail with a single one. The proof is a C2SP tlog-proof; its extra
     data is the record.
     """
+    from d1_signer.audit.proving import prove
+
     settings = TrailSettings(folder=folder or audit_trail, origin=None, key=None)
-    instances = _instances(str(settings.required_folder()))
+    instances = instances_of(str(settings.required_folder()))
     if len(instances) != 1:
         names = ", ".join(printable(str(instance)) for instance in instances[:20])
         raise ConfigurationError(
@@ -154,7 +171,7 @@ def proof(
     try:
         found, record = prove(instances[0], number)
     except OSError as error:
-        raise _unreadable(error) from None
+        raise unreadable(error) from None
     encoded = found.encode()
     if output_file is not None:
         try:
@@ -198,6 +215,9 @@ def seal(
 
     It prints the verifier key that an auditor needs as well.
     """
+    from d1_signer.audit.note import VerifierKey
+    from d1_signer.audit.sealing import seal_idle
+
     settings = TrailSettings(folder=audit_trail, origin=audit_origin, key=audit_key)
     trail = settings.required_folder()
     signer = settings.signer()
@@ -209,57 +229,10 @@ def seal(
     try:
         sealed = seal_idle(trail, signer, key)
     except OSError as error:
-        raise _unreadable(error) from None
+        raise unreadable(error) from None
     rows = [
         (name, "written by a process, which seals it" if count is None else f"{count} sealed")
         for name, count in sealed.items()
     ]
     document = {"verifier_key": str(key), "sealed": sealed}
     output.result(document, f"{table(('INSTANCE', 'RECORDS'), rows)}\n\nVerifier key  {key}")
-
-
-def _keys(texts: Sequence[str]) -> list[VerifierKey]:
-    found: list[VerifierKey] = []
-    for text in texts:
-        if text.startswith("file:"):
-            lines = _read(text.removeprefix("file:").removeprefix("//")).decode(errors="replace")
-        else:
-            lines = text
-        try:
-            found += [VerifierKey.parse(line) for line in lines.split("\n") if line.strip()]
-        except AuditError as error:
-            raise ConfigurationError(error.message, hint=error.hint) from None
-    if not found:
-        raise ConfigurationError("The file of --key holds no verifier key.")
-    return found
-
-
-def _notes(file: str) -> list[bytes]:
-    found = list(split_notes(io.BytesIO(_read(file))))
-    if not found or not all(whole for _, whole in found):
-        raise ConfigurationError("The file of --since holds no signed checkpoint.")
-    return [note for note, _ in found]
-
-
-def _instances(name: str) -> list[Path]:
-    path = Path(name).absolute()
-    try:
-        return folders.instances(path)
-    except OSError as error:
-        raise _unreadable(error) from None
-
-
-def _read(name: str) -> bytes:
-    try:
-        with Path(name).open("rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
-    except OSError as error:
-        raise _unreadable(error) from None
-    if len(data) > _LARGEST_FILE:
-        raise ConfigurationError(f"{shown_path(name)} is larger than {_LARGEST_FILE} bytes.")
-    return data
-
-
-def _unreadable(error: OSError) -> ConfigurationError:
-    where = shown_path(Path(str(error.filename)).absolute()) if error.filename else "A file"
-    return ConfigurationError(f"{where} cannot be read or written: {error.strerror}.")
