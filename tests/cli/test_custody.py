@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer import generate_key
+from tests.audit.trails import records
 from tests.cli.conftest import Run
 
 
@@ -97,7 +98,7 @@ def test_the_bundle_is_written_once_and_verified(run: Run, key_uri: str, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["bundle.json"]
     again = run("custody", "--key", key_uri, "--bundle", str(bundle))
     assert again.status == 2
-    assert "exists" in again.err
+    assert "is there already" in again.err
     assert bundle.read_bytes() == content
     verified = run("custody", "verify", str(bundle), "--challenge", "2026 ü", D1_SIGNER_KEY="x")
     assert verified.status == 0
@@ -112,6 +113,57 @@ def test_the_bundle_is_written_once_and_verified(run: Run, key_uri: str, tmp_pat
     assert run("custody", "diff", str(bundle), str(bundle)).status == 1
     bundle.write_bytes(content + b" ")
     assert run("custody", "verify", str(bundle), "--json").document["code"] == "custody"
+
+
+def test_the_trails_key_is_looked_at_and_signs_beside_the_trail_that_it_seals(
+    run: Run, key_uri: str, tmp_path: Path
+) -> None:
+    sealing = generate_key((tmp_path / "audit.pem").as_uri())
+    bundle, place = tmp_path / "bundle.json", tmp_path / "trail"
+    settings = {
+        "D1_SIGNER_KEY": key_uri,
+        "D1_AUDIT_TRAIL": str(place),
+        "D1_AUDIT_ORIGIN": "bank.example/d1",
+        "D1_AUDIT_KEY": sealing.uri,
+    }
+    assert run("custody", "--bundle", str(bundle), **settings).status == 0
+    thumbprint = sealing.public_key.thumbprint()
+    verified = run("custody", "verify", str(bundle), "--thumbprint", thumbprint, "--json")
+    assert [key["use"] for key in verified.document["keys"]] == ["assertion", "audit"]
+    assert verified.document["holds"] is True
+    done = [(r["action"], r.get("kid")) for r in records(place) if r["event"] == "begin"]
+    assert done == [("open", None), ("custody", "bank-2026"), ("sign", "bank-2026")]
+    options = ("--audit-trail", str(place), "--audit-origin", "x", "--audit-key", sealing.uri)
+    for name in list(settings)[1:]:
+        settings[name] = ""
+    told = run("custody", *options, "--json", **settings).document["keys"]
+    assert [key["use"] for key in told] == ["assertion", "audit"]
+
+
+@pytest.mark.parametrize("option", ["--bundle", "--html"])
+def test_a_key_is_never_overwritten_and_another_file_by_force_alone(
+    run: Run, key_uri: str, tmp_path: Path, option: str
+) -> None:
+    file, key = tmp_path / "file", tmp_path / "other.pem"
+    generate_key(key.as_uri())
+    file.write_text("what stands there")
+    kept = key.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(key)
+    for target in (key, link):
+        refused = run("custody", "--key", key_uri, option, str(target), "--force")
+        assert refused.status == 2
+        assert "never" in refused.err
+    assert key.read_bytes() == kept
+    assert run("custody", "--key", key_uri, option, str(file)).status == 2
+    assert file.read_text() == "what stands there"
+    written = run("custody", "--key", key_uri, option, str(file), "--force")
+    assert written.status == 0
+    assert str(file) in written.err
+    assert file.read_text() != "what stands there"
+    assert run("custody", "--key", key_uri, "--force").status == 2
+    both = ("--bundle", str(file), "--html", str(link.parent / "." / "file"), "--force")
+    assert run("custody", "--key", key_uri, *both).status == 2
 
 
 def test_what_cannot_be_written_or_read_is_a_wrong_setting(
