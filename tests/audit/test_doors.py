@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from d1_signer import (
     AuditTrail,
     AuditUnavailable,
     ClientCertificate,
+    CustodyError,
+    CustodyPolicy,
     Environment,
     LazySigner,
     LoginError,
@@ -19,6 +22,7 @@ from d1_signer import (
     generate_key,
     open_signer,
 )
+from d1_signer.backends.pkcs11.returns import Ckr
 from d1_signer.sandbox import Sandbox
 from d1_signer.testing import SoftHsmToken
 from tests.audit.trails import ORIGIN, findings, records, sealing_signer, watched_signer
@@ -32,6 +36,10 @@ def place(tmp_path: Path) -> Path:
 
 def begun(place: Path, action: str) -> list[dict[str, object]]:
     return [record for record in records(place) if record.get("action") == action]
+
+
+def of_event(place: Path, event: str) -> list[dict[str, object]]:
+    return [record for record in records(place) if record["event"] == event]
 
 
 def test_a_token_has_the_records_of_its_assertion_and_of_its_handshake(place: Path) -> None:
@@ -93,6 +101,35 @@ def test_the_device_is_never_asked_more_often_than_was_recorded(
         assert asked - 4 <= recorded == 21
         generate_key(f"pkcs11:token={token.label};object=new", **_pin(token, shim), trail=trail)
     assert len(begun(place, "generate-key")) == 1
+    assert findings(place) == []
+
+
+def test_a_key_that_is_opened_anew_and_held_again_is_a_record(
+    place: Path, token: SoftHsmToken, shim: Shim
+) -> None:
+    policy = CustodyPolicy(never_exportable=True)
+    limits: dict[str, Any] = {"max_sessions": 1, "timeout": 20}
+    with (
+        AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail,
+        open_signer(
+            token.uri, module_path=shim.path, custody_policy=policy, trail=trail, **limits
+        ) as signer,
+    ):
+        signer.sign(b"x")
+        assert [record["outcome"] for record in of_event(place, "policy")] == ["met"]
+        shim.fail(Call.SIGN, Ckr.SESSION_HANDLE_INVALID, times=1)
+        signer.sign(b"x")
+        shim.script("attr:164/3=00")  # from now on the token denies CKA_NEVER_EXTRACTABLE
+        shim.fail(Call.SIGN, Ckr.SESSION_HANDLE_INVALID, times=1)
+        with pytest.raises(CustodyError):
+            signer.sign(b"x")
+    decisions = of_event(place, "policy")
+    assert [record["outcome"] for record in decisions] == ["met", "met", "custody"]
+    for record in decisions:
+        assert record["demands"] == ["never-exportable"]
+        assert record["thumbprint"] == signer.public_key.thumbprint()
+    ends = [record["outcome"] for record in of_event(place, "end")]
+    assert ends == ["done", "done", "done", "custody"]
     assert findings(place) == []
 
 

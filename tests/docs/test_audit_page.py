@@ -10,8 +10,9 @@ import re
 import subprocess
 from pathlib import Path
 
-from d1_signer import AuditTrail, CustodyPolicy, Signer, Use
+from d1_signer import AuditTrail, CustodyPolicy, Evidence, Signer, Use
 from d1_signer.audit import folder
+from d1_signer.custody.evidence import ANSWERS
 from tests.audit import second
 from tests.audit.trails import ORIGIN, SIGNING, records, sealing_signer, verifier_key
 from tests.signing.backends import KeyBackend
@@ -24,8 +25,12 @@ FORMAT = (ROOT / "docs" / "audit" / "format.md").read_text(encoding="utf-8")
 def trail_of(tmp_path: Path) -> Path:
     place = tmp_path / "trail"
     with AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail:
-        policy = CustodyPolicy(hardware=False)
-        with Signer(KeyBackend(SIGNING), trail=trail, custody_policy=policy) as signer:
+        policy = CustodyPolicy(generated_in_place=True)
+        evidence = Evidence(
+            location="unit:key", exportable=None, generated_in_place=True, hardware=None, facts=()
+        )
+        backend = KeyBackend(SIGNING, evidence=evidence)
+        with Signer(backend, trail=trail, custody_policy=policy) as signer:
             signer.sign(b"x", use=Use(purpose="p", references=(("jti", "j"),)))
             trail.seal()
             signer.custody()
@@ -72,3 +77,4 @@ def test_every_member_of_a_record_is_in_the_table(tmp_path: Path) -> None:
     members = {member for record in records(trail_of(tmp_path)) for member in record}
     assert members - named == set()
     assert len(members) > 20
+    assert {"demands", *ANSWERS} <= members & named
