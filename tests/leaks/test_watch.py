@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaks import allowed
+from d1_signer.errors import D1SignerError
+from tests.leaks import allowed, hooks
 from tests.leaks.watch import TESTS
 
 _ROOT = TESTS.parent
@@ -147,3 +148,16 @@ def test_what_is_left_out_is_what_the_documents_say() -> None:
         assert words in security
     for part, _ in allowed.WRITERS:
         assert Path(_ROOT, part).exists()
+
+
+def test_what_comes_in_a_test_that_is_not_watched_is_not_held_against_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hooks, "current", hooks.current)
+    before = [*hooks.between.errors]
+    hooks.begin_unwatched()
+    D1SignerError("Of a test that is not watched.")
+    hooks.end()
+    assert hooks.between.errors == before
+    D1SignerError("Of a fixture that serves many tests.")
+    assert len(hooks.between.errors) == len(before) + 1
