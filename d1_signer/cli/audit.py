@@ -15,6 +15,7 @@ import click
 
 from d1_signer.cli._audit_collect import collect
 from d1_signer.cli._audit_show import show
+from d1_signer.cli._audit_stamp import stamp
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -45,6 +46,7 @@ def audit() -> None:
 
 audit.add_command(show)
 audit.add_command(collect)
+audit.add_command(stamp)
 
 
 @audit.command()
