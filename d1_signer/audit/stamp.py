@@ -26,6 +26,12 @@ _HASHES: dict[str, type[hashes.HashAlgorithm]] = {
     "sha512": hashes.SHA512,
 }
 
+_NOT_AS_TYPED = (
+    *(ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError),
+    *(UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension),
+    x509.UnsupportedGeneralNameType,
+)
+
 
 class _Response(core.Sequence):  # type: ignore[misc]
     # That of asn1crypto does not know that a refusal has no token.
@@ -74,12 +80,17 @@ def verify(
     Raises:
         AuditError: It is no stamp over that content, or of nobody that these authorities know.
     """
+    # What fails is left behind with its frames: objects of asn1crypto that were read half have no
+    # repr, which would break whoever reports the error with its variables.
     try:
-        token = _token(response)
-        return _verified(token, content, authorities, nonce)
-    except (ValueError, TypeError, KeyError, OverflowError, UnsupportedAlgorithm):
+        return _verified(_token(response), content, authorities, nonce)
+    except AuditError as error:
+        failure = error.with_traceback(None)
+    except _NOT_AS_TYPED:
         # What asn1crypto and cryptography raise for what is not as its type says.
-        raise _no_stamp("it is no response of RFC 3161, or has what is not supported") from None
+        failure = _no_stamp("it is no response of RFC 3161, or has what is not supported")
+    failure.__context__ = None
+    raise failure
 
 
 def _token(response: bytes) -> Any:
