@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from d1_signer.cli._audit_collect import collect
+from d1_signer.cli._audit_reconcile import reconcile
 from d1_signer.cli._audit_show import show
+from d1_signer.cli._audit_stamp import stamp
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
@@ -45,6 +47,8 @@ def audit() -> None:
 
 audit.add_command(show)
 audit.add_command(collect)
+audit.add_command(stamp)
+audit.add_command(reconcile)
 
 
 @audit.command()

@@ -134,7 +134,7 @@ class Vault:
 
 
 @contextmanager
-def vault(directory: Path) -> Iterator[Vault]:
+def vault(directory: Path, *, audit_file: Path | None = None) -> Iterator[Vault]:
     certificate, key = self_signed(directory)
     port, tls_port, mutual_port = free_port(), free_port(), free_port()
     authority = Authority(directory)
@@ -148,7 +148,10 @@ def vault(directory: Path) -> Iterator[Vault]:
         {"address": f"127.0.0.1:{tls_port}", **files},
         {"address": f"127.0.0.1:{mutual_port}", **files, **mutual},
     ]
-    config.write_text(json.dumps({"listener": [{"tcp": listener} for listener in listeners]}))
+    settings: dict[str, object] = {"listener": [{"tcp": listener} for listener in listeners]}
+    if audit_file is not None:
+        settings["unsafe_allow_api_audit_creation"] = True
+    config.write_text(json.dumps(settings))
     command = [
         BAO,
         "server",
@@ -168,6 +171,9 @@ def vault(directory: Path) -> Iterator[Vault]:
         return answer.status_code == 200
 
     with running(command, env=environment, log=directory / "bao.log", ready=ready):
+        if audit_file is not None:
+            options = {"file_path": str(audit_file)}
+            server.api("POST", "sys/audit/file", type="file", options=options)
         server.api("POST", "sys/mounts/transit", type="transit")
         server.api("POST", "sys/auth/approle", type="approle")
         server.api("POST", "sys/policy/signer", policy=POLICY)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trail against the log that the device itself keeps: what it signed and nobody recorded.
+
+A device's log is read as a stream of `DeviceUse`. Where it tells what was signed (OpenBao, Vault:
+an HMAC of the digest, which the server can be asked for), records and signatures are matched one
+by one; where it tells the key alone (AWS CloudTrail), by key and time, as many as there are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from d1_signer.audit.showing import Filter, records
+from d1_signer.errors import AuditError
+
+_LARGEST_FILE = 1 << 29  # bytes of a CloudTrail file, unpacked
+
+
+class DeviceUse(NamedTuple):
+    """A signature that the device's log tells of.
+
+    Attributes:
+        place: Where it stands: the file and the line, or the service's own identity of the event.
+        time: When it was.
+        key: The key's name there.
+        mark: What was signed, as the log has it; None where it does not tell.
+    """
+
+    place: str
+    time: datetime
+    key: str
+    mark: str | None
+
+
+class RecordedUse(NamedTuple):
+    """A record of a signature that was begun: its instance and number, time, digest, outcome."""
+
+    place: str
+    time: datetime
+    digest: bytes
+    outcome: str | None
+
+
+class Reconciled(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        matched: How many signatures are in both.
+        unrecorded: What the device signed and the trail does not have.
+        unsigned: Records with the outcome ``done`` that the device's log does not have.
+    """
+
+    matched: int
+    unrecorded: list[DeviceUse]
+    unsigned: list[RecordedUse]
+
+
+def recorded(instances: Sequence[Path], kid: str | None = None) -> list[RecordedUse]:
+    """The signatures that a trail has.
+
+    Raises:
+        AuditError: A line is no record, so that nothing can be said.
+        OSError: A folder cannot be read.
+    """
+    begun: dict[tuple[str, object], RecordedUse] = {}
+    for instance, members in records(instances, Filter(kid=kid)):
+        if members is None:
+            raise AuditError(
+                f"A line of {instance} is no record.", hint="Run d1-signer audit verify first."
+            )
+        if members.get("event") == "begin" and members.get("action") == "sign":
+            place = f"{instance}#{members.get('number')}"
+            try:
+                digest = bytes.fromhex(members["digest"])
+                use = RecordedUse(place, _moment(members["time"]), digest, None)
+            except (KeyError, TypeError, ValueError):
+                raise AuditError(f"The record {place} has no digest or no time.") from None
+            begun[instance, members.get("number")] = use
+        elif members.get("event") == "end":
+            of = (members.get("instance", instance), members.get("begin"))
+            if of in begun:
+                begun[of] = begun[of]._replace(outcome=str(members.get("outcome")))
+    return list(begun.values())
+
+
+def by_mark(
+    uses: Sequence[RecordedUse], device: Iterable[DeviceUse], mark: Callable[[bytes], str]
+) -> Reconciled:
+    """Match one by one.
+
+    Args:
+        uses: What the trail has.
+        device: What the device's log has.
+        mark: Tells the mark of a digest; asked once for each.
+    """
+    left: defaultdict[str, list[RecordedUse]] = defaultdict(list)
+    marks = {digest: mark(digest) for digest in {use.digest for use in uses}}
+    # Those without a known success are taken last.
+    for use in sorted(uses, key=lambda use: use.outcome == "done"):
+        left[marks[use.digest]].append(use)
+    matched, unrecorded = 0, []
+    for one in device:
+        if one.mark is not None and left.get(one.mark):
+            left[one.mark].pop()
+            matched += 1
+        else:
+            unrecorded.append(one)
+    return Reconciled(matched, unrecorded, _done(use for uses in left.values() for use in uses))
+
+
+def by_time(
+    uses: Sequence[RecordedUse], device: Iterable[DeviceUse], tolerance: float
+) -> Reconciled:
+    """Match by time alone, in order: each signature with the earliest record that is near it.
+
+    Args:
+        uses: What the trail has of one key.
+        device: What the device's log has of it.
+        tolerance: Seconds by which the clocks may differ, and a call may take.
+    """
+    left: list[tuple[float, str, RecordedUse]] = []
+    for use in uses:
+        insort(left, (use.time.timestamp(), use.place, use))
+    matched, unrecorded = 0, []
+    for one in sorted(device, key=lambda use: use.time):
+        at = one.time.timestamp()
+        place = bisect_left(left, (at - tolerance, ""))
+        if place < len(left) and left[place][0] <= at + tolerance:
+            del left[place]
+            matched += 1
+        else:
+            unrecorded.append(one)
+    return Reconciled(matched, unrecorded, _done(use for _, _, use in left))
+
+
+def vault_uses(file: Path, key: str, mount: str) -> Iterator[DeviceUse]:
+    """What an audit file of OpenBao or Vault tells of a key's signatures.
+
+    A batch has a mark for each of its inputs. A request that was refused signed nothing.
+
+    Raises:
+        AuditError: A line is not one of an audit device's.
+        OSError: The file cannot be read.
+    """
+    path = re.compile(rf"{re.escape(mount)}/sign/{re.escape(key)}(?:/[a-z0-9-]+)?")
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{file.name}:{number}"
+            try:
+                told = json.loads(line)
+                request = told["request"]
+                if told["type"] != "response" or not path.fullmatch(request["path"].strip("/")):
+                    continue
+                if told.get("error") or request["operation"] not in {"create", "update"}:
+                    continue
+                data = request["data"]
+                moment = _moment(told["time"])
+                for place_in_batch, one in enumerate(data.get("batch_input") or [data]):
+                    where = f"{place}.{place_in_batch}" if "batch_input" in data else place
+                    yield DeviceUse(where, moment, key, one.get("input"))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise AuditError(
+                    f"{place} is no line of an audit device.",
+                    hint="Give the file of a file audit device of OpenBao or Vault (JSON).",
+                ) from None
+
+
+def cloudtrail_uses(file: Path, key: str) -> Iterator[DeviceUse]:
+    """What a CloudTrail file (JSON, packed with gzip or not) tells of an AWS KMS key's signatures.
+
+    Args:
+        file: As CloudTrail puts it into its bucket.
+        key: The key's ARN, its id, or an alias as the caller named it.
+
+    Raises:
+        AuditError: It is no such file.
+        OSError: It cannot be read.
+    """
+    try:
+        for event in json.loads(_unpacked(file))["Records"]:
+            if event["eventSource"] != "kms.amazonaws.com" or event["eventName"] != "Sign":
+                continue
+            if "errorCode" in event:
+                continue
+            named = [str((event.get("requestParameters") or {}).get("keyId"))]
+            named += [str(resource["ARN"]) for resource in event.get("resources") or []]
+            if any(key == name or name.endswith(f"/{key}") for name in named):
+                yield DeviceUse(f"event {event['eventID']}", _moment(event["eventTime"]), key, None)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        gzip.BadGzipFile,
+        zlib.error,
+    ):
+        raise AuditError(
+            f"{file.name} is no file of CloudTrail.",
+            hint="It is JSON with Records, packed with gzip or not.",
+        ) from None
+
+
+def _unpacked(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        packed = opened.read(2) == b"\x1f\x8b"
+    with gzip.open(file) if packed else file.open("rb") as content:
+        data = content.read(_LARGEST_FILE + 1)
+    if len(data) > _LARGEST_FILE:
+        raise AuditError(f"{file.name} is larger than {_LARGEST_FILE} bytes.")
+    return data
+
+
+def _done(uses: Iterable[RecordedUse]) -> list[RecordedUse]:
+    return [use for use in uses if use.outcome == "done"]
+
+
+def _moment(text: Any) -> datetime:
+    """A time in RFC 3339, of which nine digits behind the point are too many for Python."""
+    told = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))
+    if told.tzinfo is None:
+        msg = "no zone"
+        raise ValueError(msg)
+    return told.astimezone(UTC)
