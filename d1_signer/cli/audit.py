@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,10 +25,10 @@ from d1_signer.cli._output import (
     to_stdout,
     with_output_options,
 )
+from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._trail import TrailSettings
 from d1_signer.cli._trail_files import instances_of, notes_of, unreadable, verifier_keys
 from d1_signer.errors import AuditError, ConfigurationError
-from d1_signer.secret import shown_path
 
 if TYPE_CHECKING:
     from d1_signer.audit import verifying
@@ -147,14 +146,14 @@ def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
 @click.argument("number", type=click.IntRange(min=0))
 @click.argument("folder", required=False, type=click.Path())
 @_folder
-@click.option("-o", "--output-file", metavar="FILE", help="Write it to a file instead.")
+@with_output_file
 @with_output_options
 def proof(
     *,
     number: int,
     folder: str | None,
     audit_trail: str | None,
-    output_file: str | None,
+    output_file: OutputFile | None,
     output: Output,
 ) -> None:
     """Prove that the record NUMBER is in the trail, without showing another one.
@@ -178,11 +177,7 @@ def proof(
         raise unreadable(error) from None
     encoded = found.encode()
     if output_file is not None:
-        try:
-            Path(output_file).write_bytes(encoded)
-        except OSError as error:
-            shown = shown_path(Path(output_file).absolute())
-            raise ConfigurationError(f"{shown} cannot be written: {error.strerror}.") from None
+        output_file.write(encoded, f"the proof of record {number}", output)
     if output.json:
         document: dict[str, object] = {
             "instance": instances[0].name,

@@ -195,8 +195,11 @@ def test_a_proof_shows_one_record_alone(
     lines = records_file(place).read_bytes().splitlines()
     for number, line in enumerate(lines):
         file = tmp_path / "record.tlog-proof"
-        assert run("audit", "proof", str(number), "-o", str(file)).status == 0
+        assert run("audit", "proof", str(number), "-o", str(file), "--force").status == 0
         assert second.verify_proof(file.read_bytes(), line, key) == number
+    written = file.read_bytes()
+    assert run("audit", "proof", "0", "-o", str(file)).status == 2
+    assert file.read_bytes() == written
     document = run("audit", "proof", "1", str(place), "--json").document
     assert document["record"].encode() == lines[1]
     result = run("audit", "proof", str(len(lines)), "--json")
