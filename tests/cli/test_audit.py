@@ -193,8 +193,8 @@ def test_a_proof_shows_one_record_alone(
         run("custody", **audited)
     key = vkey(run)
     lines = records_file(place).read_bytes().splitlines()
+    file = tmp_path / "record.tlog-proof"
     for number, line in enumerate(lines):
-        file = tmp_path / "record.tlog-proof"
         assert run("audit", "proof", str(number), "-o", str(file), "--force").status == 0
         assert second.verify_proof(file.read_bytes(), line, key) == number
     written = file.read_bytes()

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 
-import d1_signer.cli.keys
+import d1_signer.cli._looking
 from d1_signer import generate_key
 from d1_signer.cli import _output_file
 from d1_signer.cli._output import Output
@@ -265,10 +265,10 @@ def test_a_full_disk_behind_the_file(
 def test_a_full_disk_behind_a_file_of_a_library(
     run: Run, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: object) -> str:
+    def full(*_report: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(d1_signer.cli.keys, "custody_text", full)
+    monkeypatch.setattr(d1_signer.cli._looking, "key_text", full)
     result = run("custody", "--key", key.as_uri(), "--json")
     assert result.status == 1
     assert result.document["message"] == "A file cannot be written: No space left on device."

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import d1_signer
-import d1_signer.cli.custody
+import d1_signer.cli._looking
 from d1_signer import generate_key
 from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import COMMAND, Run
@@ -113,7 +113,7 @@ def test_a_defect_is_one_line_and_shows_no_values(
         secret = PASSPHRASE
         raise LookupError(secret)
 
-    monkeypatch.setattr(d1_signer.cli.custody, "key_text", broken)
+    monkeypatch.setattr(d1_signer.cli._looking, "key_text", broken)
     result = run("custody", "--key", key_uri)
     assert result.status == 1
     assert result.err.startswith("Error: Unexpected LookupError; this is a defect of d1-signer.\n")
