@@ -17,8 +17,10 @@ from d1_signer.attestation import Statement
 from d1_signer.custody.report import CustodyReport, Maker, utc
 from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.es256 import PublicKey, der_from_raw
+from d1_signer.events import Use
 
 VERSION = 1
+PURPOSE = "custody-bundle"
 # What a key signs begins with it, so that it is nothing else that a key of ours ever signs.
 DOMAIN = b"d1_signer custody bundle 1\n"
 LONGEST_CHALLENGE = 1024
@@ -38,8 +40,8 @@ class Signs(Protocol):
         """Its identifier."""
         ...
 
-    def sign(self, message: bytes) -> bytes:
-        """Sign with ES256: 64 bytes, r||s."""
+    def sign(self, message: bytes, *, use: Use | None = None) -> bytes:
+        """Sign with ES256: 64 bytes, r||s; an audit trail records what for."""
         ...
 
 
@@ -94,8 +96,9 @@ def make_bundle(
         _SIGNATURES: [],
     }
     message = signed_part(encoded(document))
+    use = Use(purpose=PURPOSE, references=(("challenge", challenge),) if challenge else ())
     document[_SIGNATURES] = [
-        None if signer is None else b64encode(der_from_raw(signer.sign(message))).decode()
+        None if signer is None else b64encode(der_from_raw(signer.sign(message, use=use))).decode()
         for _, signer in keys
     ]
     return encoded(document)

@@ -126,18 +126,38 @@ def test_the_trails_key_is_looked_at_and_signs_beside_the_trail_that_it_seals(
         "D1_AUDIT_ORIGIN": "bank.example/d1",
         "D1_AUDIT_KEY": sealing.uri,
     }
-    assert run("custody", "--bundle", str(bundle), **settings).status == 0
+    arguments = ("custody", "--bundle", str(bundle), "--challenge", "2026 ü")
+    assert run(*arguments, **settings).status == 0
     thumbprint = sealing.public_key.thumbprint()
     verified = run("custody", "verify", str(bundle), "--thumbprint", thumbprint, "--json")
     assert [key["use"] for key in verified.document["keys"]] == ["assertion", "audit"]
     assert verified.document["holds"] is True
-    done = [(r["action"], r.get("kid")) for r in records(place) if r["event"] == "begin"]
-    assert done == [("open", None), ("custody", "bank-2026"), ("sign", "bank-2026")]
+    done = [record for record in records(place) if record["event"] == "begin"]
+    assert [record["action"] for record in done] == ["open", "custody", "sign"]
+    assert {record["kid"] for record in done[1:]} == {"bank-2026"}
+    assert done[2]["purpose"] == "custody-bundle"
+    assert done[2]["references"] == [["challenge", "2026 ü"]]
     options = ("--audit-trail", str(place), "--audit-origin", "x", "--audit-key", sealing.uri)
     for name in list(settings)[1:]:
         settings[name] = ""
     told = run("custody", *options, "--json", **settings).document["keys"]
     assert [key["use"] for key in told] == ["assertion", "audit"]
+
+
+def test_a_trails_key_that_falls_short_seals_nothing_and_is_told_without_the_trail(
+    run: Run, key_uri: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "trail"
+    sealing = generate_key((tmp_path / "audit.pem").as_uri()).uri
+    settings = {"D1_SIGNER_KEY": key_uri, "D1_AUDIT_KEY": sealing, "D1_CUSTODY_POLICY": "hardware"}
+    refused = run("custody", "--json", **settings, D1_AUDIT_TRAIL=str(place))
+    assert (refused.status, refused.document["code"]) == (1, "custody")
+    assert "audit.pem" in refused.document["message"]
+    assert not list(place.rglob("checkpoints"))
+    told = run("custody", "--json", **settings, D1_AUDIT_TRAIL="")
+    assert told.status == 1
+    assert told.document["keys"][1]["use"] == "audit"
+    assert told.document["keys"][1]["unmet"] == ["held by hardware"]
 
 
 @pytest.mark.parametrize("option", ["--bundle", "--html"])
