@@ -42,6 +42,12 @@ def begin() -> LeakWatch:
     return watch
 
 
+def ignore() -> None:
+    """Until `end`, nothing is watched, and nothing is left to the test after."""
+    global current  # noqa: PLW0603
+    current = LeakWatch()
+
+
 def end() -> None:
     """Go back to what belongs to no test."""
     global current  # noqa: PLW0603
