@@ -42,8 +42,8 @@ def begin() -> LeakWatch:
     return watch
 
 
-def begin_unwatched() -> None:
-    """Have all that comes forgotten: kept, it would be held against the next test's account."""
+def ignore() -> None:
+    """Until `end`, nothing is watched, and nothing is left to the test after."""
     global current  # noqa: PLW0603
     current = LeakWatch()
 

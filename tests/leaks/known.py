@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 # Shorter values occur by chance in ports, times and lengths.
 _SHORTEST = 8
+# Different bytes: zeros in hexadecimal stand in many a number.
+_LEAST_VARIETY = 4
 # Characters of base64 that are the same for all keys on P-256.
 _HEADER_OF_PKCS8 = 48
 _HEADER_OF_SEC1 = 12
@@ -29,13 +31,13 @@ def known(value: str) -> str:
 
 
 def forms(value: object) -> Iterator[str]:
-    """As it is, quoted, escaped and in base64; none that is too short to tell from chance."""
+    """As it is, quoted, escaped and in base64; none that is too short or plain to be a find."""
     return (form for form in _forms(value) if len(form) >= _SHORTEST)
 
 
 def _forms(value: object) -> Iterator[str]:
     raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")
-    if len(raw) < _SHORTEST:
+    if len(raw) < _SHORTEST or len(set(raw)) < _LEAST_VARIETY:
         return
     text = raw.decode(errors="replace")
     yield text

@@ -155,7 +155,7 @@ def test_what_comes_in_a_test_that_is_not_watched_is_not_held_against_the_next(
 ) -> None:
     monkeypatch.setattr(hooks, "current", hooks.current)
     before = [*hooks.between.errors]
-    hooks.begin_unwatched()
+    hooks.ignore()
     D1SignerError("Of a test that is not watched.")
     hooks.end()
     assert hooks.between.errors == before
