@@ -19,6 +19,7 @@ from d1_signer.errors import ConfigurationError, CustodyError, SignerError
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Recordable, Trail
 from d1_signer.signing.backend import Backend, Reopening, guarded
+from d1_signer.signing.recording import answers
 
 _log = logging.getLogger(__name__)
 
@@ -135,8 +136,8 @@ class Holding:
             outcome = "met"
         finally:
             if self._trail is not None:
-                demands = list(policy.words)
-                self._trail.note("policy", {**self._about, "demands": demands, "outcome": outcome})
+                decision = {"demands": list(policy.words), "outcome": outcome}
+                self._trail.note("policy", {**self._about, **answers(evidence), **decision})
 
 
 def _told(evidence: Evidence, name: str) -> str:

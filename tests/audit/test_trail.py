@@ -153,16 +153,20 @@ def test_making_opening_refusing_and_custody_are_records(
         open_signer(uri, trail=trail)
     told = records(place)
     actions = [record["action"] for record in told if record["event"] == "begin"]
-    assert actions == ["generate-key", "open", "custody", "sign", "open", "custody", "open"]
+    assert actions == ["generate-key", "open", "custody", "sign", "open", "open"]
     ends = [record for record in told if record["event"] == "end"]
     assert [end["outcome"] for end in ends] == [
-        *("done", "done", "done", "done", "done", "custody", "secret_source")
+        *("done", "done", "done", "done", "custody", "secret_source")
     ]
     assert [end["begin"] for end in ends[:4]] == [1, 3, 6, 8]
     (policy,) = [record for record in told if record["event"] == "policy"]
     assert (policy["demands"], policy["outcome"]) == (["hardware"], "custody")
-    assert ends[2]["exportable"] is True
-    assert ends[2]["hardware"] is False
+    for answers in (ends[2], policy):
+        assert answers["exportable"] is True
+        assert answers["never_exportable"] is False
+        assert answers["generated_in_place"] is None
+        assert answers["hardware"] is False
+        assert answers["fips_mode"] is None
     assert findings(place) == []
 
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -156,19 +157,20 @@ def told_by(error: BaseException) -> list[str]:
     return texts
 
 
-def _report(error: BaseException) -> Iterable[str]:
+def _report(error: BaseException) -> Iterator[str]:
     """The error's own text and frames; its chain and the members of a group are seen to apart."""
-    report = traceback.TracebackException(
-        type(error), error, error.__traceback__, capture_locals=True, compact=True
-    )
+    report = traceback.TracebackException(type(error), error, error.__traceback__, compact=True)
     report.__cause__ = report.__context__ = None
     # What a test holds in its own hands, or says in its lines, is no leak.
     report.stack[:] = [one for one in report.stack if not one.filename.startswith(str(TESTS))]
-    for frame in report.stack:
-        if frame_is_left_out(frame.filename):
-            frame.locals = None
     report.exceptions = None
-    return report.format(chain=False)
+    yield from report.format(chain=False)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code.co_filename
+        if not code.startswith(str(TESTS)) and not frame_is_left_out(code):
+            for name, value in frame.f_locals.items():
+                with contextlib.suppress(Exception):  # its making was cut off: nothing shows it
+                    yield f"{name} = {value!r}"
 
 
 def _held_by_frames(error: BaseException) -> list[BaseException]:
