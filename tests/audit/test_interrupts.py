@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -47,8 +48,9 @@ def interrupted(work: Callable[[], object], moment: int) -> bool:
     sys.setprofile(profile)
     try:
         work()
-    except SoftLimit:
-        pass
+    except SoftLimit as limit:
+        # What it cut off is given back now, and not amid another test.
+        traceback.clear_frames(limit.__traceback__)
     finally:
         sys.setprofile(None)
     return left < 0
