@@ -44,6 +44,10 @@ class RedisServer:
     def client(self, **settings: Any) -> redis.Redis:
         return redis.Redis.from_url(self.url, **(RedisTokenStore.CLIENT_SETTINGS | settings))
 
+    def admin(self) -> redis.Redis:
+        """A client of the test's own, which has time on a busy machine."""
+        return self.client(socket_timeout=20, socket_connect_timeout=20)
+
     def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port)]

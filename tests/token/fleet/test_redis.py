@@ -105,7 +105,7 @@ def test_a_user_of_redis_with_the_rights_that_are_named(
 ) -> None:
     page = (Path(__file__).parents[3] / "docs" / "fleet.md").read_text()
     (rule,) = re.findall(r"`ACL SETUSER d1 on >… (.*)`", page)
-    with redis_server.client() as admin:
+    with redis_server.admin() as admin:
         admin.execute_command("ACL", "SETUSER", "d1", "on", ">password", *rule.split())
     with (
         redis_server.client(username="d1", password="password") as one,
@@ -236,14 +236,14 @@ def test_a_redis_that_never_was_costs_requests_and_no_error(
 
 
 def keys(server: RedisServer, kind: str) -> list[bytes]:
-    with server.client() as client:
+    with server.admin() as client:
         found: Any = client.keys(f"d1-signer:*:{kind}")
         return list(found)
 
 
 def stored(server: RedisServer) -> tuple[bytes, dict[str, str]]:
     (name,) = keys(server, "token")
-    with server.client() as client:
+    with server.admin() as client:
         content: Any = client.get(name)
     envelope: dict[str, str] = json.loads(content)
     return name, envelope
@@ -253,7 +253,7 @@ def test_the_store_holds_ciphertext_and_forgets_it_in_time(
     fleet: FleetMaker, redis_server: RedisServer
 ) -> None:
     token = fleet().token()
-    with redis_server.client() as client:
+    with redis_server.admin() as client:
         for name in client.scan_iter():
             content: Any = client.get(name)
             for secret in (token.value, ISSUER, token.value[:16]):
@@ -328,7 +328,7 @@ def test_what_was_tampered_with_is_treated_as_absent(
 ) -> None:
     first = fleet().token()
     name, envelope = stored(redis_server)
-    with redis_server.client() as client:
+    with redis_server.admin() as client:
         client.set(name, json.dumps(change(envelope)), px=800_000)
     assert fleet().token().value != first.value
     assert sandbox.counters.token_requests == 2
@@ -340,7 +340,7 @@ def test_what_is_not_ours_is_treated_as_absent(
 ) -> None:
     fleet().token()
     (name,) = keys(redis_server, "token")
-    with redis_server.client() as client:
+    with redis_server.admin() as client:
         client.set(name, content, px=800_000)
     assert fleet().token().value
     assert sandbox.counters.token_requests == 2
@@ -361,7 +361,7 @@ def test_a_token_of_another_issuer_or_environment_is_not_taken(
         fetcher = fleet()
         # Whoever can write to Redis moves the foreign envelope to the place of ours.
         ours = fetcher._renewal._name  # type: ignore[union-attr]
-        with redis_server.client() as client:
+        with redis_server.admin() as client:
             client.rename(name, f"{ours}:token")
         assert fetcher.token().value != foreign.value
     assert sandbox.counters.token_requests == 1
@@ -373,7 +373,7 @@ def test_an_expired_token_in_the_store_is_not_taken(
     sandbox.set_token_lifetime(0.3)
     first = fleet().token()
     (name,) = keys(redis_server, "token")
-    with redis_server.client() as client:
+    with redis_server.admin() as client:
         client.persist(name)
         # Kept for longer than the token lives, by whoever can write to Redis.
         client.pexpire(name, 800_000)
@@ -383,7 +383,7 @@ def test_an_expired_token_in_the_store_is_not_taken(
 
 
 def take_lease(server: RedisServer, fetcher: TokenFetcher, milliseconds: int | None) -> None:
-    with server.client() as client:
+    with server.admin() as client:
         name = fetcher._renewal._name  # type: ignore[union-attr]
         assert client.set(f"{name}:lease", "another", px=milliseconds, nx=True)
 
@@ -416,7 +416,7 @@ def test_a_lease_that_somebody_takes_over_and_over_is_an_error_in_time(
     over = threading.Event()
 
     def take() -> None:
-        with redis_server.client() as client:
+        with redis_server.admin() as client:
             while not over.wait(0.01):
                 client.set(lease, "another", px=2000)
 
@@ -442,7 +442,7 @@ def test_a_lease_lost_during_the_work_is_no_error_and_another_keeps_it(
     fetcher.prefetch()
     until(lambda: sandbox.counters.token_requests == 1)
     (lease,) = keys(redis_server, "lease")
-    with redis_server.client() as client:
+    with redis_server.admin() as client:
         client.set(lease, "another", px=60_000)
         assert fetcher.token().value
         until(lambda: fetcher._flight is None)

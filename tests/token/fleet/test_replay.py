@@ -21,14 +21,14 @@ from tests.token.fleet.test_redis import keys, stored
 
 def content(server: RedisServer) -> bytes:
     (name,) = keys(server, "token")
-    with server.client() as client:
+    with server.admin() as client:
         found: Any = client.get(name)
     return bytes(found)
 
 
 def put(server: RedisServer, sealed: bytes) -> None:
     (name,) = keys(server, "token")
-    with server.client() as client:
+    with server.admin() as client:
         client.set(name, sealed, px=800_000)
 
 
@@ -128,7 +128,7 @@ def test_clocks_that_differ_and_a_store_that_lost_everything_cost_one_request_ea
     forget(one)
     assert one.token().value == value
     assert sandbox.counters.token_requests == 2
-    with redis_server.client() as client:
+    with redis_server.admin() as client:
         client.flushall()
     late = fleet()
     renewal = late._renewal

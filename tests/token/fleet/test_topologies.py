@@ -83,7 +83,7 @@ def share(fetchers: list[TokenFetcher], sandbox: Sandbox) -> bool:
 def test_cold_members_of_one_redis(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, stack: ExitStack, rights: str
 ) -> None:
-    with redis_server.client() as admin:
+    with redis_server.admin() as admin:
         rule = ["on", ">password", "~d1-signer:*", *rights.split()]
         admin.execute_command("ACL", "SETUSER", "d1", *rule)
     clients = [
@@ -99,7 +99,7 @@ def test_cold_members_of_one_redis(
 def test_cold_members_that_may_not_lease_fetch_one_token_each(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer, stack: ExitStack
 ) -> None:
-    with redis_server.client() as admin:
+    with redis_server.admin() as admin:
         admin.execute_command("ACL", "SETUSER", "d1", "on", ">p", "~d1-signer:*", "+get", "+pttl")
     clients = [
         stack.enter_context(redis_server.client(username="d1", password="p"))
@@ -134,7 +134,7 @@ class Watched:
         place.mkdir()
         replicating = ["--replicaof", f"127.0.0.1 {master.port}"]
         self.replica = stack.enter_context(RedisServer(place, *replicating))
-        with self.replica.client() as client:
+        with self.replica.admin() as client:
             until(lambda: client.info("replication")["master_link_status"] == "up", seconds=30)
         self.sentinels: list[SentinelProcess] = stack.enter_context(sentinels(folder, master))
         self._stack = stack
@@ -149,7 +149,7 @@ class Watched:
 
 def is_master(server: RedisServer) -> bool:
     # One that becomes the master closes its connections.
-    with contextlib.suppress(RedisError), server.client() as client:
+    with contextlib.suppress(RedisError), server.admin() as client:
         return bool(client.info("replication")["role"] == "master")
     return False
 
@@ -220,7 +220,7 @@ def test_a_user_of_a_cluster_with_the_rights_that_are_named(
     (rule,) = re.findall(r"`ACL SETUSER d1 on >… (.*)`", page)
     (more,) = re.findall(r"asks for its layout as well: `(.*)`", page)
     with Cluster(tmp_path, masters=1, replicas=0) as nodes, ExitStack() as stack:
-        with nodes.nodes[0].client() as admin:
+        with nodes.nodes[0].admin() as admin:
             rights = [*rule.split(), *more.split()]
             admin.execute_command("ACL", "SETUSER", "d1", "on", ">password", *rights)
 
