@@ -8,6 +8,7 @@ that was given where its source belongs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import signal
@@ -55,9 +56,12 @@ def causes(error: BaseException, *, outer: BaseException | None = None) -> Itera
             continue
         seen.add(id(link))
         yield link
-        todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
-        # botocore keeps it as an argument of its message.
-        todo.append(getattr(link, "kwargs", {}).get("error"))
+        todo += [link.__cause__, link.__context__, *link.args]
+        with contextlib.suppress(Exception):  # an attribute of somebody's may do anything
+            todo.append(getattr(link, "reason", None))
+        with contextlib.suppress(Exception):
+            # botocore keeps it as an argument of its message.
+            todo.append(getattr(link, "kwargs", {})["error"])
         if isinstance(link, BaseExceptionGroup):
             todo += link.exceptions
 
