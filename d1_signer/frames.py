@@ -69,6 +69,8 @@ def causes(error: BaseException, *, outer: BaseException | None = None) -> Itera
 def clear(error: BaseException, *, outer: BaseException | None) -> None:
     """Empty the frames that an error and what it came from have left; the lines stay.
 
+    What an error was raised in spite of (``from None``) goes: its text may be what was given.
+
     Frames that still run cannot be emptied and are left out: of this call, and of a thread that
     the error was brought from. ``raise`` alone, which is to follow, does not add the one that it
     stands in.
@@ -77,7 +79,9 @@ def clear(error: BaseException, *, outer: BaseException | None) -> None:
         error: Any, before it is raised again.
         outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
     """
-    for link in causes(error, outer=outer):
+    for link in list(causes(error, outer=outer)):
+        if link.__suppress_context__ and link.__cause__ is None:
+            link.__context__ = None  # raised "from None": it may repeat what was given
         emptied = [entry for entry in _entries(link.__traceback__) if _emptied(entry.tb_frame)]
         for entry, following in zip(emptied, [*emptied[1:], None], strict=False):
             entry.tb_next = following
