@@ -8,6 +8,7 @@ that was given where its source belongs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import signal
@@ -55,15 +56,20 @@ def causes(error: BaseException, *, outer: BaseException | None = None) -> Itera
             continue
         seen.add(id(link))
         yield link
-        todo += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
-        # botocore keeps it as an argument of its message.
-        todo.append(getattr(link, "kwargs", {}).get("error"))
+        todo += [link.__cause__, link.__context__, *link.args]
+        with contextlib.suppress(Exception):  # an attribute of somebody's may do anything
+            todo.append(getattr(link, "reason", None))
+        with contextlib.suppress(Exception):
+            # botocore keeps it as an argument of its message.
+            todo.append(getattr(link, "kwargs", {})["error"])
         if isinstance(link, BaseExceptionGroup):
             todo += link.exceptions
 
 
 def clear(error: BaseException, *, outer: BaseException | None) -> None:
     """Empty the frames that an error and what it came from have left; the lines stay.
+
+    What an error was raised in spite of (``from None``) goes: its text may be what was given.
 
     Frames that still run cannot be emptied and are left out: of this call, and of a thread that
     the error was brought from. ``raise`` alone, which is to follow, does not add the one that it
@@ -73,7 +79,9 @@ def clear(error: BaseException, *, outer: BaseException | None) -> None:
         error: Any, before it is raised again.
         outer: ``sys.exception()`` from before the call, whose traceback is the caller's.
     """
-    for link in causes(error, outer=outer):
+    for link in list(causes(error, outer=outer)):
+        if link.__suppress_context__ and link.__cause__ is None:
+            link.__context__ = None  # raised "from None": it may repeat what was given
         emptied = [entry for entry in _entries(link.__traceback__) if _emptied(entry.tb_frame)]
         for entry, following in zip(emptied, [*emptied[1:], None], strict=False):
             entry.tb_next = following

@@ -27,6 +27,7 @@ _MAX_FILE_SIZE = 1 << 20
 _FORBIDDEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _LONGEST_PATH = 256
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
+_LIKE_A_URI = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*:|[?;]|://|pin-value", re.ASCII)
 _DER_IN_BASE64 = re.compile(r"M[A-Z][A-Za-z0-9+/_-]{62}", re.ASCII)
 _SOURCES = "A secret source is file:PATH, env:NAME, prompt, or a callable passed in code."
 
@@ -118,7 +119,7 @@ def holds_key(text: str) -> bool:
 def shown_path(path: object) -> str:
     """A path as it may be shown; what does not look like one may be a secret and is not."""
     text = str(path)
-    like_a_path = "/" in text or _FILE_NAME.fullmatch(text)
+    like_a_path = ("/" in text or _FILE_NAME.fullmatch(text)) and not _LIKE_A_URI.search(text)
     if not like_a_path or len(text) > _LONGEST_PATH or not text.isprintable() or holds_key(text):
         return "(not shown: it has not the form of a path)"
     return text

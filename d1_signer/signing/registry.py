@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from d1_signer.errors import ConfigurationError, D1SignerError, KeyUriError
+from d1_signer.frames import of_signal_handler
 from d1_signer.signing.backend import Backend, BackendModule, guarded
 from d1_signer.signing.key_uri import scheme_of
 
@@ -45,13 +46,17 @@ def load_backend_module(uri: str) -> BackendModule:
         except D1SignerError:
             raise
         except Exception as error:
-            raise ConfigurationError(
-                f"The plug-in {found[0].value} for {scheme}: cannot be loaded "
-                f"({type(error).__name__}).",
-                hint="Check its installation.",
-            ) from error
-        _log.info("backend.plug_in scheme=%s %s", scheme, _told(found[0]))
-        return module
+            if of_signal_handler(error):
+                raise
+            kind = type(error).__name__
+        else:
+            _log.info("backend.plug_in scheme=%s %s", scheme, _told(found[0]))
+            return module
+        # Away from the plug-in's error, whose text may hold anything.
+        raise ConfigurationError(
+            f"The plug-in {found[0].value} for {scheme}: cannot be loaded ({kind}).",
+            hint="Check its installation, by importing it.",
+        )
     if found:
         values = ", ".join(sorted(point.value for point in found))
         raise ConfigurationError(

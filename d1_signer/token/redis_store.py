@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any, Final, final
 
 from d1_signer.errors import ConfigurationError, MissingExtraError, StoreUnavailable
+from d1_signer.frames import without_locals
 from d1_signer.token.stores import MAX_SEALED, Lease
 from d1_signer.transport.processes import PerProcess
 
@@ -65,6 +66,7 @@ class RedisTokenStore:
     minute, is off: a lease that is asked for twice looks like another's.
     """
 
+    @without_locals
     def __init__(self, client: Client | Callable[[], Client]) -> None:
         """Use a client, which stays the caller's to close.
 

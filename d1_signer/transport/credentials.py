@@ -26,6 +26,7 @@ from d1_signer.secret import (
     shown_path,
     unreadable,
 )
+from d1_signer.signing.key_uri import scheme_of
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
 from d1_signer.transport import handshake
@@ -42,9 +43,9 @@ class ClientCertificate:
 
     Attributes:
         certificate: Path of the certificate in PEM, its chain behind it.
-        key: Path of its private key in PEM, readable by its owner only; or a `Signer` or
-            `LazySigner` of it, or several of them: the one whose key is the certificate's signs, so
-            that a certificate for a new key can take this one's place. They stay the caller's.
+        key: Path of its private key in PEM, for its owner or a group that reads it; or a `Signer`
+            or `LazySigner` of it, or several of them: the one whose key is the certificate's signs,
+            so that a certificate for a new key can take this one's place. They stay the caller's.
         passphrase: Source of a key file's passphrase; None for one that is not encrypted.
         timeout: Seconds for a signer's signature of one handshake.
         trusted_owner: A user (uid) who may own the files of key and passphrase, such as an agent's.
@@ -63,7 +64,7 @@ class ClientCertificate:
     def __post_init__(self) -> None:
         """Refuse what names no file or no user, and a timeout that no handshake could keep."""
         for given in (self.certificate, self.key):
-            if isinstance(given, str | os.PathLike):
+            if isinstance(given, str | bytes | os.PathLike):
                 as_path(given)
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         if not number or not 0 < self.timeout < math.inf:
@@ -251,6 +252,11 @@ def as_path(value: object) -> str:
         path = os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
+    if scheme_of(path):
+        raise ConfigurationError(
+            "A URI is given where the path of a certificate's, key's or CA's file belongs.",
+            hint="Open a key URI with open_signer, and give that signer.",
+        )
     if holds_key(path):
         raise ConfigurationError(
             "A key or a certificate itself is given where the path of its file belongs.",

@@ -38,6 +38,13 @@ _GIVEN = [
     ("PIN in the URI", open_signer, f"pkcs11:token=b;object=d?pin-value={SECRET}%ff", {}),
     ("PIN in the URI", generate_key, f"pkcs11:token=b?module-path=/m&pin-value={SECRET}", {}),
     ("PIN", open_signer, "pkcs11:token=b;object=d?module-path=/no.so", {"pin_source": SECRET}),
+    ("URL", Environment.of, f"https://svc:{SECRET}", {}),
+    ("URL", Environment, f"https://svc:{SECRET}/x@h", {}),
+    ("Vault's address", open_signer, "hashivault://d1", {"address": f"https://svc:{SECRET}"}),
+    ("Vault's CA", open_signer, "hashivault://d1", {"ca_file": f"-----BEGIN/{SECRET}"}),
+    ("endpoint", open_signer, f"awskms:///k?endpoint=https://svc:{SECRET}", {}),
+    ("module", open_signer, "pkcs11:token=b;object=d", {"module_path": f"-----BEGIN/{SECRET}"}),
+    ("module's name", open_signer, f"pkcs11:token=b;object=d?module-name={SECRET}", {}),
     ("passphrase", open_signer, "file:/no/key.pem", {"passphrase_source": SECRET}),
     ("token", open_signer, "hashivault:d1", {"token_source": SECRET, "address": "https://v"}),
     ("address", open_signer, "hashivault:d1", {"address": f"https://u:{SECRET}@v/?"}),
@@ -353,3 +360,21 @@ def test_backend_that_merely_sets_a_handler_is_told_as_its_own_defect() -> None:
     for frame in (None, sys._getframe(1)):
         with pytest.raises(D1SignerError, match="failed with _SoftLimit"):
             guarded("some", backend, signal.SIGUSR1, frame)
+
+
+def test_what_an_exceptions_attributes_do_breaks_no_caller() -> None:
+    class Odd(Exception):
+        kwargs = ("no", "mapping")
+
+        @property
+        def reason(self) -> str:
+            raise KeyError(SECRET)
+
+    @without_locals
+    def fails(secret: str) -> None:
+        del secret
+        raise Odd
+
+    with pytest.raises(Odd) as failure:
+        fails(SECRET)
+    assert SECRET not in "".join(told_by(failure.value))

@@ -89,6 +89,13 @@ def release(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Path:
 def test_made_twice_it_is_the_same(release: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     source = committed(tmp_path_factory.mktemp("second") / "deeper in another folder")
     (source / "d1_signer" / "left_over.py").write_text("not committed")
+    # What only this copy says of itself.
+    (source / "build.py").write_text("raise SystemExit('not what builds')")
+    (source / ".git/info").mkdir(exist_ok=True)
+    (source / ".git/info/attributes").write_text("d1_signer/frames.py export-ignore")
+    other = "$(git -c user.name=x -c user.email=x@y commit-tree -m other HEAD:d1_signer)"
+    configured = shell(f"git config core.autocrlf true && git replace HEAD {other}", source)
+    assert configured.returncode == 0, configured.stderr
     made = shell(
         f"umask 077; {sys.executable} scripts/release '../the release'",
         source,

@@ -24,6 +24,7 @@ from d1_signer import (
 )
 from d1_signer.sandbox import Sandbox
 from d1_signer.transport.tls import read_authorities
+from tests.conftest import told_by
 from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
 
 PASSPHRASE = b"correct horse battery"
@@ -124,6 +125,14 @@ def test_a_key_put_where_its_path_belongs_is_not_shown(
     with pytest.raises(D1SignerError) as failure:
         make_fetcher(ca_file=pem)
     assert pem.splitlines()[1] not in str(failure.value)
+    uri = "pkcs11:token=bank;object=d1?pin-value=pin-in-the-uri"
+    for certificate, key in ((sandbox.client_certificate, uri), (uri, sandbox.client_key)):
+        with pytest.raises(ConfigurationError) as refused:
+            ClientCertificate(certificate, key)
+        assert "pin-in-the-uri" not in "".join(told_by(refused.value))
+    with pytest.raises(ConfigurationError) as refused:
+        ClientCertificate(sandbox.client_certificate, pem.encode())  # type: ignore[arg-type]
+    assert pem.splitlines()[1] not in "".join(told_by(refused.value))
     hidden = ClientCertificate("c", "k", passphrase="put here by mistake")
     assert "mistake" not in repr(hidden)
 

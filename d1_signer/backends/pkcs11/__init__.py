@@ -285,7 +285,7 @@ def _by_name(name: str) -> str:
                 if (path := Path(folder, file)).is_file():
                     return str(path)
     raise KeyUriError(
-        f"There is no PKCS#11 module of the name {name[:80]!r}.",
+        "There is no PKCS#11 module of the name that module-name gives.",
         hint=f"Looked in {', '.join(_MODULE_FOLDERS)}; give module-path=FILE instead.",
         details={"step": "module"},
     )

@@ -67,8 +67,13 @@ class Login:
         secret = within(until, self._read)
         if self.name == "secret_id":
             secret = self._unwrapped(http, secret, until)
-        parts = (http.settings.address, http.settings.namespace or "", self.mount)
-        digest = known.digest(*parts, repr(self.fields), secret.reveal())
+        digest = known.digest(*self._place(http), repr(self.fields), secret.reveal())
+        if not self.counted:
+            return self._log_in(http, secret, digest, until)
+        with known.alone(digest, until):
+            return self._log_in(http, secret, digest, until)
+
+    def _log_in(self, http: HttpClient, secret: Secret, digest: bytes, until: float) -> Held:
         self._check_may_try(digest)
         began = time.monotonic()
         try:
@@ -91,6 +96,10 @@ class Login:
         if refused is None:
             refusal.hint = self.hint
         raise refusal
+
+    def _place(self, http: HttpClient) -> tuple[str, ...]:
+        """Which Vault it is, and the method's place there."""
+        return (http.settings.endpoint.lower(), http.settings.namespace or "", self.mount)
 
     def _ask(self, http: HttpClient, secret: Secret, until: float) -> Told:
         return http.request(
@@ -136,8 +145,8 @@ class Login:
         """The secret id, where the source gives a token that wraps it (response wrapping)."""
         if not _TOKEN.fullmatch(secret.reveal()):
             return secret
-        digest = known.digest("wrapping", self.mount, secret.reveal())
-        with known.unwrapping(digest, until):
+        digest = known.digest("wrapping", *self._place(http), secret.reveal())
+        with known.alone(digest, until):
             inner = known.unwrapped.get(digest)
             if inner is None:
                 self._check_may_try(digest)

@@ -22,6 +22,14 @@ from d1_signer.transport.deadlines import no_time_left
 _MOST_UNWRAPPED = 64
 
 
+class _Shared:
+    """A lock, and how many hold it or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+
+
 class Known:
     """What is known of secret ids and of the tokens that wrap them.
 
@@ -43,23 +51,32 @@ class Known:
 
     def new_locks(self) -> None:
         """In a child of a fork: the parent's may have been held at that moment."""
-        # One for each wrapping token: a Vault that hangs must not hold up the signers of another.
-        self._unwrapping: dict[bytes, threading.Lock] = {}
+        # One for each secret: a Vault that hangs must not hold up the signers of another.
+        self._locks: dict[bytes, _Shared] = {}
+        self._counting = threading.Lock()
 
     def digest(self, *parts: str) -> bytes:
         """The name of a secret here."""
         return hmac.digest(self._salt, "\0".join(parts).encode(), hashlib.sha256)
 
     @contextlib.contextmanager
-    def unwrapping(self, wrapping: bytes, until: float) -> Iterator[None]:
-        """One signer after the other: the second finds what the first has unwrapped."""
-        lock = self._unwrapping.setdefault(wrapping, threading.Lock())
-        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            raise no_time_left()
+    def alone(self, digest: bytes, until: float) -> Iterator[None]:
+        """One signer after the other: the second knows what became of the first one's request."""
+        with self._counting:
+            shared = self._locks.setdefault(digest, _Shared())
+            shared.users += 1
         try:
-            yield
+            if not shared.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                raise no_time_left()
+            try:
+                yield
+            finally:
+                shared.lock.release()
         finally:
-            lock.release()
+            with self._counting:
+                shared.users -= 1
+                if not shared.users:
+                    self._locks.pop(digest, None)
 
     def keep(self, wrapping: bytes, inner: Secret) -> None:
         """Keep what a wrapping token held."""

@@ -374,6 +374,40 @@ def test_threads_send_a_refused_secret_id_once(server: vault.Vault, proxy: Fault
     assert calls(proxy).count(LOGIN) == 1
 
 
+def test_signers_that_are_opened_together_send_a_refused_secret_id_once(
+    server: vault.Vault, proxy: FaultProxy
+) -> None:
+    role_id, right = server.make_approle("storm-of-signers")
+
+    def slowly(request: Any, forward: Any) -> Answer:
+        if "approle/login" in request.path:
+            threading.Event().wait(0.2)  # all of them are here by now, but for one lock
+        return forward(request)  # type: ignore[no-any-return]
+
+    proxy.fault = slowly
+
+    def fail(number: int) -> str:
+        # The same Vault, however its address is written.
+        address = proxy.url + "/" * (number % 2)
+        with pytest.raises(errors.LoginError) as refused:
+            open_signer(
+                "hashivault://d1",
+                address=address,
+                role_id=role_id,
+                secret_id_source=lambda: "the-same-wrong-id",
+                timeout=30,
+            )
+        return refused.value.code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(fail, range(8))) == {"login"}
+    assert len([call for call in calls(proxy) if LOGIN in call]) == 1
+    # The role is not locked for the others.
+    with open_signer("hashivault://d1", role_id=role_id, secret_id_source=lambda: right) as signer:
+        signs(signer)
+    assert not known._locks
+
+
 def test_threads_that_wait_for_a_login_share_its_failure(proxy: FaultProxy) -> None:
     http = HttpClient(read_settings(proxy.url))
     tokens = Tokens(app_role("role", lambda: "an-id-that-is-lost", "approle"))
@@ -595,8 +629,9 @@ def test_unwrapping_by_another_signer_is_waited_for_within_the_time_limit(
 ) -> None:
     role_id, wrapping = server.make_wrapped("waits")
     other_id, other = server.make_wrapped("does-not-wait")
-    digest = known.digest("wrapping", "approle", wrapping)
-    with known.unwrapping(digest, time.monotonic() + 1):
+    endpoint = read_settings().endpoint
+    digest = known.digest("wrapping", endpoint, "", "approle", wrapping)
+    with known.alone(digest, time.monotonic() + 1):
         with pytest.raises(errors.SignerTimeout):
             open_signer(
                 "hashivault://d1", role_id=role_id, secret_id_source=lambda: wrapping, timeout=0.2

@@ -16,6 +16,7 @@ from redis.sentinel import Sentinel
 from d1_signer import ConfigurationError
 from d1_signer.sandbox import Sandbox
 from d1_signer.token.redis_store import RedisTokenStore
+from tests.conftest import told_by
 from tests.servers.redis_server import MASTER, RedisServer
 from tests.token.fleet.conftest import FleetMaker
 
@@ -104,3 +105,13 @@ def test_a_function_is_called_again_until_it_makes_a_client(
         assert one.token().value == other.token().value
     assert sandbox.counters.token_requests == 3
     assert "hunter2" not in caplog.text
+
+
+def test_the_password_of_a_client_that_is_refused_stands_in_no_frame() -> None:
+    limits = {"socket_timeout": None, "socket_connect_timeout": None}
+    client = redis.Redis.from_url("redis://svc:s3cret-of-redis@127.0.0.1:1", **limits)
+    for given in (client, "rediss://:s3cret-of-redis@127.0.0.1:1"):
+        with pytest.raises(ConfigurationError) as refused:
+            RedisTokenStore(given)  # type: ignore[arg-type]
+        # The client itself is the caller's, and its repr shows none.
+        assert "s3cret" not in "".join(told_by(refused.value))

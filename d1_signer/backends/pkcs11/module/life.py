@@ -24,11 +24,8 @@ from d1_signer.backends.pkcs11.failures import told, translated
 from d1_signer.backends.pkcs11.module import contexts, cryptoki, lending, tpm
 from d1_signer.backends.pkcs11.module.gate import Gate, remaining
 from d1_signer.backends.pkcs11.module.initialization import Initialization, Locking
-from d1_signer.errors import (
-    ConfigurationError,
-    SignerClosedError,
-    SignerUnavailable,
-)
+from d1_signer.errors import ConfigurationError, SignerClosedError, SignerUnavailable
+from d1_signer.secret import shown_path
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -36,6 +33,15 @@ Ts = TypeVarTuple("Ts")
 _log = logging.getLogger(__name__)
 
 _SECONDS_TO_DRAIN = 2.0  # before initialising anew
+
+
+def _loaded(path: str) -> tuple[Any, cryptoki.Cryptoki] | str:
+    """The module; or why it cannot be loaded."""
+    try:
+        return cryptoki.loaded(path)
+    except sdk.PKCS11Error as error:
+        shown = shown_path(path)
+        return f"{shown}: {told(error)}" if shown == path else shown
 
 
 class Module:
@@ -61,14 +67,15 @@ class Module:
         self.instance = 0
         self._abandoned: list[Any] = []  # kept loaded: calls into them are still under way
         self._tpm = tpm.Connection()
-        try:
-            self.binding, self.cryptoki = cryptoki.loaded(path)
-        except sdk.PKCS11Error as error:
+        found = _loaded(path)
+        if isinstance(found, str):
+            # Away from the error, which repeats the path: it may be a secret, put there by mistake.
             raise ConfigurationError(
-                f"The PKCS#11 module cannot be loaded: {path}: {told(error)}.",
+                f"The PKCS#11 module cannot be loaded: {found}.",
                 hint="Check the path, the file's architecture, and the libraries that it needs.",
                 details={"step": "module"},
-            ) from None
+            )
+        self.binding, self.cryptoki = found
         self.thread_bound = contexts.has_own(self.cryptoki.code)
         self._initialization = Initialization(reserved)
 
