@@ -19,6 +19,8 @@ from itertools import pairwise
 from types import CodeType, FrameType, TracebackType
 from typing import ParamSpec, TypeVar
 
+_GOES_ON = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -72,8 +74,8 @@ def clear(error: BaseException, *, outer: BaseException | None) -> None:
     What an error was raised in spite of (``from None``) goes: its text may be what was given.
 
     Frames that still run cannot be emptied and are left out: of this call, and of a thread that
-    the error was brought from. ``raise`` alone, which is to follow, does not add the one that it
-    stands in.
+    the error was brought from; those of generators and coroutines too, which may go on. ``raise``
+    alone, which is to follow, does not add the one that it stands in.
 
     Args:
         error: Any, before it is raised again.
@@ -97,6 +99,8 @@ def _entries(trace: TracebackType | None) -> Iterator[TracebackType]:
 def _emptied(frame: FrameType) -> bool:
     if _has_arguments_of_handler(frame):
         return True  # by which it is known; what it interrupted is emptied
+    if frame.f_code.co_flags & _GOES_ON:
+        return False  # it may be waiting, and would be closed
     try:
         frame.clear()
     except RuntimeError:

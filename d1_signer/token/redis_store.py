@@ -18,7 +18,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from typing import Any, Final, final
 
 from d1_signer.errors import ConfigurationError, MissingExtraError, StoreUnavailable
@@ -78,6 +79,10 @@ class RedisTokenStore:
         Raises:
             ConfigurationError: It is another kind of client, or one without time limits.
         """
+        # The package looks its release up at its first connection. A module that is loaded for this
+        # in another thread while a process forks would be locked in the child for ever.
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version("redis")
         if callable(client) and not isinstance(client, type):
             make = client
             self._clients: PerProcess[Any] = PerProcess(lambda: _checked(make()))

@@ -255,7 +255,7 @@ def as_path(value: object) -> str:
     if scheme_of(path):
         raise ConfigurationError(
             "A URI is given where the path of a certificate's, key's or CA's file belongs.",
-            hint="Open a key URI with open_signer, and give that signer.",
+            hint="Give a path; a key URI is opened with open_signer, and that signer is given.",
         )
     if holds_key(path):
         raise ConfigurationError(

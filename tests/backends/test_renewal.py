@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -125,7 +125,8 @@ def test_searches_that_hang_are_four_at_most(tickets: _Tickets) -> None:
     assert tickets.begun == 5
 
 
-def test_search_that_ends_late_does_not_replace_what_a_later_one_found(tickets: _Tickets) -> None:
+def _late_search(tickets: _Tickets) -> tuple[Any, threading.Event]:
+    """A search that has found something, and ends when the event is set."""
     ends = threading.Event()
     find = tickets.find
 
@@ -139,6 +140,11 @@ def test_search_that_ends_late_does_not_replace_what_a_later_one_found(tickets: 
         tickets.get(_soon())
     (first,) = tickets._searches.get()._under_way
     tickets.find = find  # type: ignore[method-assign]
+    return first, ends
+
+
+def test_search_that_ends_late_does_not_replace_what_a_later_one_found(tickets: _Tickets) -> None:
+    first, ends = _late_search(tickets)
     newer = tickets.get(_later())
     ends.set()
     assert first.over.wait(20)
@@ -147,19 +153,7 @@ def test_search_that_ends_late_does_not_replace_what_a_later_one_found(tickets: 
 
 
 def test_search_that_ends_late_replaces_what_has_ended_meanwhile(tickets: _Tickets) -> None:
-    ends = threading.Event()
-    find = tickets.find
-
-    def late(ask: renewal.Ask) -> float:
-        found = find(ask)
-        assert ends.wait(60)
-        return found
-
-    tickets.find = late  # type: ignore[method-assign]
-    with pytest.raises(errors.SignerTimeout):
-        tickets.get(_soon())
-    (first,) = tickets._searches.get()._under_way
-    tickets.find = find  # type: ignore[method-assign]
+    first, ends = _late_search(tickets)
     tickets.life = 0.05
     short = tickets.get(_later())
     while not tickets.is_over(short):

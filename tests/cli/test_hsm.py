@@ -27,6 +27,17 @@ def uri(softhsm_token: SoftHsmToken) -> str:
     return softhsm_token.uri + "#hsm-2026"
 
 
+def settings_for(sandbox: Sandbox, uri: str, certificate: Path, key: str) -> dict[str, str]:
+    return {
+        "D1_SIGNER_KEY": uri,
+        "D1_ISSUER_ID": ISSUER,
+        "D1_ENVIRONMENT": sandbox.base_url,
+        "D1_CLIENT_CERT": str(certificate),
+        "D1_CLIENT_KEY": key,
+        "D1_CA_FILE": str(sandbox.ca_file),
+    }
+
+
 def key_steps(result: Result) -> dict[str, str]:
     steps = result.document["steps"]
     return {step["step"]: step["status"] for step in steps if step["step"] in PKCS11_STEPS}
@@ -73,14 +84,7 @@ def test_from_the_hsm_to_a_token(uri: str, softhsm_token: SoftHsmToken) -> None:
     jwk = run_process("public-key", "--format", "jwk", "--key", uri).out
     with Sandbox(ISSUER) as sandbox:
         sandbox.register_key("hsm-2026", json.loads(jwk))
-        settings = {
-            "D1_SIGNER_KEY": uri,
-            "D1_ISSUER_ID": ISSUER,
-            "D1_ENVIRONMENT": sandbox.base_url,
-            "D1_CLIENT_CERT": str(sandbox.client_certificate),
-            "D1_CLIENT_KEY": str(sandbox.client_key),
-            "D1_CA_FILE": str(sandbox.ca_file),
-        }
+        settings = settings_for(sandbox, uri, sandbox.client_certificate, str(sandbox.client_key))
         signed = run_process("assertion", "--show-assertion", "--no-audience", **settings).out
         token = run_process("token", "--json", "-vv", **settings)
         checked = run_process("check", "-vv", **settings)
@@ -99,14 +103,8 @@ def test_a_client_key_in_the_hsm(uri: str, softhsm_token: SoftHsmToken) -> None:
     request = run_process("csr", "--key", client, "--subject", "CN=bank").out
     with Sandbox(ISSUER) as sandbox:
         sandbox.register_key("hsm-2026", json.loads(jwk))
-        settings = {
-            "D1_SIGNER_KEY": uri,
-            "D1_ISSUER_ID": ISSUER,
-            "D1_ENVIRONMENT": sandbox.base_url,
-            "D1_CLIENT_CERT": str(sandbox.sign_client_request(request.encode())),
-            "D1_CLIENT_KEY": client,
-            "D1_CA_FILE": str(sandbox.ca_file),
-        }
+        certificate = sandbox.sign_client_request(request.encode())
+        settings = settings_for(sandbox, uri, certificate, client)
         token = run_process("token", "--json", "--timeout", "25", "-vv", **settings)
         checked = run_process("check", **settings)
     assert token.document["token_type"] == "Bearer", token.err

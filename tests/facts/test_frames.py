@@ -378,3 +378,25 @@ def test_what_an_exceptions_attributes_do_breaks_no_caller() -> None:
     with pytest.raises(Odd) as failure:
         fails(SECRET)
     assert SECRET not in "".join(told_by(failure.value))
+
+
+def test_a_generator_that_waits_goes_on_whatever_error_its_frame_stands_in() -> None:
+    stored: list[Exception] = []
+
+    def steps() -> Iterator[int]:
+        try:
+            int(SECRET)
+        except ValueError as error:
+            stored.append(error)
+            yield 1
+        yield 2
+
+    @without_locals
+    def fails() -> None:
+        raise RuntimeError from stored[0]
+
+    waiting = steps()
+    assert next(waiting) == 1
+    with pytest.raises(RuntimeError):
+        fails()
+    assert list(waiting) == [2]

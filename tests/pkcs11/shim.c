@@ -2,7 +2,8 @@
  *
  * A PKCS#11 module in front of another one (SHIM_MODULE), for tests: it counts calls and sessions,
  * notices a C_Finalize beside another call, and fails, hangs or aborts on request. What to do and
- * what was seen stands in a file that the test and this module map (SHIM_STATE); see shim.py.
+ * what was seen stands in a file that the test and this module map (SHIM_STATE), the environment of
+ * the process in another one (SHIM_SEES); see shim.py.
  *
  * SHIM_SCRIPT, looked at in each call, changes single answers. Directives with blanks between them,
  * numbers in hexadecimal:
@@ -267,8 +268,17 @@ static const function thunks[FUNCTIONS] = {
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, R(1), R(2), R(3), R(4), R(5),
     t60, t61, t62, t63, t64, t65, t66, t67};
 
+/* Nobody but root may read the environment of a process that leaves no core. */
+static void tell_environment(void) {
+    const char *path = getenv("SHIM_SEES");
+    FILE *file = path && *path ? fopen(path, "w") : NULL;
+    for (char **pair = environ; file && *pair; pair++) fwrite(*pair, strlen(*pair) + 1, 1, file);
+    if (file) fclose(file);
+}
+
 ul C_GetFunctionList(void **answer) {
     if (!real) {
+        tell_environment();
         void *library = dlopen(getenv("SHIM_MODULE"), RTLD_NOW | RTLD_LOCAL);
         int file = open(getenv("SHIM_STATE"), O_RDWR | O_CLOEXEC);
         if (!library || file < 0) return 5;

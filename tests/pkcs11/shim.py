@@ -85,7 +85,9 @@ class Shim:
 
     def __init__(self, path: Path, module_path: str, state: Path) -> None:
         self.path = str(path)
+        self._sees = state.with_suffix(".environment")
         self.env = {"SHIM_MODULE": module_path, "SHIM_STATE": str(state), "SHIM_SCRIPT": ""}
+        self.env["SHIM_SEES"] = ""
         state.write_bytes(bytes(_SIZE))
         with state.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _SIZE)
@@ -108,6 +110,16 @@ class Shim:
 
     def calls(self, call: Call) -> int:
         return self._get(2 * _FUNCTIONS + call)
+
+    def look_at_environment(self) -> None:
+        """See the variables of each process that loads the module from now on."""
+        os.environ["SHIM_SEES"] = str(self._sees)
+
+    def variables(self) -> dict[str, str]:
+        """Those of the last process that loaded the module; they stand nowhere afterwards."""
+        pairs = self._sees.read_bytes().decode().split("\0")
+        self._sees.unlink()
+        return dict(pair.split("=", 1) for pair in pairs if pair)
 
     @property
     def sessions(self) -> int:

@@ -47,11 +47,6 @@ def children(of: int | None = None) -> set[int]:
     return found
 
 
-def variables(process: int) -> dict[str, str]:
-    pairs = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if pair)
-
-
 def test_child_gets_no_credentials_that_are_not_the_modules(
     token: SoftHsmToken, shim: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,14 +55,15 @@ def test_child_gets_no_credentials_that_are_not_the_modules(
     theirs = ["ChrystokiConfigurationPath", "NFAST_HOME", "YUBIHSM_PKCS11_CONF", "HSM_TOKEN"]
     for name in others + theirs:
         monkeypatch.setenv(name, f"the value of {name}")
-    with opened(token, shim) as (signer, host):
-        given = variables(host)
+    shim.look_at_environment()
+    with opened(token, shim) as (signer, _):
+        given = shim.variables()
         signer.public_key.verify(signer.sign(b"message"), b"message")
     assert not given.keys() & set(others)
     assert set(theirs) <= given.keys()
     assert given["SOFTHSM2_CONF"] == str(token.configuration)
-    with opened(token, shim, keep_environment="AWS_*, VAULT_TOKEN") as (_, host):
-        assert variables(host).keys() & set(others) == {"AWS_SECRET_ACCESS_KEY", "VAULT_TOKEN"}
+    with opened(token, shim, keep_environment="AWS_*, VAULT_TOKEN"):
+        assert shim.variables().keys() & set(others) == {"AWS_SECRET_ACCESS_KEY", "VAULT_TOKEN"}
 
 
 def test_pin_in_a_variable_of_such_a_name(
@@ -76,13 +72,18 @@ def test_pin_in_a_variable_of_such_a_name(
     monkeypatch.setenv("D1_PIN", token.pin)
     monkeypatch.setenv("D1_OTHER", "of no use to the module")
     uri = token.uri.partition("&pin-source")[0]
-    with opened(token, shim, pin_source="env:D1_PIN") as (signer, host):
+    shim.look_at_environment()
+    with opened(token, shim, pin_source="env:D1_PIN") as (signer, _):
         signer.sign(b"message")
-        assert variables(host).keys() & {"D1_PIN", "D1_OTHER"} == {"D1_PIN"}
+        assert shim.variables().keys() & {"D1_PIN", "D1_OTHER"} == {"D1_PIN"}
     made = generate_key(
-        uri.replace("object=d1", "object=d2"), isolation="process", pin_source="env:D1_PIN"
+        uri.replace("object=d1", "object=d2"),
+        module_path=shim.path,
+        isolation="process",
+        pin_source="env:D1_PIN",
     )
     assert "object=d2" in made.uri
+    assert shim.variables().keys() & {"D1_PIN", "D1_OTHER"} == {"D1_PIN"}
 
 
 def test_names_are_of_their_own_case() -> None:
@@ -121,9 +122,11 @@ def test_child_gets_no_proxys_password(
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://bank:secret@proxy:3128")
     monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
-    with opened(token, shim) as (_, host):
-        assert b"bank:secret" not in Path(f"/proc/{host}/environ").read_bytes()
-        assert variables(host)["HTTP_PROXY"] == "http://proxy:3128"
+    shim.look_at_environment()
+    with opened(token, shim):
+        given = shim.variables()
+    assert not [value for value in given.values() if "bank:secret" in value]
+    assert given["HTTP_PROXY"] == "http://proxy:3128"
 
 
 @pytest.mark.parametrize("core_dumps", [False, True])

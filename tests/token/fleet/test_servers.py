@@ -96,7 +96,7 @@ if child == 0:
         os._exit(1)
     os._exit(0 if time.monotonic() - started < 15 else 2)
 _, status = os.waitpid(child, 0)
-print(os.waitstatus_to_exitcode(status))
+print(os.waitstatus_to_exitcode(status), flush=True)
 os._exit(0)
 """
 
