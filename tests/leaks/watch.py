@@ -63,7 +63,8 @@ class LeakWatch:
 
     def note_written(self, path: str, *, ours: bool) -> None:
         """A file is being written, by our code or by what may hold secrets."""
-        self.written[path] = ours
+        # Python's own copies of the sources hold their texts.
+        self.written[path] = ours and "/__pycache__/" not in path
 
     def note_removed(self, path: str) -> None:
         """A file of ours is about to go: look at it now."""
@@ -103,10 +104,7 @@ class LeakWatch:
         return self.secrets | FOR_ALL_TESTS
 
     def _files(self, folder: Path | None) -> Iterator[str]:
-        # Python's own copy of the sources holds their texts.
-        yield from (
-            path for path, ours in self.written.items() if ours and "/__pycache__/" not in path
-        )
+        yield from (path for path, ours in self.written.items() if ours)
         if folder is None:
             return
         for path in islice(map(str, folder.rglob("*")), _MOST_FILES):
