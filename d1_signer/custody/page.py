@@ -191,7 +191,7 @@ def _statement(one: Attestation) -> str:
         (f"{one.statement.format} statement", _stated(one)),
         *(
             (link.subject, f"certified by {link.issuer}, until {link.until}")
-            for link in links(one.statement)
+            for link in links(verified)
         ),
         ("Trusted key", f"SHA-256 {verified.anchor}"),
     ]

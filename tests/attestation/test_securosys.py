@@ -28,6 +28,8 @@ def test_what_it_says() -> None:
     [
         ({"attributes": {"extractable": True}}, (True, False, True)),
         ({"attributes": {"never_extractable": False}}, (False, False, True)),
+        ({"attributes": {"always_sensitive": False}}, (False, False, True)),
+        ({"attributes": {"sensitive": False}}, (True, False, True)),
         ({"creation": "imported"}, (False, False, False)),
         ({"creation": ""}, (False, False, False)),
     ],
