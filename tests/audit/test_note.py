@@ -120,6 +120,7 @@ def test_names_have_no_blank_and_no_plus_sign(name: str) -> None:
         f"{NAME}+{KEY.key_id.hex()}+{ED25519}",
         f"{NAME}+{KEY.key_id.hex()}+{NO_KEY}",
     ],
+    ids=range(9),  # the key is another one in each process
 )
 def test_what_is_no_verifier_key_is_refused(text: str) -> None:
     with pytest.raises(AuditError, match="verifier key"):

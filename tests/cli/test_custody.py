@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -30,7 +31,7 @@ def test_a_key_that_falls_short_is_reported_and_signs_nothing(
     assert "NOT SHOWN TO BE: held by hardware" in result.out
     assert "No bundle is written" in result.err
     assert not bundle.exists()
-    assert "1 of 1 keys are not shown to be what is required" in html.read_text()
+    assert "1 of 1 keys not shown to be what is required" in html.read_text()
     document = run(*arguments, "--json").document
     assert document["policy"] == ["hardware", "attested"]
     assert document["keys"][0]["unmet"] == ["held by hardware"]
@@ -91,10 +92,14 @@ def test_the_client_key_and_the_trails_key_are_looked_at_as_well(
 
 def test_the_bundle_is_written_once_and_verified(run: Run, key_uri: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.json"
-    written = run("custody", "--key", key_uri, "--bundle", str(bundle), "--challenge", "2026 ü")
+    html = tmp_path / "page.html"
+    asked = ("--bundle", str(bundle), "--challenge", "2026 ü", "--html", str(html))
+    written = run("custody", "--key", key_uri, *asked)
+    assert hashlib.sha256(bundle.read_bytes()).hexdigest() in html.read_text()
     assert written.status == 0
     assert stat.S_IMODE(bundle.stat().st_mode) & 0o133 == 0
     content = bundle.read_bytes()
+    html.unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["bundle.json"]
     again = run("custody", "--key", key_uri, "--bundle", str(bundle))
     assert again.status == 2

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -565,8 +566,8 @@ def test_a_typed_secret_id_is_asked_for_once(
     role_id, secret_id = server.make_approle("typed")
     asked: list[str] = []
 
-    def prompt(what: str) -> str:
-        asked.append(what)
+    def prompt(what: str, of: str) -> str:
+        asked.append(f"{what} for {of}")
         return secret_id
 
     monkeypatch.setattr("d1_signer.secret._prompt", prompt)
@@ -574,7 +575,7 @@ def test_a_typed_secret_id_is_asked_for_once(
         source = _tokens(signer)._source
         assert isinstance(source, Login)
         source.obtain(signer._backend._clients.get().http, time.monotonic() + 30)  # type: ignore[attr-defined]
-    assert asked == ["AppRole secret id"]
+    assert asked == [f"AppRole secret id for Vault at {urlsplit(server.url).netloc}"]
 
 
 # -- wrapped secret ids ---------------------------------------------------------------------------
