@@ -218,7 +218,7 @@ def _statement(one: Attestation) -> str:
         (f"{one.statement.format} statement", _stated(one)),
         *(
             (link.subject, f"certified by {link.issuer}, until {link.until}")
-            for link in links(one.statement)
+            for link in links(verified)
         ),
         (
             f"Trusted: {_PUBLISHED.get(verified.anchor, 'a key that the operator has named')}",

@@ -8,7 +8,7 @@ STYLE = """
 --paper:#0d1117;--card:#151b23;--good:#56d364;--bad:#ff7b72;--claim:#e3b341}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif}
+font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
 main{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 3rem}
 h1{font-size:1.6rem;line-height:1.25;margin:.2rem 0 .6rem}
 h2{font-size:1.25rem;margin:0;overflow-wrap:anywhere}

@@ -85,7 +85,8 @@ class Holding:
             evidence = guarded(backend.name, backend.custody_within, deadline)
         else:
             evidence = guarded(backend.name, backend.custody)
-        if not isinstance(evidence, Evidence):
+        statements = evidence.statements or () if isinstance(evidence, Evidence) else (None,)
+        if not all(isinstance(one, Statement) for one in statements):
             raise SignerError(
                 f"The {backend.name} backend gave no evidence.",
                 hint="This is a defect of the backend; report it to its maintainers.",

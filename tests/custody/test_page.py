@@ -86,7 +86,9 @@ def report(text: str = "x", **answers: Any) -> CustodyReport:
     )
 
 
-def attested(told: CustodyReport, text: str, statement: Statement) -> CustodyReport:
+def attested(
+    told: CustodyReport, text: str, statement: Statement, certificates: tuple[bytes, ...] = ()
+) -> CustodyReport:
     verified = Verified(
         spki=b"",
         device=text,
@@ -99,6 +101,7 @@ def attested(told: CustodyReport, text: str, statement: Statement) -> CustodyRep
         anchor="ab" * 32,
         facts={text: text},
         limits=(text,),
+        certificates=certificates,
     )
     found = (Attestation(statement=statement, verified=verified),)
     return dataclasses.replace(told, evidence=told.evidence.with_attestations(found))
@@ -162,8 +165,8 @@ def test_the_verdict_stands_on_top_and_what_is_not_proven_below() -> None:
 
 
 def test_the_chain_is_drawn_from_the_key_to_the_anchor() -> None:
-    statement = luna().statement
-    told = attested(report("pkcs11"), "Luna K7", statement)
+    made = luna()
+    told = attested(report("pkcs11"), "Luna K7", made.statement, made.verify().certificates)
     text = said((KeyReport(use="assertion", location="l", report=told), ()))
     order = (
         "This key",
