@@ -16,7 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 from d1_signer.audit.showing import Filter, records
 from d1_signer.errors import AuditError
@@ -67,6 +67,34 @@ class Reconciled(NamedTuple):
     matched: int
     unrecorded: list[DeviceUse]
     unsigned: list[RecordedUse]
+
+
+_Use = TypeVar("_Use", DeviceUse, RecordedUse)
+
+
+class Period(NamedTuple):
+    """The time that is looked at: from a moment on, and before another one."""
+
+    start: datetime
+    end: datetime
+
+    @classmethod
+    def of(cls, earliest: str | None, latest: str | None) -> Self:
+        """That of two moments in RFC 3339; None: without an end."""
+        start = datetime.min.replace(tzinfo=UTC) if earliest is None else _moment(earliest)
+        end = datetime.max.replace(tzinfo=UTC) if latest is None else _moment(latest)
+        return cls(start, end)
+
+    def within(self, uses: Iterable[_Use]) -> list[_Use]:
+        """What was in it."""
+        return [use for use in uses if self.start <= use.time < self.end]
+
+    def near(self, uses: Iterable[_Use], tolerance: float) -> list[_Use]:
+        """What was in it by a clock that may differ by so many seconds."""
+        most = timedelta(seconds=tolerance)
+        return [
+            use for use in uses if self.start - use.time <= most and use.time - self.end <= most
+        ]
 
 
 def recorded(instances: Sequence[Path], kid: str | None = None) -> list[RecordedUse]:

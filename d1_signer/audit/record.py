@@ -61,6 +61,11 @@ def encode(record: Mapping[str, Recordable]) -> bytes:
     return line
 
 
+def text(value: str) -> bytes:
+    """A text as it stands in a record."""
+    return _encode(value).encode(errors="surrogatepass")
+
+
 def decode(line: bytes) -> dict[str, Any]:
     """Read a record strictly.
 

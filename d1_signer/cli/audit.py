@@ -143,11 +143,8 @@ def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
     if not whole:
         lines += ["", f"Not whole: {found or 1} found."]
     elif unsealed:
-        lines += [
-            "",
-            f"Nothing was found in what is sealed. The other {unsealed} records may be of anybody "
-            "who can write the folder.",
-        ]
+        who = "anybody who can write the folder"
+        lines += ["", f"Nothing was found in what is sealed. {unsealed} records may be of {who}."]
     else:
         lines += ["", "Whole: nothing was found."]
     return "\n".join(lines)
