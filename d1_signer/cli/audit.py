@@ -103,6 +103,7 @@ def verify(
     whole = bool(reports) and not findings
     document = {
         "whole": whole,
+        "unsealed": sum(report.records - report.sealed for report in reports),
         "instances": [
             {
                 "instance": report.name,
