@@ -267,6 +267,12 @@ class Instance:
 
     def _rotate(self) -> None:
         head = self._head
+        try:
+            # Were its end lost with the machine's power, and not what follows, records would miss.
+            os.fdatasync(self._file)
+        except OSError:
+            self.unusable = True
+            raise
         following = folder.open_segment(self.path, head.number)
         self._retired.append(self._file)
         self._name = folder.segment_file(self.path, head.number)
@@ -285,13 +291,15 @@ def open_instance(trail: Path, segment_bytes: int) -> tuple[Instance, list[str]]
     """
     left: list[str] = []
     for path in folder.own_instances(trail):
-        held = folder.lock(path)
-        if held is None:
-            continue
+        held = None
         try:
+            held = folder.lock(path)
+            if held is None:
+                continue
             return Instance(path, held, recover(path), segment_bytes), left
         except (AuditError, OSError) as error:
-            held.close()
+            if held is not None:
+                held.close()
             reason = error.message if isinstance(error, AuditError) else error.strerror
             _log.warning("audit.instance_left_alone %s %s", path.name, reason)
             left.append(path.name)

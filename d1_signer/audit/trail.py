@@ -33,6 +33,9 @@ from d1_signer.secret import shown_path
 _log = logging.getLogger("d1_signer.audit")
 _T = TypeVar("_T")
 
+_LONGEST = 86_400.0  # seconds that anything here may wait
+_MOST_NAMED = 100  # of the instances that are left alone
+
 
 class _Begun(NamedTuple):
     instance: Instance
@@ -110,8 +113,12 @@ class AuditTrail:
                 "sync is neither group nor none, or on_failure neither refuse nor continue."
             )
         limits: tuple[object, ...] = (timeout, seal_records, seal_seconds, segment_bytes)
-        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits):
-            raise ConfigurationError("A limit of the audit trail is not a number above 0.")
+        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits) or not (
+            timeout <= _LONGEST and seal_seconds <= _LONGEST
+        ):
+            raise ConfigurationError(
+                "A limit of the audit trail is not a number above 0, or is more than a day."
+            )
         self._signer = checkpoint_signer
         self._key = None if checkpoint_signer is None else checkpoint_key(origin, checkpoint_signer)
         self._group = sync == "group"
@@ -338,7 +345,7 @@ class AuditTrail:
             if self._key is not None:
                 about["sealed_by"] = self._key.key_id.hex()
             if left:
-                about["left_alone"] = left
+                about["left_alone"] = left[:_MOST_NAMED]
             if torn := drop_torn_checkpoint(instance.path):
                 about["torn_checkpoint"] = torn
             instance.append("opened", about)

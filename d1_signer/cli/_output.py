@@ -122,6 +122,8 @@ def explanation(error: D1SignerError) -> list[str]:
 
 def printable(text: str) -> str:
     """The text with control characters escaped: a device or a server may have chosen it."""
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

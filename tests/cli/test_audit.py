@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer import generate_key
-from d1_signer.audit import folder
+from d1_signer.audit import folder, record
 from d1_signer.sandbox import Sandbox
 from tests.audit import second
 from tests.audit.trails import records, records_file
@@ -226,3 +226,25 @@ def test_a_pin_in_the_uri_is_not_recorded(audited: dict[str, str], place: Path) 
     (begin,) = [record for record in records(place) if record["event"] == "begin"]
     assert begin["key"] == "pkcs11:token=x;object=y"
     assert b"s3cret" not in records_file(place).read_bytes()
+
+
+def test_what_was_written_anew_after_its_checkpoints_were_removed_is_not_called_whole(
+    run: Run, audited: dict[str, str], place: Path
+) -> None:
+    """Nothing inside shows that there were checkpoints: so it must not be told as whole."""
+    run("public-key", **audited)
+    arguments = ("audit", "verify", str(place), "--key", vkey(run))
+    assert run(*arguments).out.endswith("\nWhole: nothing was found.\n")
+    (instance,) = folder.instances(place)
+    (instance / folder.CHECKPOINTS).unlink()
+    file = records_file(place)
+    told = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert (told[-1]["event"], "sealed" in told[-1]) == ("closed", False)
+    forged = [{**each, "host": "elsewhere"} if "host" in each else each for each in told[:-1]]
+    file.write_bytes(b"".join(record.encode(each) + b"\n" for each in forged))
+    result = run(*arguments)
+    assert result.status == 0
+    assert "Whole" not in result.out
+    last = f"{len(forged)} records may be of anybody who can write the folder.\n"
+    assert result.out.endswith(f"Nothing was found in what is sealed. {last}")
+    assert run(*arguments, "--json").document["unsealed"] == len(forged)
