@@ -13,6 +13,7 @@ where there are some (``error.type``, ``http.*``) and begin with ``d1_signer.`` 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, final
@@ -25,9 +26,11 @@ from d1_signer.events import (
     RenewalEvent,
     RequestEvent,
     SignEvent,
+    current_span,
 )
 
 try:
+    from opentelemetry.context import attach, detach
     from opentelemetry.metrics import (
         CallbackOptions,
         MeterProvider,
@@ -35,11 +38,14 @@ try:
         get_meter_provider,
     )
     from opentelemetry.trace import (
+        Span,
+        SpanContext,
         SpanKind,
         Status,
         StatusCode,
         TracerProvider,
         get_tracer_provider,
+        set_span_in_context,
     )
 except ModuleNotFoundError:
     raise MissingExtraError.of("opentelemetry-api", "otel") from None
@@ -49,6 +55,8 @@ _SCOPE = "d1_signer"
 # semantic conventions for HTTP durations.
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SHARES: Final = (0, 0.25, 0.5, 0.75, 0.999)
+
+_RENEWAL: Final = f"{_SCOPE}.token.renewal"
 
 _Attributes = dict[str, str | int | bool]
 
@@ -75,6 +83,7 @@ class OpenTelemetryObserver:
         meter = (meter_provider or get_meter_provider()).get_meter(_SCOPE)
         self._tracer = (tracer_provider or get_tracer_provider()).get_tracer(_SCOPE)
         self._attributes: _Attributes = dict(attributes or {})
+        self._renewing = threading.local()
         self._dies_at: float | None = None
         self._certificate_ends: float | None = None
 
@@ -127,6 +136,12 @@ class OpenTelemetryObserver:
             case CertificateEvent():
                 self._certificate_ends = event.not_after
 
+    def renewal_begins(self) -> None:
+        """Begin the renewal's span, and make it the current one of this thread."""
+        parent = current_span()
+        span = self._tracer.start_span(_RENEWAL, attributes=self._attributes)
+        self._renewing.span = span, parent, attach(set_span_in_context(span))
+
     def _signed(self, event: SignEvent) -> None:
         labels = self._with(
             event.error, {"d1_signer.backend": event.backend, "d1_signer.kid": event.kid}
@@ -157,7 +172,16 @@ class OpenTelemetryObserver:
             self._dies_at = time.time() + event.expires_in
         labels = self._with(event.error, {"d1_signer.shared": event.shared})
         self._renewal(event.duration, labels)
-        self._span("d1_signer.token.renewal", event.duration, labels)
+        span, parent, token = self._renewing.__dict__.pop("span", (None, None, None))
+        if span is None:  # its beginning was not passed on by whoever passed this event on
+            self._span(_RENEWAL, event.duration, labels)
+            return
+        detach(token)
+        for trace_id, span_id in event.callers:
+            if (trace_id, span_id) != parent:
+                span.add_link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False))
+        span.set_attributes(labels)
+        _end(span, labels)
 
     def _span(
         self,
@@ -169,9 +193,7 @@ class OpenTelemetryObserver:
         end = time.time_ns()
         start = end - int(duration * 1e9)
         span = self._tracer.start_span(name, kind=kind, attributes=attributes, start_time=start)
-        if "error.type" in attributes:
-            span.set_status(Status(StatusCode.ERROR))
-        span.end(end)
+        _end(span, attributes, end)
 
     def _with(self, error: str | None, attributes: _Attributes) -> _Attributes:
         failed: _Attributes = {} if error is None else {"error.type": error}
@@ -187,3 +209,9 @@ class OpenTelemetryObserver:
         if moment is None:
             return []
         return [Observation(max(0.0, moment - time.time()), self._attributes)]
+
+
+def _end(span: Span, attributes: _Attributes, moment: int | None = None) -> None:
+    if "error.type" in attributes:
+        span.set_status(Status(StatusCode.ERROR))
+    span.end(moment)

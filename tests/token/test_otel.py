@@ -95,6 +95,7 @@ def test_a_renewal_is_told_in_spans_and_metrics(
         "d1_signer.use.purpose": "d1-assertion",
         "d1_signer.use.iss": sandbox.requests[0].claims["iss"],
         "d1_signer.use.jti": sandbox.requests[0].claims["jti"],
+        "d1_signer.use.correlation_id": sandbox.requests[0].correlation_id,
     }
     assert dict(request.attributes or {}) == environment | {
         "http.request.method": "POST",
