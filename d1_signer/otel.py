@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from d1_signer.errors import MissingExtraError
 from d1_signer.events import (
@@ -33,6 +33,7 @@ try:
     from opentelemetry.context import attach, detach
     from opentelemetry.metrics import (
         CallbackOptions,
+        Meter,
         MeterProvider,
         Observation,
         get_meter_provider,
@@ -49,6 +50,9 @@ try:
     )
 except ModuleNotFoundError:
     raise MissingExtraError.of("opentelemetry-api", "otel") from None
+
+if TYPE_CHECKING:
+    from d1_signer.audit.trail import AuditTrail
 
 _SCOPE = "d1_signer"
 # Seconds. The first ones tell a local HSM from one on a network; the rest are those of the
@@ -71,6 +75,7 @@ class OpenTelemetryObserver:
         tracer_provider: TracerProvider | None = None,
         *,
         attributes: Mapping[str, str] | None = None,
+        trail: AuditTrail | None = None,
     ) -> None:
         """Create the instruments.
 
@@ -79,6 +84,7 @@ class OpenTelemetryObserver:
             tracer_provider: Gets the spans; None: the process-wide one.
             attributes: Stand on each span and metric; they tell several fetchers of one process
                 apart, such as ``{"deployment.environment.name": "production"}``.
+            trail: The audit trail whose records are counted; give it to one observer.
         """
         meter = (meter_provider or get_meter_provider()).get_meter(_SCOPE)
         self._tracer = (tracer_provider or get_tracer_provider()).get_tracer(_SCOPE)
@@ -120,6 +126,30 @@ class OpenTelemetryObserver:
             callbacks=[self._remaining_of_certificate],
             unit="s",
             description="Seconds until the client certificate expires; 0 from then on.",
+        )
+
+        if trail is not None:
+            self._watch(meter, trail)
+
+    def _watch(self, meter: Meter, trail: AuditTrail) -> None:
+        def records(_: CallbackOptions) -> list[Observation]:
+            return [Observation(trail.status().records, self._attributes)]
+
+        def unsealed(_: CallbackOptions) -> list[Observation]:
+            age = trail.status().unsealed_for
+            return [] if age is None else [Observation(age, self._attributes)]
+
+        meter.create_observable_counter(
+            f"{_SCOPE}.audit.records",
+            callbacks=[records],
+            unit="{record}",
+            description="Records of the audit trail that this process has written.",
+        )
+        meter.create_observable_gauge(
+            f"{_SCOPE}.audit.unsealed_age",
+            callbacks=[unsealed],
+            unit="s",
+            description="Seconds since the oldest record that is not sealed; 0 where all are.",
         )
 
     def __call__(self, event: Event) -> None:
