@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+from opentelemetry.trace import NonRecordingSpan, SpanContext, use_span
 
 from d1_signer import AuditTrail, CustodyPolicy, Evidence, Signer, Use
 from d1_signer.audit import folder
@@ -78,3 +82,29 @@ def test_every_member_of_a_record_is_in_the_table(tmp_path: Path) -> None:
     assert members - named == set()
     assert len(members) > 20
     assert {"demands", *ANSWERS} <= members & named
+
+
+def test_a_record_is_found_by_its_trace_as_printed(tmp_path: Path) -> None:
+    place = tmp_path / "trail"
+    (block,) = re.findall(
+        r"^```sh\n(d1-signer audit show [^\n]* 'select.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )
+    (trace_id,) = re.findall(r"[0-9a-f]{32}", block)
+    span = NonRecordingSpan(SpanContext(int(trace_id, 16), 7, is_remote=True))
+    with (
+        AuditTrail(place, origin=ORIGIN) as trail,
+        Signer(KeyBackend(SIGNING), trail=trail) as signer,
+    ):
+        signer.sign(b"x")
+        with use_span(span):
+            signer.sign(b"y")
+    command = block.replace("d1-signer", f"{sys.executable} -m d1_signer")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command.replace("/var/lib/d1/audit", str(place))],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    digest = json.loads(done.stdout)["record"]["digest"]
+    assert digest == hashlib.sha256(b"y").hexdigest()

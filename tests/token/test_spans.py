@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import httpx
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import SpanContext, Tracer, get_current_span
 
 from d1_signer import (
     AuditTrail,
+    HttpxD1Auth,
     SignerSet,
     TokenFetcher,
     TokenTimeout,
@@ -118,6 +121,22 @@ def test_a_renewal_in_the_background_is_below_the_call_that_began_it(
             fetcher.prefetch()
     renewal = renewals(telemetry, 2 if way == "stale" else 1)[-1]
     assert renewal.parent == caller.get_span_context()
+
+
+async def _get(auth: HttpxD1Auth, tracer: Tracer) -> SpanContext:
+    transport = httpx.MockTransport(lambda _: httpx.Response(204))
+    async with httpx.AsyncClient(transport=transport, auth=auth) as client:
+        with tracer.start_as_current_span("caller") as caller:
+            await client.get(str(auth._source.environment.base_url))
+    return caller.get_span_context()
+
+
+def test_the_renewal_of_an_event_loop_is_below_the_task_that_began_it(
+    fetcher: TokenFetcher, telemetry: Telemetry, tracer: Tracer
+) -> None:
+    caller = asyncio.run(_get(HttpxD1Auth(fetcher), tracer))
+    (renewal,) = renewals(telemetry)
+    assert renewal.parent == caller
 
 
 def test_a_renewal_that_several_wait_for_is_linked_to_the_others(
