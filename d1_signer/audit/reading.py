@@ -16,8 +16,9 @@ _NUMBER = rb"(?:0|[1-9][0-9]{0,14})"
 _PAIR = rb"\[" + _TEXT + rb"," + _TEXT + rb"\]"
 _BEGIN = re.compile(
     rb'\{"action":"sign","backend":T,(?:"clock":T,)?"digest":"[0-9a-f]{64}","event":"begin",'
-    rb'"host":T,"kid":T,"number":(N),"process":N(?:,"purpose":T,"references":\[(?:P(?:,P)*)?\])?'
-    rb'(?:,"sealed":(N))?,"thumbprint":T,"time":(T),"version":T\}'.replace(b"T", _TEXT)
+    rb'"host":T,"kid":T,"number":(N),"process":N(?:,"purpose":T)?'
+    rb'(?:,"references":\[(?:P(?:,P)*)?\])?(?:,"sealed":(N))?,"thumbprint":T,"time":(T),'
+    rb'"version":T\}'.replace(b"T", _TEXT)
     .replace(b"N", _NUMBER)
     .replace(b"P", _PAIR)
 )

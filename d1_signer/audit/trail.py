@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import NamedTuple, NoReturn, Self, TypeVar, final
 
 from d1_signer.audit.instance import Instance, Unusable, open_instance
 from d1_signer.audit.note import is_name
+from d1_signer.audit.process import Here, TrailStatus
 from d1_signer.audit.sealing import CheckpointSigner, Sealer, checkpoint_key, drop_torn_checkpoint
 from d1_signer.errors import AuditError, AuditUnavailable, ConfigurationError
 from d1_signer.es256 import PublicKey
@@ -40,19 +40,6 @@ _MOST_NAMED = 100  # of the instances that are left alone
 class _Begun(NamedTuple):
     instance: Instance
     number: int
-
-
-class _Here:
-    """What belongs to one process: a forked child has another."""
-
-    def __init__(self) -> None:
-        # Reentrant: a signal's handler that signs while this is opened finds no instance yet, and
-        # must not wait for ever.
-        self.lock = threading.RLock()
-        self.opening = False
-        self.instance: Instance | None = None
-        self.sealer: Sealer | None = None
-        self.missed = 0
 
 
 @final
@@ -127,7 +114,7 @@ class AuditTrail:
         self._seal_records, self._seal_seconds = seal_records, seal_seconds
         self._segment_bytes = segment_bytes
         self._closed = False
-        self._processes: dict[int, _Here] = {}
+        self._processes: dict[int, Here] = {}
         try:
             self.folder.mkdir(0o750, exist_ok=True)
         except OSError as error:
@@ -218,6 +205,10 @@ class AuditTrail:
         except OSError as error:
             raise self._unavailable(error) from None
 
+    def status(self) -> TrailStatus:
+        """How this process's part of the trail is; for health checks, cheap and without a wait."""
+        return self._here().status()
+
     def close(self) -> None:
         """Seal what is not sealed and give the instance back; calling it again does nothing.
 
@@ -305,12 +296,12 @@ class AuditTrail:
             members["instance"] = begun.instance.path.name
         instance.append("end", members)
 
-    def _here(self) -> _Here:
+    def _here(self) -> Here:
         # No lock: a child must not touch one that its parent may have held, and this is atomic.
         pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, _Here())
+        return self._processes.get(pid) or self._processes.setdefault(pid, Here())
 
-    def _instance(self, here: _Here) -> Instance:
+    def _instance(self, here: Here) -> Instance:
         """The instance of this process; opened where there is none that can be used."""
         instance = here.instance
         if instance is not None and not instance.unusable:
@@ -327,7 +318,7 @@ class AuditTrail:
             finally:
                 here.opening = False
 
-    def _opened(self, here: _Here) -> Instance:
+    def _opened(self, here: Here) -> Instance:
         for pid, other in list(self._processes.items()):
             if other is not here and other.instance is not None:
                 del self._processes[pid]
@@ -360,10 +351,10 @@ class AuditTrail:
         except BaseException:
             instance.close()
             raise
-        here.instance = instance
+        here.use(instance)
         return instance
 
-    def _let_go(self, here: _Here) -> None:
+    def _let_go(self, here: Here) -> None:
         instance, here.instance = here.instance, None
         sealer, here.sealer = here.sealer, None
         if sealer is not None:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from opentelemetry.trace import NonRecordingSpan, SpanContext, use_span
 
 from d1_signer import AuditTrail, CustodyPolicy, Evidence, Signer, Use, generate_key
 from d1_signer.audit import folder
@@ -139,3 +142,29 @@ def test_every_command_runs_as_printed(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "trail.html").stat().st_size
+
+
+def test_a_record_is_found_by_its_trace_as_printed(tmp_path: Path) -> None:
+    place = tmp_path / "trail"
+    (block,) = re.findall(
+        r"^```sh\n(d1-signer audit show [^\n]* 'select.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )
+    (trace_id,) = re.findall(r"[0-9a-f]{32}", block)
+    span = NonRecordingSpan(SpanContext(int(trace_id, 16), 7, is_remote=True))
+    with (
+        AuditTrail(place, origin=ORIGIN) as trail,
+        Signer(KeyBackend(SIGNING), trail=trail) as signer,
+    ):
+        signer.sign(b"x")
+        with use_span(span):
+            signer.sign(b"y")
+    command = block.replace("d1-signer", f"{sys.executable} -m d1_signer")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command.replace("/var/lib/d1/audit", str(place))],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    digest = json.loads(done.stdout)["record"]["digest"]
+    assert digest == hashlib.sha256(b"y").hexdigest()
