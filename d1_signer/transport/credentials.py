@@ -269,9 +269,9 @@ def as_path(value: object) -> str:
 def _text(value: object) -> str:
     if isinstance(value, bytes):
         return value.decode("latin-1")
-    return (
-        value if isinstance(value, str) else str(dict(value)) if isinstance(value, Mapping) else ""
-    )
+    if isinstance(value, Mapping):
+        return str(dict(value))
+    return value if isinstance(value, str) else ""
 
 
 def _key_itself() -> ConfigurationError:

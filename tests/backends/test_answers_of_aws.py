@@ -19,6 +19,7 @@ from d1_signer import errors
 from d1_signer.backends.aws_kms.failures import CODES, STATES
 from d1_signer.backends.aws_kms.sources import STS
 from d1_signer.signing.opening import generate_key, open_signer
+from tests.leaks.known import known
 from tests.servers import aws
 from tests.servers.aws import answering, on_sign
 from tests.servers.certificates import self_signed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tests.servers.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cloud" / "aws.md").read_text(encoding="utf-8")
+BEARER = known("bearer-token-" + "of-the-environment")
 # "Common Error Types" of the AWS KMS API Reference, which no model lists.
 COMMON = {
     *("AccessDeniedException", "ExpiredTokenException", "IncompleteSignature", "InternalFailure"),
@@ -411,6 +413,32 @@ def test_models_and_plugins_of_the_environment_are_not_used(
     monkeypatch.setenv("BOTOCORE_EXPERIMENTAL__PLUGINS", "evil=evil")
     with pytest.raises(errors.ConfigurationError, match="PLUGINS"):
         open_signer("awskms:///alias/d1")
+
+
+def test_calls_are_signed_whatever_token_or_scheme_the_environment_prefers(
+    endpoint: aws.Aws, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore import handlers
+
+    schemes = ["smithy.api#noAuth", "smithy.api#httpBearerAuth", "aws.auth#sigv4"]
+    monkeypatch.setenv("AWS_BEARER_TOKEN_KMS", BEARER)
+    # As for the services that take such tokens today.
+    monkeypatch.setattr(handlers, "get_bearer_auth_supported_services", lambda: {"kms"})
+    sent: list[str] = []
+
+    def note(request: Any, **_: object) -> None:
+        sent.append(request.headers["Authorization"])
+
+    for preference in ("", "httpBearerAuth", "noAuth"):
+        monkeypatch.setenv("AWS_AUTH_SCHEME_PREFERENCE", preference)
+        with open_signer(f"awskms:///{key}?endpoint={endpoint.url}") as signer:
+            client = signer._backend._clients.made_here().kms  # type: ignore[attr-defined]
+            client.meta.service_model.metadata["auth"] = schemes
+            client.meta.events.register_first("before-send.kms", note)
+            signer.sign(b"m")
+    assert len(sent) == 3
+    for value in sent:
+        assert str(value).startswith(("AWS4-HMAC-SHA256 ", "b'AWS4-HMAC-SHA256 "))
 
 
 def test_request_to_another_endpoint_is_not_sent(endpoint: aws.Aws, key: str) -> None:
