@@ -28,7 +28,7 @@ from tests.servers.fault_proxy import listening, tls_in_front_of, trickle, tunne
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.conftest import LeakWatch
     from tests.servers.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
@@ -370,6 +370,46 @@ def test_what_repeats_our_secrets_is_masked(
     told = json.dumps(refused.value.to_dict())
     assert aws.SESSION_TOKEN[:14] not in told
     assert str(refused.value).isprintable()
+
+
+# -- an error of ours inside one of botocore's --------------------------------------------------
+
+
+def _as_argument(ours: Exception) -> Exception:
+    from botocore.exceptions import HTTPClientError
+
+    return HTTPClientError(error=ours)
+
+
+def _as_cause(ours: Exception) -> Exception:
+    from botocore.exceptions import EndpointConnectionError
+
+    failure = EndpointConnectionError(endpoint_url="https://kms.example")
+    failure.__cause__ = ours
+    return failure
+
+
+def _as_reason(ours: Exception) -> Exception:
+    from urllib3.exceptions import MaxRetryError
+
+    return MaxRetryError(None, "/", ours)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inside", [_as_argument, _as_cause, _as_reason])
+def test_an_error_of_ours_inside_one_of_botocores_is_told_as_it_is(
+    inside: Callable[[Exception], Exception],
+) -> None:
+    from d1_signer.backends.aws_kms.failures import AWS_KMS
+
+    ours = errors.TlsError("The name is another one.", hint="Look at it.", retryable=False)
+
+    def method() -> None:
+        raise inside(ours)
+
+    with pytest.raises(errors.TlsError) as refused:
+        AWS_KMS.ask("to sign", method)
+    assert refused.value is ours
+    assert refused.value.__context__ is None
 
 
 # -- the environment does not redirect ------------------------------------------------------------
