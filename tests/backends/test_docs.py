@@ -172,7 +172,7 @@ def _strings_of(package: ModuleType, pattern: str) -> set[str]:
 def _made_names_of(package: ModuleType) -> set[str]:
     """What stands before the first brace of f-strings that make names of variables."""
     begins = [node.values[0] for node in _nodes_of(package) if isinstance(node, ast.JoinedStr)]
-    texts = {node.value for node in begins if isinstance(node, ast.Constant)}
+    texts = {str(node.value) for node in begins if isinstance(node, ast.Constant)}
     return {text for text in texts if re.fullmatch("_?(AWS|BOTO|GOOGLE|GCE)_[A-Z0-9_]*_", text)}
 
 
