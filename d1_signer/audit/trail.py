@@ -28,6 +28,7 @@ from d1_signer.audit.sealing import CheckpointSigner, Sealer, checkpoint_key, dr
 from d1_signer.errors import AuditError, AuditUnavailable, ConfigurationError
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Recordable
+from d1_signer.frames import without_locals
 from d1_signer.secret import shown_path
 
 _log = logging.getLogger("d1_signer.audit")
@@ -51,6 +52,7 @@ class AuditTrail:
         origin: Whose records these are; the name of the checkpoints' key.
     """
 
+    @without_locals  # a URI with a PIN may be given for the signer
     def __init__(
         self,
         folder: str | os.PathLike[str],

@@ -625,6 +625,24 @@ def test_second_signer_on_a_wrapped_secret_id_for_one_use_is_told_so(server: vau
         signs(signer)
 
 
+def test_what_was_unwrapped_is_not_offered_to_another_vault(
+    server: vault.Vault, proxy: FaultProxy
+) -> None:
+    # It has no way to know that a token is its own: the same source is asked for all of them.
+    role_id, wrapping = server.make_wrapped("elsewhere")
+    options: dict[str, Any] = {"role_id": role_id, "secret_id_source": lambda: wrapping}
+    with open_signer("hashivault://d1", **options):
+        secret_id = list(known.unwrapped.values())[-1].reveal()
+    for other in ({"address": proxy.url}, {"namespace": "other"}, {"auth_mount": "other"}):
+        with pytest.raises(errors.LoginError):
+            open_signer("hashivault://d1", **{"address": proxy.url, **options, **other})
+    assert calls(proxy)
+    assert not [call for call in calls(proxy) if call.endswith("/login")]
+    assert not [sent for sent in proxy.requests if secret_id.encode() in sent.body]
+    with open_signer("hashivault://d1", **options) as signer:  # where it was unwrapped it serves on
+        signs(signer)
+
+
 def test_unwrapping_by_another_signer_is_waited_for_within_the_time_limit(
     server: vault.Vault,
 ) -> None:
