@@ -5,7 +5,8 @@ Use, one observer for each fetcher::
 
     observer = OpenTelemetryObserver()
     signer = open_signer(uri, observers=[observer])
-    fetcher = TokenFetcher(SignerSet([signer], observers=[observer]), observers=[observer], …)
+    signers = SignerSet([signer], observers=[observer])
+    fetcher = TokenFetcher(signers, observers=[observer], **settings)
 
 The names are listed in ``docs/observability.md``. They follow OpenTelemetry's semantic conventions
 where there are some (``error.type``, ``http.*``) and begin with ``d1_signer.`` otherwise.

@@ -4,9 +4,10 @@
 A signer that is given a trail asks it before its backend is asked: no signature without a record.
 Use::
 
-    sealing = open_signer("pkcs11:token=bank;object=audit?pin-source=file:/etc/d1/pin")
+    hsm = "module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/d1/pin"
+    sealing = open_signer(f"pkcs11:token=bank;object=audit?{hsm}")
     trail = AuditTrail("/var/lib/d1/audit", origin="bank.example/d1", checkpoint_signer=sealing)
-    signer = open_signer("pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin", trail=trail)
+    signer = open_signer(f"pkcs11:token=bank;object=d1?{hsm}", trail=trail)
     print(trail.verifier_key())  # what the auditor is given
 """
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,24 +236,3 @@ def test_the_document_names_what_is_told(
         told |= {span.name, *(span.attributes or {})}
     told -= {"deployment.environment.name"}
     assert {name for name in told if f"`{name}`" not in text} == set()
-
-
-def test_the_document_names_every_event_of_the_log() -> None:
-    text = DOCUMENT.read_text()
-    source = Path(__file__).parents[2] / "d1_signer"
-    levels = "debug|info|warning|error"
-    events = re.compile(rf"(?:_log|__\))\.(?:{levels})\(\s*\"([a-z0-9_%]+\.[a-z0-9_]+)")
-    logged = {
-        name
-        for path in source.rglob("*.py")
-        if not {"sandbox", "cli"} & set(path.parts)
-        for name in events.findall(path.read_text())
-    }
-    # What all cloud services share is told with the scheme of each.
-    shared = {name for name in logged if name.startswith("%s.")}
-    assert shared
-    schemes = ("awskms", "gcpkms", "hashivault")
-    logged |= {name.replace("%s", scheme) for name in shared for scheme in schemes}
-    logged -= shared
-    assert len(logged) > 40
-    assert {name for name in logged if f"`{name}`" not in text} == set()
