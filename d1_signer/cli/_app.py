@@ -46,7 +46,9 @@ _COMMANDS = {
         "audit",
         "The audit trail: who signed what, when, and whether the list is whole.",
     ),
+    "demo": ("demo", "demo", "Go the whole way on this machine: a key, a token, a call."),
     "sandbox": ("sandbox", "sandbox", "Run a sandbox of D1 on 127.0.0.1."),
+    "softhsm": ("softhsm", "softhsm", "Run a command with a throw-away HSM (SoftHSM)."),
 }
 
 
