@@ -124,7 +124,7 @@ def cli(context: click.Context, *, output: Output) -> None:
     """
     if context.invoked_subcommand is None:
         if not output.json:
-            output.note(f"{context.get_help()}\n")
+            output.note(f"{context.get_help()}\n", verbatim=True)
         raise click.ClickException("Missing command.")
 
 
@@ -194,7 +194,7 @@ def _report_defect(error: Exception, output: Output) -> None:
         )
     )
     if output.verbosity > 1:
-        output.note("".join(traceback.format_tb(error.__traceback__)))
+        output.note("".join(traceback.format_tb(error.__traceback__)), verbatim=True)
 
 
 @contextlib.contextmanager

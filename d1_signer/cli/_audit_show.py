@@ -90,7 +90,10 @@ def show(
             file.write(page(shown).encode(), f"{min(len(shown), MOST_RECORDS)} records", output)
         else:
             for instance, members in found:
-                to_stdout(_json(instance, members) if output.json else _line(instance, members))
+                if output.json:
+                    to_stdout(_json(instance, members))
+                else:
+                    output.line(_line(instance, members))
     except OSError as error:
         raise unreadable(error) from None
     output.note(_UNVERIFIED)

@@ -19,7 +19,6 @@ from d1_signer.cli._output import (
     Output,
     printable,
     said,
-    to_stdout,
     with_output_options,
 )
 from d1_signer.errors import ConfigurationError, D1SignerError
@@ -46,7 +45,7 @@ class _Story:
         """A new part."""
         if self.document:
             self._tell("")
-        self._tell(f"{len(self.document) + 1}. {title}")
+        self._tell(f"{len(self.document) + 1}. {title}", heading=True)
         self.document[name] = {}
 
     def show(self, name: str, value: object, *, told: str | None = None) -> None:
@@ -68,9 +67,9 @@ class _Story:
         """Say what held."""
         self._tell(f"   ok: {what}")
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, line: str, *, heading: bool = False) -> None:
         if not self.output.json:
-            to_stdout(line)
+            self.output.line(line, heading=heading)
 
 
 @click.command(cls=OptionsOnly)

@@ -199,4 +199,4 @@ def generate_key(keys: Keys, *, output: Output) -> None:
         "public_key": made.public_key.pem(),
     }
     told = facts({"Key URI": named, "kid": kid or thumbprint, "Thumbprint": thumbprint})
-    output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}")
+    output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}", verbatim=True)

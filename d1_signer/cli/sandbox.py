@@ -136,7 +136,7 @@ def _serve(server: Sandbox, kids: list[str], output: Output) -> None:
             "kids": kids,
             "variables": variables,
         }
-        output.result(document, _instructions(variables, kids))
+        output.result(document, _instructions(variables, kids), verbatim=True)
         held.wait()
     if not output.json:
         counted = server.counters

@@ -55,7 +55,7 @@ def softhsm(
     if not command:
         with _token(folder, label) as token:
             variables = token.variables(name)
-        output.result({"variables": dict(variables)}, exports(variables))
+        output.result({"variables": dict(variables)}, exports(variables), verbatim=True)
         return
     with signals_held(*unless_ignored(*PASSED_ON)) as held, _token(folder, label) as token:
         environment = {**os.environ, **token.variables(name)}
