@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from d1_signer.cli._help import HelpContext, with_our_help
 from d1_signer.cli._output import (
     Output,
     StdoutError,
@@ -69,7 +70,7 @@ class _Late(MutableMapping[str, click.Command]):
             module, attribute, _ = _COMMANDS[name]
             found = getattr(importlib.import_module(f"d1_signer.cli.{module}"), attribute)
             assert isinstance(found, click.Command)  # noqa: S101 (tells the type checker)
-            self._loaded[name] = found
+            self._loaded[name] = with_our_help(found)
         return self._loaded[name]
 
     def __setitem__(self, name: str, command: click.Command) -> None:
@@ -87,6 +88,8 @@ class _Late(MutableMapping[str, click.Command]):
 
 class _Commands(click.Group):
     """The group, which tells about its commands without importing them."""
+
+    context_class: type[click.Context] = HelpContext
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         """Their names, see `click.Group`."""

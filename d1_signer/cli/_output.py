@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from d1_signer.cli._tty import is_terminal
 from d1_signer.errors import D1SignerError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Output:
 
     def _screen(self, stream: TextIO | None) -> Screen | None:
         """The stream as a terminal, if it is one."""
-        if stream is None or stream.closed or not stream.isatty():
+        if stream is None or not is_terminal(stream):
             return None
         number = stream.fileno()
         if number not in self._screens:

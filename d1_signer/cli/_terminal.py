@@ -16,6 +16,8 @@ from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
+from d1_signer.cli._tty import columns_of
+
 # By the first word of a line: the style of that word,
 _OF_WORDS = {
     "ok": "green",
@@ -38,8 +40,6 @@ _OF_LINES = {
     "NOT": "bold red",
     "(code:": "dim",
 }
-_DEFAULT_COLUMNS = 80
-_FEWEST_COLUMNS = 24
 _STEP = 4  # further in, where a column has no room
 # Where a word that is longer than a line is broken: a key URI, a URL, a path.
 _PARTS = re.compile(r"[^;?&,/|=]*[;?&,/|=]+|[^;?&,/|=]+")
@@ -49,7 +49,7 @@ class Screen:
     """A terminal that is written to line by line."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._columns = max(columns_of(stream), _FEWEST_COLUMNS)
+        self._columns = columns_of(stream)
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown")
         self._console = Console(
             file=stream,
@@ -82,17 +82,6 @@ class Screen:
                     at = piece.index(word)
                     shown.stylize(_OF_WORDS[word], at, at + len(word))
                 self._console.print(shown)
-
-
-def columns_of(stream: TextIO) -> int:
-    """How many columns a terminal has; COLUMNS wins, as in other programs."""
-    named = os.environ.get("COLUMNS", "")
-    if named.isdecimal() and int(named):
-        return int(named)
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or _DEFAULT_COLUMNS
-    except (OSError, ValueError):
-        return _DEFAULT_COLUMNS
 
 
 def laid_out(line: str, columns: int) -> list[str]:
