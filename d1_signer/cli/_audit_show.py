@@ -75,9 +75,10 @@ def show(
             shown = list(islice(found, MOST_RECORDS + 1))
             file.write(page(shown).encode(), f"{min(len(shown), MOST_RECORDS)} records", output)
         else:
+            tell = to_stdout if output.json else output.line
             lines = starmap(_json if output.json else _line, found)
             while together := list(islice(lines, _AT_ONCE)):
-                to_stdout("\n".join(together))
+                tell("\n".join(together))
     except OSError as error:
         raise unreadable(error) from None
     output.note(_UNVERIFIED)

@@ -247,4 +247,5 @@ def seal(
         for name, count in sealed.items()
     ]
     document = {"verifier_key": str(key), "sealed": sealed}
-    output.result(document, f"{table(('INSTANCE', 'RECORDS'), rows)}\n\nVerifier key  {key}")
+    told = f"{table(('INSTANCE', 'RECORDS'), rows)}\n\nVerifier key  {key}"
+    output.result(document, told, verbatim=True)
