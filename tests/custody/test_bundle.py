@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 
 from d1_signer.attestation import PUBLISHED
 from d1_signer.custody.bundle import KeyReport, encoded, make_bundle, signed_part
@@ -129,6 +133,16 @@ def test_another_text_for_the_same_bytes_is_another_file() -> None:
     assert b64decode(again) == signature
     document["signatures"][0] = again
     assert "has not signed" in wrong(encoded(document))
+
+
+def test_the_twin_of_a_signature_holds_as_the_page_says() -> None:
+    """Nothing that is said changes with it; OpenSSL takes it too."""
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    document = json.loads(bundle(signer()))
+    r, s = decode_dss_signature(b64decode(document["signatures"][0]))
+    document["signatures"] = [b64encode(encode_dss_signature(r, order - s)).decode()]
+    assert not wrong(encoded(document))
+    assert "with n - s in the place of s" in " ".join(PAGE.split())
 
 
 def resigned(document: dict[str, Any], *signers: Signer) -> bytes:
