@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -166,6 +167,7 @@ def _forms_of_a_key() -> Iterator[tuple[str, str]]:
 
 
 FORMS_OF_A_KEY = dict(_forms_of_a_key())
+DIGEST = hashlib.sha256(b"a file").digest()
 
 
 @pytest.mark.parametrize("form", FORMS_OF_A_KEY)
@@ -177,13 +179,13 @@ def test_a_key_itself_is_known(form: str) -> None:
     "text",
     [
         *("", "/etc/d1/client.key", "client.key", "0", "30", "{", "0x1F"),
-        f"/var/lib/containers/{NUMBER.hex()}/client.key",
-        f"{NUMBER.hex()}.pem",
+        f"/var/lib/containers/{DIGEST.hex()}/client.key",
+        f"{DIGEST.hex()}.pem",
         "9" * 5000,
-        NUMBER.hex()[:40],
+        DIGEST.hex()[:40],
         "/srv/MANAGED/secrets/d1.example/production/eu-central-1/client/certificates/key",
         "pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin",
-        f"pkcs11:token=bank;id=%{NUMBER.hex('%')}",
+        f"pkcs11:token=bank;id=%{DIGEST.hex('%')}",
         "awskms:///arn:aws:kms:eu-central-1:000000000000:key/00000000-0000-0000-0000-000000000000",
     ],
 )
