@@ -28,7 +28,7 @@ toc_object_entries_show_parents = "hide"
 autoclass_content = "both"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 napoleon_use_ivar = True  # or the attributes of a dataclass would stand there twice
 napoleon_use_rtype = False
 

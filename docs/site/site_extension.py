@@ -10,25 +10,31 @@ from __future__ import annotations
 import inspect
 import shutil
 from enum import Enum
+from importlib import import_module
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from docutils import nodes
 from pygments.lexers.special import TextLexer
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.domains.python import PythonDomain
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import ExtensionMetadata
 
 import d1_signer
 from d1_signer import D1SignerError
 
 ROOT = "README"
-# The sidebar. What is named nowhere is added: a page to the README of its folder where there is one,
-# else to the end of the first group.
+# The sidebar. What is named nowhere is added: to the README of its folder where there is one, else
+# to the end of the first group.
 SIDEBAR = {
-    "Use": ["docs/token", "docs/cli", "docs/tls", "docs/fleet", "docs/rotation", "docs/observability"],
+    "Use": [
+        *("docs/token", "docs/cli", "docs/tls"),
+        *("docs/fleet", "docs/rotation", "docs/observability"),
+    ],
     "Keys": [
         *("docs/pkcs11/README", "docs/cloud/README", "softhsm/README"),
         *("docs/custody/README", "docs/audit/README"),
@@ -42,6 +48,15 @@ SIDEBAR = {
         *("docs/architecture", "docs/adr/README", "docs/releases"),
         *("CONTRIBUTING", "SECURITY", "CHANGELOG"),
     ],
+}
+
+
+HOMES: dict[str, list[str]] = d1_signer._HOMES  # noqa: SLF001 (the one list of what is public)
+# Where each public name is defined, which its annotations name, and where users find it.
+PUBLIC = {
+    f"d1_signer.{home}.{name}": f"d1_signer.{name}"
+    for home, names in HOMES.items()
+    for name in names
 }
 
 
@@ -95,33 +110,58 @@ def link_homes(
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
-HOMES = d1_signer._HOME_OF
-PUBLIC = {f"d1_signer.{home}.{name}": f"d1_signer.{name}" for name, home in HOMES.items()}
-
-
 class PublicNames(SphinxDirective):
-    """``.. public-names:: token errors``: all that `d1_signer` offers from these of its folders."""
+    """``.. public-names:: token.fetcher token``: what is offered from these modules and folders.
+
+    In their order; from one module in the order of its source.
+    """
 
     required_arguments = 1
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        lines: list[str] = []
-        for name, home in HOMES.items():
-            if home.partition(".")[0] in self.arguments[0].split():
-                lines += self.entry(name)
-        return self.parse_text_to_nodes("\n".join(lines))
+        names: dict[str, None] = {}
+        for place in self.arguments[0].split():
+            homes = [h for h in HOMES if f"{h}.".startswith(f"{place}.")]
+            if not homes:
+                raise self.error(f"d1_signer.{place} has no public name.")
+            for home in homes:
+                order = list(vars(import_module(f"d1_signer.{home}")))
+                names |= dict.fromkeys(sorted(HOMES[home], key=order.index))
+        return self.parse_text_to_nodes("\n".join(chain.from_iterable(map(entry, names))))
 
-    def entry(self, name: str) -> list[str]:
-        thing = getattr(d1_signer, name)
-        if not inspect.isclass(thing):
-            kind = "function" if inspect.isroutine(thing) else "data"
-            return [f".. auto{kind}:: d1_signer.{name}", ""]
-        if issubclass(thing, D1SignerError):
-            # Their code says which it is; the messages of the root are told there, once.
-            return [f".. autoexception:: d1_signer.{name}", "   :undoc-members:", ""]
-        undocumented = ["   :undoc-members:"] if issubclass(thing, Enum) else []
-        return [f".. autoclass:: d1_signer.{name}", *undocumented, ""]
+
+def entry(name: str) -> list[str]:
+    """Return what autodoc is told of a public name."""
+    thing = getattr(d1_signer, name)
+    if not inspect.isclass(thing):
+        kind = "function" if inspect.isroutine(thing) else "data"
+        return [f".. auto{kind}:: d1_signer.{name}", ""]
+    kind = "class"
+    if issubclass(thing, D1SignerError):
+        kind = "exception"
+        options = [":show-inheritance:", ":undoc-members:"]  # codes, and whether a retry helps
+    elif issubclass(thing, Enum):
+        options = [":undoc-members:"]
+    elif any(base.__module__.startswith("d1_signer.") for base in thing.__bases__):
+        options = [":inherited-members:"]  # of a class that has no page
+    else:
+        options = []
+    return [f".. auto{kind}:: d1_signer.{name}", *(f"   {option}" for option in options), ""]
+
+
+def keep_first_line(_app: Sphinx, what: str, *rest: Any) -> None:
+    """Keep napoleon from taking ``What it is: more of it`` for ``type: description``."""
+    if what in {"attribute", "data", "property"}:
+        rest[-1][:0] = ["..", ""]
+
+
+def leave_out_arguments(
+    _app: Sphinx, what: str, _name: str, thing: object, *_rest: object
+) -> tuple[str, None] | None:
+    """All errors are made as their root is."""
+    ours = what == "exception" and D1SignerError in getattr(thing, "__mro__", ())
+    return ("", None) if ours and thing is not D1SignerError else None
 
 
 def add_index(app: Sphinx, failure: Exception | None) -> None:
@@ -133,8 +173,13 @@ def add_index(app: Sphinx, failure: Exception | None) -> None:
 def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_lexer("hcl", TextLexer)  # Pygments knows Terraform's HCL only, not a policy of Vault
     app.add_directive("public-names", PublicNames)
+    for field in PythonDomain.directives["class"].doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("source-read", add_sidebar)
     app.connect("doctree-read", link_folders)
     app.connect("missing-reference", link_homes)
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)
+    app.connect("autodoc-process-signature", leave_out_arguments)
     app.connect("build-finished", add_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
