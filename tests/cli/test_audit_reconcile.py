@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from d1_signer import open_signer
+from d1_signer.audit import reconciling
 from d1_signer.audit.trail import AuditTrail
 from tests.audit.trails import ORIGIN, records, watched_signer
 from tests.cli.conftest import Run
@@ -211,3 +212,21 @@ def test_what_is_no_file_of_cloudtrail(
         result = run("audit", "reconcile", str(amazon[0]), *file, *arguments)
         assert "no file of CloudTrail" in result.document["message"]
     assert run("audit", "reconcile", str(amazon[0]), *arguments).status == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_cloudtrail_has_a_largest_size(
+    run: Run,
+    amazon: tuple[Path, list[dict[str, object]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    packed: bool,
+) -> None:
+    content = b'{"Records":[]}'
+    (tmp_path / "file").write_bytes(gzip.compress(content) if packed else content)
+    file = ("--cloudtrail", str(tmp_path / "file"), "--device-key", ARN, "--json")
+    for limit, told in ((len(content), None), (len(content) - 1, "file is larger than 13 bytes.")):
+        monkeypatch.setattr(reconciling, "_LARGEST_FILE", limit)
+        result = run("audit", "reconcile", str(amazon[0]), *file)
+        assert result.document.get("message") == told

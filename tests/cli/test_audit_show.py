@@ -125,3 +125,10 @@ def test_a_page_of_too_much_says_so(run: Run, place: Path, monkeypatch: pytest.M
     found = [("instance", record) for record in shown(run, str(place))]
     assert "The first 3 are shown" in _audit_page.page(found)
     assert "<svg" not in _audit_page.page(found[:1])
+
+
+def test_force_is_for_a_page(run: Run, place: Path) -> None:
+    result = run("audit", "show", str(place), "--force")
+    assert result.status == 2
+    assert "--force needs --html" in result.err
+    assert result.out == ""
