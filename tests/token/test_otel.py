@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -18,10 +19,18 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from d1_signer import CertificateEvent, LazySigner, SignerSet, TokenRefusedError, open_signer
+from d1_signer import (
+    CertificateEvent,
+    LazySigner,
+    Signer,
+    SignerSet,
+    TokenRefusedError,
+    open_signer,
+)
 from d1_signer.errors import SignerUnavailable
 from d1_signer.otel import OpenTelemetryObserver
 from d1_signer.sandbox import Fault, Sandbox
+from tests.signing.backends import KeyBackend
 from tests.token.conftest import KID, FetcherMaker
 from tests.token.test_fetcher import age, until
 
@@ -215,3 +224,20 @@ def test_the_document_names_every_event_of_the_log() -> None:
     logged -= shared
     assert len(logged) > 40
     assert {name for name in logged if f"`{name}`" not in text} == set()
+
+
+def test_a_pool_of_which_all_is_in_use_is_told_from_one_that_is_nearly_so(
+    telemetry: Telemetry,
+) -> None:
+    class Pool(KeyBackend):
+        in_use = 0
+
+        def pool_use(self) -> tuple[int, int]:
+            return self.in_use, 100
+
+    backend = Pool(ec.derive_private_key(11, ec.SECP256R1()))
+    with Signer(backend, observers=[telemetry.observer]) as signer:
+        for backend.in_use in (0, 25, 50, 75, 99, 100):
+            signer.sign(b"m")
+    (point,) = telemetry.points()["d1_signer.sign.sessions_in_use"]
+    assert tuple(point.bucket_counts) == (1, 1, 1, 1, 1, 1)
