@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: help demo check test matrix audit docs bench soak fuzz mutants lock clean system-demo system-test system-matrix
 
 help:
-	@echo 'make demo   a key in SoftHSM, an assertion, a D1 access token from the sandbox'
+	@echo 'make demo   a key in SoftHSM, a signature, a D1 access token from the sandbox'
 	@echo 'make test   everything: make check, then all tests'
 	@echo 'make matrix a chosen part of the tests on every Python that is found, as another user, and'
 	@echo '            with the lowest releases that are admitted'
@@ -30,7 +30,7 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter; it must be 3.11 or newer.'
 
 demo: $(VENV)/.demo system-demo
-	softhsm/with-token $(BIN)/python docs/examples/demo.py
+	$(BIN)/d1-signer demo
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -5,7 +5,8 @@ Use::
 
     from d1_signer import ClientCertificate, Environment, TokenFetcher, open_signer
 
-    with open_signer("pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin") as signer:
+    hsm = "module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/d1/pin"
+    with open_signer(f"pkcs11:token=bank;object=d1?{hsm}", kid="bank-2026") as signer:
         fetcher = TokenFetcher(
             signer,
             issuer_id="my-issuer",

@@ -3,6 +3,9 @@
 
 Use::
 
+    import time
+    from pathlib import Path
+
     from d1_signer.attestation import Statement, verify
 
     statement = Statement(format="luna-pkc", content=Path("d1.p7b").read_bytes())

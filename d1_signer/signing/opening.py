@@ -5,13 +5,14 @@ Plain use::
 
     from d1_signer import open_signer
 
-    with open_signer("pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin") as signer:
+    hsm = "pkcs11:token=bank;object=d1?module-path=/usr/lib/softhsm/libsofthsm2.so"
+    with open_signer(f"{hsm}&pin-source=file:/etc/d1/pin") as signer:
         signature = signer.sign(b"message")           # 64 bytes, r||s
         signer.public_key.verify(signature, b"message")
 
 A secret never stands in the URI: it comes from ``file:PATH``, ``env:NAME``, or a callable::
 
-    open_signer("pkcs11:token=bank;object=d1", pin_source=lambda: vault.read("d1-pin"))
+    open_signer(hsm, pin_source=lambda: vault.read("d1-pin"))
 
 A backend of your own is a module with ``open_backend(uri, **options)`` that returns a `Backend`,
 announced under the entry-point group ``d1_signer.backends`` with the URI scheme as its name.

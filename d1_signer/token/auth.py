@@ -43,7 +43,7 @@ class D1Auth(AuthBase):
     On a 401 the token is renewed once and the call is sent once more, where its body can be sent
     again. Use::
 
-        session.get(fetcher.environment.banking_url + "/…", auth=D1Auth(fetcher))
+        session.get(fetcher.environment.banking_url + "/ping", auth=D1Auth(fetcher))
 
     `TokenFetcher.session` gives a session that has this built in, with the mutual TLS that D1 asks
     for on every call.

@@ -10,7 +10,7 @@ Use::
         client_certificate=ClientCertificate("/etc/d1/client.pem", "/etc/d1/client.key"),
     )
     with fetcher.session() as session:
-        session.get(fetcher.environment.banking_url + "/…")
+        session.get(fetcher.environment.banking_url + "/ping")
 
 One fetcher for each issuer and environment, shared by all threads, made once.
 """

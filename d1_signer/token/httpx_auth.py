@@ -6,7 +6,7 @@ Use::
     with httpx.Client(
         auth=HttpxD1Auth(fetcher), verify=fetcher.ssl_context, trust_env=False
     ) as client:
-        client.get(fetcher.environment.banking_url + "/…")
+        client.get(fetcher.environment.banking_url + "/ping")
 
 ``httpx.AsyncClient`` takes the same arguments. ``verify`` brings the mutual TLS that D1 asks for on
 every call; ``trust_env=False`` keeps proxies, netrc and CA files of the process environment out.

@@ -3,8 +3,8 @@
 
 Use::
 
-    store = RedisTokenStore(redis.Redis.from_url("rediss://…", **RedisTokenStore.CLIENT_SETTINGS))
-    fetcher = TokenFetcher(signer, …, store=store, store_key=key)
+    store = RedisTokenStore(redis.Redis.from_url(url, **RedisTokenStore.CLIENT_SETTINGS))
+    fetcher = TokenFetcher(signer, store=store, store_key=key, **settings)
 
 Any synchronous client of the redis package serves: ``Redis.from_url``, ``RedisCluster.from_url``,
 ``Sentinel(…).master_for(…)``; or a function that makes one. All keys of one fetcher are in one hash

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runbook has every error, every answer of D1 and every warning, and sends nobody astray."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from d1_signer import errors
+from d1_signer.cli._app import cli
+from d1_signer.secret import Secret
+from d1_signer.token import response
+from tests.docs.reading import (
+    LEVELS,
+    ROOT,
+    anchors,
+    error_kinds,
+    log_lines,
+    rows,
+    section,
+)
+
+PAGE = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+EVENTS = section((ROOT / "docs" / "observability.md").read_text(encoding="utf-8"), "Log events")
+CLOUDS = ("awskms", "gcpkms", "hashivault")
+# The sandbox is no part of a service; what it logs are its answers.
+LINES = [line for line in log_lines() if not line.logger.startswith("d1_signer.sandbox")]
+ADVICE = [
+    row
+    for title in re.findall(r"^## (.*)$", PAGE.partition("## Alerts")[0], re.MULTILINE)[1:]
+    for row in rows(section(PAGE, title), 3)
+]
+
+
+def names(text: str) -> set[str]:
+    return set(re.findall(r"`([a-z0-9_]+\.[a-z0-9_]+)`", text))
+
+
+def each_of(event: str) -> list[str]:
+    return [event.replace("%s", cloud) for cloud in CLOUDS] if "%s" in event else [event]
+
+
+def test_every_line_of_the_log_begins_with_an_event() -> None:
+    assert len(LINES) > 45
+    assert [line.place for line in LINES if not line.event or line.level not in LEVELS] == []
+
+
+def test_the_table_of_events_is_that_of_the_code() -> None:
+    told: dict[str, tuple[str, set[str]]] = {}
+    logger = ""
+    for *first, events, level, meaning in [*rows(EVENTS, 4), *rows(EVENTS, 3)]:
+        if first and first[0]:
+            logger = re.findall(r"`([\w.]+)`", first[0])[0]
+        assert meaning
+        for event in names(events):
+            assert event not in told, event
+            below = logger if first else "d1_signer.backends"
+            told[event] = (below, {level})
+    logged: dict[str, set[str]] = {}
+    for line in LINES:
+        for event in each_of(line.event):
+            logged.setdefault(event, set()).add(line.level)
+            where = told.get(event, ("", set()))[0]
+            assert line.logger == where or line.logger.startswith(f"{where}."), event
+    assert {event: levels for event, (_, levels) in told.items()} == logged
+
+
+def test_every_warning_has_a_row_that_says_what_to_do() -> None:
+    dealt_with = {event for seen, cause, do in ADVICE if cause and do for event in names(seen)}
+    wanted = {
+        event
+        for line in LINES
+        if line.level in {"warning", "error"}
+        for event in each_of(line.event)
+    }
+    assert wanted - dealt_with == set()
+    assert dealt_with - {event for line in LINES for event in each_of(line.event)} == set()
+
+
+def test_the_table_of_codes_is_that_of_the_code() -> None:
+    told = {row[0].strip("`"): row[1] == "yes" for row in rows(section(PAGE, "Error codes"), 4)}
+    assert told == {error.code: error.retryable for error in error_kinds()}
+    # What is read from the source is what the classes are.
+    assert {kind.code for kind in subclasses(errors.D1SignerError)} <= set(told)
+
+
+def subclasses(kind: type[errors.D1SignerError]) -> set[type[errors.D1SignerError]]:
+    below = set().union(*(subclasses(each) for each in kind.__subclasses__()), {kind})
+    return {each for each in below if each.__module__.startswith("d1_signer.")}
+
+
+def test_every_code_has_a_first_step() -> None:
+    for code, _, means, step in rows(section(PAGE, "Error codes"), 4):
+        assert means
+        assert step or "never by itself" in means, code
+
+
+def statuses(cell: str) -> set[int]:
+    found: set[int] = set()
+    for first, last in re.findall(r"(\d{3})(?:-(\d{3}))?", cell):
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_what_d1_answers_is_told_for_each_status() -> None:
+    told: dict[int, tuple[str, bool]] = {}
+    for numbers, code, again, means in rows(section(PAGE, "What D1 answers"), 4):
+        assert means
+        for status in statuses(numbers):
+            assert status not in told, status
+            told[status] = (code.strip("`"), again == "yes")
+    assert set(told) == {200, *range(300, 600)}
+    for status, expected in told.items():
+        if status == 200:
+            with pytest.raises(errors.TokenResponseError):
+                response.read_grant(b"{}", assertion=Secret("x"))
+            continue
+        error = response.error_from(status, b"", assertion=Secret("x"), retry_after=None)
+        assert (error.code, error.retryable) == expected, status
+
+
+def test_every_error_of_oauth_is_told() -> None:
+    told = {row[0].strip("`") for row in rows(section(PAGE, "What D1 answers"), 3)}
+    # RFC 6749 section 5.2, all of it.
+    assert told == {
+        "invalid_request",
+        "invalid_client",
+        "invalid_grant",
+        "unauthorized_client",
+        "unsupported_grant_type",
+        "invalid_scope",
+    }
+    assert set(response._HINTS) <= told
+
+
+def test_codes_in_the_text_exist() -> None:
+    known = {error.code for error in error_kinds()}
+    for seen, _, _ in ADVICE:
+        for word in re.findall(r"`([a-z]+_[a-z_]+)`", seen):
+            details = {"hanging_in", "busy_sessions", "clock_offset", "invalid_grant"}
+            assert word in known | details, word
+
+
+def commands(text: str) -> list[list[str]]:
+    inline = re.findall(r"`(d1-signer [^`]+)`", text)
+    fenced = [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if line.startswith("d1-signer ")
+    ]
+    return [shlex.split(line) for line in [*inline, *fenced]]
+
+
+def test_every_command_exists_with_its_flags() -> None:
+    found = commands(PAGE)
+    assert len(found) > 10
+    for _, name, *rest in found:
+        if name == "COMMAND":
+            continue
+        command = cli.commands[name]
+        flags = {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
+        assert {word for word in rest if word.startswith("-")} <= flags, name
+
+
+@pytest.mark.parametrize("name", ["runbook", "onboarding", "observability"])
+def test_links_to_headings_lead_there(name: str) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    for target in re.findall(r"\]\(([^)]*#[^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            there = page if not file else page.parent / file
+            assert anchor in anchors(there.read_text(encoding="utf-8")), target
