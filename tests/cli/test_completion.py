@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+(IN_BASHRC,) = re.findall(r"`(.*)` in `~/.bashrc`", PAGE)
 PROGRAM = Path(sys.executable).with_name("d1-signer")
 
 
@@ -103,7 +106,7 @@ def test_in_bash(tmp_path: Path) -> None:
                 )
                 shown += os.read(ours, 4096).decode()
 
-        os.write(ours, b'eval "$(_D1_SIGNER_COMPLETE=bash_source d1-signer)"; echo rea""dy\n')
+        os.write(ours, f'{IN_BASHRC}; echo rea""dy\n'.encode())
         wait_for("ready")
         os.write(ours, b"d1-signer check --client-cert certi\t")
         wait_for("certificate-of-the-bank.pem")
