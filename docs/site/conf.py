@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the site: `make docs` makes it from the pages as they stand; see docs/adr/0036."""
+"""Settings of the site: `make docs` makes it from the pages as they stand; see docs/adr/0033."""
 
 from __future__ import annotations
 
