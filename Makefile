@@ -51,6 +51,7 @@ audit: $(VENV)/.dev
 
 # A warning is an error: a dead link, a page in no group, a docstring that cannot be read.
 docs: $(VENV)/.docs
+	rm -rf build/site build/site-cache
 	$(BIN)/python -m sphinx -W --keep-going -q -j $(JOBS) -c docs/site -d build/site-cache . build/site
 	@echo 'Open build/site/index.html'
 

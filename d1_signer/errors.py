@@ -4,38 +4,38 @@
 The tree (``code`` in brackets; *retryable* where trying again later can help)::
 
     D1SignerError
-    ├── InvalidInputError [invalid_input]           an argument of a wrong type or range
-    ├── ConfigurationError [configuration]          a setting is missing, contradictory or malformed
-    │   ├── KeyUriError [key_uri]                   a key URI that cannot be read
-    │   ├── MissingExtraError [missing_extra]       an optional dependency is not installed
-    │   └── SecretSourceError [secret_source]       a PIN, passphrase or key file cannot be read
-    ├── AuditError [audit]                      what an audit trail holds cannot be used
-    │   └── AuditUnavailable [audit_unavailable]    no record can be written; retryable
+    ├── InvalidInputError [invalid_input]             an argument of a wrong type or range
+    ├── ConfigurationError [configuration]            a missing, contradictory or malformed setting
+    │   ├── KeyUriError [key_uri]                     a key URI that cannot be read
+    │   ├── MissingExtraError [missing_extra]         an optional dependency is not installed
+    │   └── SecretSourceError [secret_source]         a PIN, passphrase or key file cannot be read
+    ├── AuditError [audit]                            what an audit trail holds cannot be used
+    │   └── AuditUnavailable [audit_unavailable]      no record can be written; retryable
     ├── SignerError [signer]
-    │   ├── InvalidSignatureError [invalid_signature]   malformed, or not by this key
-    │   ├── InvalidKeyError [invalid_key]                 not a P-256 signing key
-    │   ├── KeyNotFoundError [key_not_found]              no key, or no token, fits the selection
-    │   ├── AmbiguousKeyError [ambiguous_key]             more than one key, or token, fits
-    │   ├── KeyExistsError [key_exists]                   key generation would overwrite a key
-    │   ├── KeyDisabledError [key_disabled]               the key exists and may not be used now
-    │   ├── KeyMismatchError [key_mismatch]               the key is not the one that was pinned
-    │   ├── LoginError [login]                            the PIN or the credentials were refused
-    │   ├── AccessDeniedError [access_denied]             known to the service, not allowed to sign
-    │   ├── IntegrityError [integrity]                    an answer was altered; retryable
-    │   ├── SignerUnavailable [signer_unavailable]        does not answer; retryable
-    │   │   ├── SignerTimeout [signer_timeout]          no answer in time; retryable
-    │   │   └── SignerThrottled [signer_throttled]        asked to slow down; retryable
-    │   ├── SignerClosedError [signer_closed]             used after ``close()``
-    │   └── CustodyError [custody]                        the key does not meet the custody policy
-    │       └── AttestationError [attestation]          a statement about a key is not verified
+    │   ├── InvalidSignatureError [invalid_signature] malformed, or not by this key
+    │   ├── InvalidKeyError [invalid_key]             not a P-256 signing key
+    │   ├── KeyNotFoundError [key_not_found]          no key, or no token, fits the selection
+    │   ├── AmbiguousKeyError [ambiguous_key]         more than one key, or token, fits
+    │   ├── KeyExistsError [key_exists]               key generation would overwrite a key
+    │   ├── KeyDisabledError [key_disabled]           the key exists and may not be used now
+    │   ├── KeyMismatchError [key_mismatch]           the key is not the one that was pinned
+    │   ├── LoginError [login]                        the PIN or the credentials were refused
+    │   ├── AccessDeniedError [access_denied]         known to the service, not allowed to sign
+    │   ├── IntegrityError [integrity]                an answer was altered; retryable
+    │   ├── SignerUnavailable [signer_unavailable]    does not answer; retryable
+    │   │   ├── SignerTimeout [signer_timeout]        no answer in time; retryable
+    │   │   └── SignerThrottled [signer_throttled]    asked to slow down; retryable
+    │   ├── SignerClosedError [signer_closed]         used after close()
+    │   └── CustodyError [custody]                    the key does not meet the custody policy
+    │       └── AttestationError [attestation]        a statement about a key is not verified
     └── TokenError [token]
-        ├── TokenRefusedError [token_refused]             D1 refused the assertion
-        ├── TlsError [tls]                                TLS trust between D1 and us is missing
-        ├── TokenResponseError [token_response]           D1's answer cannot be used
-        ├── TokenUnavailable [token_unavailable]          D1 is out of reach or failing; retryable
-        │   └── TokenTimeout [token_timeout]              no token within the deadline; retryable
-        ├── StoreUnavailable [store_unavailable]          the shared store is away; retryable
-        └── FetcherClosedError [fetcher_closed]           used after ``close()``
+        ├── TokenRefusedError [token_refused]         D1 refused the assertion
+        ├── TlsError [tls]                            TLS trust between D1 and us is missing
+        ├── TokenResponseError [token_response]       D1's answer cannot be used
+        ├── TokenUnavailable [token_unavailable]      D1 is out of reach or failing; retryable
+        │   └── TokenTimeout [token_timeout]          no token within the deadline; retryable
+        ├── StoreUnavailable [store_unavailable]      the shared store is away; retryable
+        └── FetcherClosedError [fetcher_closed]       used after close()
 
 Nothing else escapes from a public call: errors of an SDK, of requests or of the operating system
 are translated, and a cause is chained only where it cannot carry a secret.
