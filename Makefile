@@ -11,15 +11,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test matrix audit bench soak fuzz mutants lock clean system-demo system-test system-matrix
+.PHONY: help demo check test matrix audit docs bench soak fuzz mutants lock clean system-demo system-test system-matrix
 
 help:
-	@echo 'make demo   a key in SoftHSM, an assertion, a D1 access token from the sandbox'
+	@echo 'make demo   a key in SoftHSM, a signature, a D1 access token from the sandbox'
 	@echo 'make test   everything: make check, then all tests'
 	@echo 'make matrix a chosen part of the tests on every Python that is found, as another user, and'
 	@echo '            with the lowest releases that are admitted'
 	@echo 'make audit  known advisories about the locked releases (ADVISORIES=FOLDER: asks nobody)'
 	@echo 'make check  ruff, mypy --strict, the import contracts'
+	@echo 'make docs   the site: pages, API reference and search, in build/site, to be read without a server'
 	@echo 'make bench  the measured figures, beside those of the peers'
 	@echo 'make soak   the long stress runs'
 	@echo 'make fuzz   changed bytes for every decoder, until it is stopped'
@@ -29,7 +30,7 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter; it must be 3.11 or newer.'
 
 demo: $(VENV)/.demo system-demo
-	softhsm/with-token $(BIN)/python docs/examples/demo.py
+	$(BIN)/d1-signer demo
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -47,6 +48,11 @@ matrix: system-test system-matrix
 
 audit: $(VENV)/.dev
 	$(BIN)/python scripts/audit $(if $(ADVISORIES),--advisories $(ADVISORIES)) requirements/dev.txt requirements/lowest.txt
+
+# A warning is an error: a dead link, a page in no group, a docstring that cannot be read.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -j $(JOBS) -c docs/site -d build/site-cache . build/site
+	@echo 'Open build/site/index.html'
 
 bench: $(VENV)/.bench system-test
 	$(BIN)/python -m tests.bench
@@ -88,6 +94,10 @@ $(VENV)/.demo: $(VENV)/bin/python requirements/demo.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
 	$(PIP_INSTALL) --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo requirements/docs.txt
+	$(PIP_INSTALL) --require-hashes -r requirements/docs.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt requirements/bench-no-deps.txt

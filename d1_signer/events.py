@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.es256 import PublicKey
@@ -91,12 +93,14 @@ class RenewalEvent:
         error: Code of the error, or None for a token.
         expires_in: Seconds that the new token lives; None without one.
         shared: Whether the token came from the fleet's store instead of D1.
+        callers: Trace id and span id, see `current_span`, of calls that waited for it.
     """
 
     duration: float
     error: str | None
     expires_in: float | None
     shared: bool
+    callers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +187,19 @@ Observer = Callable[[Event], None]
 """Called in the thread where the event happened, so it must be quick."""
 
 
+@runtime_checkable
+class BeginningObserver(Protocol):
+    """An observer that is told of the beginning of a renewal, too."""
+
+    def __call__(self, event: Event) -> None:
+        """As every observer."""
+        ...
+
+    def renewal_begins(self) -> None:
+        """A renewal begins in this thread, in which its events, the `RenewalEvent` last, follow."""
+        ...
+
+
 def checked(observers: Iterable[Observer]) -> tuple[Observer, ...]:
     """Return observers that can be called.
 
@@ -200,9 +217,42 @@ def checked(observers: Iterable[Observer]) -> tuple[Observer, ...]:
 def notify(observers: Iterable[Observer], event: Event) -> None:
     """Tell each observer; one that fails is logged and never breaks the work it watches."""
     for observer in observers:
-        try:
-            observer(event)
-        except Exception as error:
-            if of_signal_handler(error):
-                raise
-            _log.warning("observer.failed %s", type(error).__name__)
+        _tell(partial(observer, event))
+
+
+def notify_beginning(observers: Iterable[Observer]) -> None:
+    """Tell the observers that want to know it that a renewal begins; as `notify` does."""
+    for observer in observers:
+        _tell(partial(_begin, observer))
+
+
+def _begin(observer: Observer) -> None:
+    if isinstance(observer, BeginningObserver):
+        observer.renewal_begins()
+
+
+def _tell(observer: Callable[[], None]) -> None:
+    try:
+        observer()
+    except Exception as error:
+        if of_signal_handler(error):
+            raise
+        _log.warning("observer.failed %s", type(error).__name__)
+
+
+def current_span() -> tuple[str, str] | None:
+    """Trace id and span id of OpenTelemetry's current span, in hexadecimal; None without one.
+
+    Nothing is imported for it: where nobody has loaded OpenTelemetry, there is no span.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return None
+    try:
+        context = trace.get_current_span().get_span_context()
+        found = f"{context.trace_id:032x}", f"{context.span_id:016x}"
+    except Exception as error:  # others' code, which another thread may be loading just now
+        if of_signal_handler(error):
+            raise
+        return None
+    return found if context.is_valid else None

@@ -38,9 +38,24 @@ def without_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **options)
         except BaseException as error:
             clear(error, outer=outer)
+            _empty_replacing(inspect.currentframe())
             raise
 
     return called
+
+
+def _empty_replacing(frame: FrameType | None) -> None:
+    """Have ``dataclasses.replace``, which still runs, show no value that it was to put in.
+
+    Args:
+        frame: Of what it has called.
+    """
+    frame = frame and frame.f_back
+    while frame is not None and frame.f_globals.get("__name__") in {"copy", "dataclasses"}:
+        changes = frame.f_locals.get("changes")
+        if isinstance(changes, dict):
+            changes.clear()
+        frame = frame.f_back
 
 
 def causes(error: BaseException, *, outer: BaseException | None = None) -> Iterator[BaseException]:

@@ -14,9 +14,10 @@ where there are some (``error.type``, ``http.*``) and begin with ``d1_signer.`` 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from d1_signer.errors import MissingExtraError
 from d1_signer.events import (
@@ -26,30 +27,41 @@ from d1_signer.events import (
     RenewalEvent,
     RequestEvent,
     SignEvent,
+    current_span,
 )
 
 try:
+    from opentelemetry.context import attach, detach
     from opentelemetry.metrics import (
         CallbackOptions,
+        Meter,
         MeterProvider,
         Observation,
         get_meter_provider,
     )
     from opentelemetry.trace import (
+        Span,
+        SpanContext,
         SpanKind,
         Status,
         StatusCode,
         TracerProvider,
         get_tracer_provider,
+        set_span_in_context,
     )
 except ModuleNotFoundError:
     raise MissingExtraError.of("opentelemetry-api", "otel") from None
+
+if TYPE_CHECKING:
+    from d1_signer.audit.trail import AuditTrail
 
 _SCOPE = "d1_signer"
 # Seconds. The first ones tell a local HSM from one on a network; the rest are those of the
 # semantic conventions for HTTP durations.
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SHARES: Final = (0, 0.25, 0.5, 0.75, 0.999)
+
+_RENEWAL: Final = f"{_SCOPE}.token.renewal"
 
 _Attributes = dict[str, str | int | bool]
 
@@ -64,6 +76,7 @@ class OpenTelemetryObserver:
         tracer_provider: TracerProvider | None = None,
         *,
         attributes: Mapping[str, str] | None = None,
+        trail: AuditTrail | None = None,
     ) -> None:
         """Create the instruments.
 
@@ -72,10 +85,12 @@ class OpenTelemetryObserver:
             tracer_provider: Gets the spans; None: the process-wide one.
             attributes: Stand on each span and metric; they tell several fetchers of one process
                 apart, such as ``{"deployment.environment.name": "production"}``.
+            trail: The audit trail whose records are counted; give it to one observer.
         """
         meter = (meter_provider or get_meter_provider()).get_meter(_SCOPE)
         self._tracer = (tracer_provider or get_tracer_provider()).get_tracer(_SCOPE)
         self._attributes: _Attributes = dict(attributes or {})
+        self._renewing = threading.local()
         self._dies_at: float | None = None
         self._certificate_ends: float | None = None
 
@@ -114,6 +129,30 @@ class OpenTelemetryObserver:
             description="Seconds until the client certificate expires; 0 from then on.",
         )
 
+        if trail is not None:
+            self._watch(meter, trail)
+
+    def _watch(self, meter: Meter, trail: AuditTrail) -> None:
+        def records(_: CallbackOptions) -> list[Observation]:
+            return [Observation(trail.status().records, self._attributes)]
+
+        def unsealed(_: CallbackOptions) -> list[Observation]:
+            age = trail.status().unsealed_for
+            return [] if age is None else [Observation(age, self._attributes)]
+
+        meter.create_observable_counter(
+            f"{_SCOPE}.audit.records",
+            callbacks=[records],
+            unit="{record}",
+            description="Records of the audit trail that this process has written.",
+        )
+        meter.create_observable_gauge(
+            f"{_SCOPE}.audit.unsealed_age",
+            callbacks=[unsealed],
+            unit="s",
+            description="Seconds since the oldest record that is not sealed; 0 where all are.",
+        )
+
     def __call__(self, event: Event) -> None:
         """Record one event; called by signers, sets and fetchers."""
         match event:
@@ -127,6 +166,12 @@ class OpenTelemetryObserver:
                 self._failovers.add(1, self._with(event.error, {"d1_signer.kid": event.kid}))
             case CertificateEvent():
                 self._certificate_ends = event.not_after
+
+    def renewal_begins(self) -> None:
+        """Begin the renewal's span, and make it the current one of this thread."""
+        parent = current_span()
+        span = self._tracer.start_span(_RENEWAL, attributes=self._attributes)
+        self._renewing.span = span, parent, attach(set_span_in_context(span))
 
     def _signed(self, event: SignEvent) -> None:
         labels = self._with(
@@ -158,7 +203,16 @@ class OpenTelemetryObserver:
             self._dies_at = time.time() + event.expires_in
         labels = self._with(event.error, {"d1_signer.shared": event.shared})
         self._renewal(event.duration, labels)
-        self._span("d1_signer.token.renewal", event.duration, labels)
+        span, parent, token = self._renewing.__dict__.pop("span", (None, None, None))
+        if span is None:  # its beginning was not passed on by whoever passed this event on
+            self._span(_RENEWAL, event.duration, labels)
+            return
+        detach(token)
+        for trace_id, span_id in event.callers:
+            if (trace_id, span_id) != parent:
+                span.add_link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False))
+        span.set_attributes(labels)
+        _end(span, labels)
 
     def _span(
         self,
@@ -170,9 +224,7 @@ class OpenTelemetryObserver:
         end = time.time_ns()
         start = end - int(duration * 1e9)
         span = self._tracer.start_span(name, kind=kind, attributes=attributes, start_time=start)
-        if "error.type" in attributes:
-            span.set_status(Status(StatusCode.ERROR))
-        span.end(end)
+        _end(span, attributes, end)
 
     def _with(self, error: str | None, attributes: _Attributes) -> _Attributes:
         failed: _Attributes = {} if error is None else {"error.type": error}
@@ -188,3 +240,9 @@ class OpenTelemetryObserver:
         if moment is None:
             return []
         return [Observation(max(0.0, moment - time.time()), self._attributes)]
+
+
+def _end(span: Span, attributes: _Attributes, moment: int | None = None) -> None:
+    if "error.type" in attributes:
+        span.set_status(Status(StatusCode.ERROR))
+    span.end(moment)

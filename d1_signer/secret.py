@@ -28,7 +28,20 @@ _FORBIDDEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _LONGEST_PATH = 256
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
 _LIKE_A_URI = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*:|[?;]|://|pin-value", re.ASCII)
-_DER_IN_BASE64 = re.compile(r"M[A-Z][A-Za-z0-9+/_-]{62}", re.ASCII)
+# A private key in one of the forms in which it is handed about.
+_KEY = re.compile(
+    r"-----BEGIN"
+    # A JWK or several, as JSON or as Python writes it.
+    r"|\A\s*[\[(]?\s*\{"
+    # DER (RFC 5958 section 2, RFC 5915 section 3) as it is, and the first line of it in base64.
+    r"|\A0(?:[\x81\x82\udc81\udc82]|.\x02\x01[\0\x01])"
+    r"|M(?:[A-H][A-Za-z0-9+/_-]|I[E-L])[A-Za-z0-9+/_-]{61}"
+    # Any part of that with the version in it, 0 or 1, at any alignment.
+    r"|M[A-Za-z0-9+/]{2,5}(?:AgE|CAQ|IBA)[A-Za-z0-9+/=_-]{40}"
+    # The number or DER in hexadecimal, and nothing beside it: a path may have a digest in it.
+    r"|\A\s*(?:0[xX])?(?:(?:00:?)?(?:[0-9A-Fa-f]{2}[:\s]*){32}|30[:\s]*(?:[0-9A-Fa-f]{2}[:\s]*){40,})\Z",
+    re.DOTALL,
+)
 _SOURCES = "A secret source is file:PATH, env:NAME, prompt, or a callable passed in code."
 
 
@@ -112,8 +125,8 @@ def _wrapped(value: object) -> Secret | None:
 
 
 def holds_key(text: str) -> bool:
-    """Whether a text holds a key itself, in PEM or as base64 of DER."""
-    return "-----BEGIN" in text or _DER_IN_BASE64.search(text) is not None
+    """Whether a text holds a key itself: in PEM, as a JWK, or as DER or a number in some form."""
+    return _KEY.search(text) is not None
 
 
 def shown_path(path: object) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from d1_signer.attestation.refusals import plain, refused
 
@@ -67,8 +68,9 @@ def read_anchors(text: str) -> frozenset[Anchor]:
 
 
 def _read_line(words: list[str]) -> Anchor:
-    settings = dict(word.split("=", 1) for word in words[1:] if "=" in word)
-    unknown = settings.keys() - {"formats", "hardware", "owner"}
+    written = [word.partition("=") for word in words[1:] if "=" in word]
+    settings = {name: value for name, _, value in written}
+    unknown = settings.keys() - {"formats", "hardware", "owner"} or len(settings) != len(written)
     answers = {"yes": True, "no": False, None: None}
     hardware, owner = settings.get("hardware"), settings.get("owner")
     if unknown or hardware not in answers or owner not in answers:
@@ -102,13 +104,15 @@ def anchors_for(
         published: The vendors' keys.
 
     Raises:
-        AttestationError: Something else is given, or more than 256.
+        AttestationError: Something else is given, more than 256, or two that contradict each other.
     """
     if isinstance(given, str | bytes):
         raise refused("anchors are a set of keys, not one text")
     known = {anchor.spki_sha256: anchor for anchor in published}
     anchors: dict[str, Anchor] = {}
-    for entry in given:
+    for count, entry in enumerate(given):
+        if count == _MOST:
+            raise refused(f"there are more than {_MOST} anchors")
         if isinstance(entry, str | bytes):
             name = entry.hex() if isinstance(entry, bytes) else _normal(entry)
             anchor = known.get(name) or Anchor(name)
@@ -116,11 +120,19 @@ def anchors_for(
             anchor = entry
         else:
             raise refused(f"an anchor is an Anchor or a SHA-256, not {type(entry).__name__}")
-        anchors[anchor.spki_sha256] = anchor
-        if len(anchors) > _MOST:
-            raise refused(f"there are more than {_MOST} anchors")
-    return tuple(
-        anchor
-        for anchor in anchors.values()
-        if anchor.formats is None or statement_format in anchor.formats
-    )
+        if anchor.formats is None or statement_format in anchor.formats:
+            before = anchors.get(anchor.spki_sha256, anchor)
+            anchors[anchor.spki_sha256] = _together(before, anchor)
+    return tuple(anchors.values())
+
+
+def _together(one: Anchor, other: Anchor) -> Anchor:
+    """What two entries say of one key, in whatever order a set gives them."""
+    told: dict[str, Any] = {}
+    for name in ("hardware", "owner"):
+        known = {getattr(one, name), getattr(other, name)} - {None}
+        if len(known) > 1:
+            raise refused(f"two anchors of the key {one.spki_sha256} contradict each other")
+        told[name] = next(iter(known), None)
+    spki = one.spki if other.spki is None else other.spki
+    return replace(max(one, other, key=lambda each: each.name), spki=spki, **told)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cryptography.exceptions import UnsupportedAlgorithm
+
 from d1_signer.attestation import keys
 from d1_signer.attestation.anchors import Anchor
 from d1_signer.attestation.certificates import (
@@ -30,6 +32,11 @@ class Chain:
 
     certificates: tuple[Certificate, ...]
     anchor: Anchor
+
+    @property
+    def encodings(self) -> tuple[bytes, ...]:
+        """The certificates in DER."""
+        return tuple(each.encoding for each in self.certificates)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,14 +143,20 @@ def _signed(search: _Search, certificate: Certificate, spki: bytes) -> bool:
     if not search.left:
         raise refused("its certificates take too many signatures to verify")
     search.left -= 1
-    return keys.verify_certified(
-        keys.load(spki),
-        certificate.algorithm,
-        certificate.parameters,
-        certificate.signature,
-        certificate.signed,
-        of_luna=search.rules.of_luna,
-    )
+    try:
+        return keys.verify_certified(
+            keys.load(spki),
+            certificate.algorithm,
+            certificate.parameters,
+            certificate.signature,
+            certificate.signed,
+            of_luna=search.rules.of_luna,
+        )
+    except (AttestationError, ValueError, UnsupportedAlgorithm) as reason:
+        # A certificate that came along in vain does not keep the others from being looked at.
+        if isinstance(reason, AttestationError):
+            search.reasons.append(reason)
+        return False
 
 
 def _judge(search: _Search, path: tuple[Certificate, ...]) -> None:

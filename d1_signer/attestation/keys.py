@@ -30,6 +30,7 @@ _ECDSA: dict[str, type[SHA256 | SHA384 | SHA512]] = {
 }
 _NULL = b"\x05\x00"
 _SHORTEST_RSA, _LONGEST_RSA = 2048, 8192
+_LONGEST_EXPONENT = 64  # bits; vendors have 3 and 65537, and the longer, the slower
 CURVES: dict[str, ec.EllipticCurve] = {
     curve.name: curve for curve in (ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1())
 }
@@ -65,12 +66,15 @@ def verify_plain(key: AnyKey, signature: bytes, data: bytes, digest: HashAlgorit
     """Whether a signature is by this key: PKCS #1 v1.5, or ECDSA in strict DER.
 
     Raises:
-        AttestationError: The key is too weak to sign statements: RSA below 2048 bits.
+        AttestationError: The key is too weak to sign statements, RSA below 2048 bits, or its
+            exponent costs too much.
     """
     try:
         if isinstance(key, rsa.RSAPublicKey):
             if key.key_size < _SHORTEST_RSA:
                 raise refused(f"a signing key is RSA of {key.key_size} bits, below {_SHORTEST_RSA}")
+            if key.public_numbers().e.bit_length() > _LONGEST_EXPONENT:
+                raise refused(f"a signing key's exponent has more than {_LONGEST_EXPONENT} bits")
             key.verify(signature, data, padding.PKCS1v15(), digest)
         else:
             key.verify(signature, data, ec.ECDSA(digest))

@@ -74,6 +74,7 @@ def verify_luna(statement: Statement, asked: Asked) -> Verified:
         anchor=chain.anchor.spki_sha256,
         facts=facts,
         limits=_LIMITS,
+        certificates=chain.encodings,
     )
 
 

@@ -74,13 +74,15 @@ def verify_marvell(statement: Statement, asked: Asked) -> Verified:
     }
     facts["partition"] = int(partition[2])
     facts["owner anchor"] = owned.anchor.spki_sha256
-    extractable, local = _flag(private, _EXTRACTABLE), _flag(private, _LOCAL)
+    extractable = _flag(private, _EXTRACTABLE) or not _flag(private, _SENSITIVE)
+    never = _flag(private, _NEVER_EXTRACTABLE) and _flag(private, _ALWAYS_SENSITIVE)
+    local = _flag(private, _LOCAL)
     fips = all(each.common_name.endswith(", for FIPS mode") for each in made.certificates)
     return Verified(
         spki=spki,
         device=f"Marvell LiquidSecurity HSM {plain(partition[1])}, partition {partition[2]}",
         exportable=extractable,
-        never_exportable=_flag(private, _NEVER_EXTRACTABLE) and local and not extractable,
+        never_exportable=never and local and not extractable,
         generated_in_place=local,
         hardware=made.anchor.hardware,
         fips_mode=True if fips else None,
@@ -88,6 +90,7 @@ def verify_marvell(statement: Statement, asked: Asked) -> Verified:
         anchor=made.anchor.spki_sha256,
         facts=facts,
         limits=_LIMITS,
+        certificates=made.encodings + owned.encodings,
     )
 
 

@@ -77,12 +77,14 @@ def _verified(said: _Description, device: Certificate, proven: chains.Chain) -> 
         **{name: plain(said.text(name)) for name in _TEXTS},
         "creation": plain(said.creation),
     }
-    generated, extractable = said.creation == "generated", flags["extractable"]
+    generated = said.creation == "generated"
+    extractable = flags["extractable"] or not flags["sensitive"]
+    never = flags["never_extractable"] and flags["always_sensitive"]
     return Verified(
         spki=keys.encoded(keys.load(_base64(said.text("public_key")))),
         device=f"Securosys Primus HSM {device.common_name.rpartition(' ')[2].rstrip(')')}",
         exportable=extractable,
-        never_exportable=flags["never_extractable"] and not extractable and generated,
+        never_exportable=never and not extractable and generated,
         generated_in_place=generated,
         hardware=proven.anchor.hardware,
         fips_mode=None,
@@ -90,6 +92,7 @@ def _verified(said: _Description, device: Certificate, proven: chains.Chain) -> 
         anchor=proven.anchor.spki_sha256,
         facts=facts,
         limits=_LIMITS,
+        certificates=proven.encodings,
     )
 
 

@@ -53,6 +53,8 @@ class Verified:
         anchor: SHA-256 of the trusted key's SubjectPublicKeyInfo that all rests on, hexadecimal.
         facts: What the statement says in its own terms, such as ``CKA_EXTRACTABLE``.
         limits: What it does not say, or not prove, in plain words.
+        certificates: Those that it rests on, in DER, from the lowest up to the anchor: of all that
+            came along only these were judged. ``marvell``: the owner's after the manufacturer's.
     """
 
     spki: bytes
@@ -66,6 +68,7 @@ class Verified:
     anchor: str
     facts: Mapping[str, FactValue] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
+    certificates: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import utils
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512, HashAlgorithm
 
 from d1_signer.attestation import chains, keys
-from d1_signer.attestation.anchors import Anchor
 from d1_signer.attestation.certificates import (
     EXTENDED_KEY_USAGE,
     SUBJECT_ALT_NAME,
     read_certificates,
 )
-from d1_signer.attestation.chains import Rules, chain_of
+from d1_signer.attestation.chains import Chain, Rules, chain_of
 from d1_signer.attestation.refusals import refused
 from d1_signer.attestation.statement import Asked, FactValue, Statement, Verified
 from d1_signer.attestation.tpm_structures import (
@@ -42,7 +41,7 @@ _CERTIFY, _CREATION = 0x8017, 0x801A
 _DIGESTS: dict[int, type[HashAlgorithm]] = {0x000B: SHA256, 0x000C: SHA384, 0x000D: SHA512}
 _AIK_CERTIFICATE = "2.23.133.8.3"  # tcg-kp-AIKCertificate
 _LIMITS = (
-    "That the attestation key is a TPM's is the word of who trusted or certified that key.",
+    "That the attestation key is a TPM's, and restricted, is the word of who trusted it.",
     "It does not say when it was made: a TPM has no wall clock.",
     "It does not say whether the TPM is in FIPS mode, nor whether it is a chip or software.",
     "It does not say who may use the key.",
@@ -77,7 +76,7 @@ def verify_tpm(statement: Statement, asked: Asked) -> Verified:
     if statement.content not in {b"", attested}:
         raise refused("it has content beside its parts")
     public, ak = (read_public(_part(parts, each)) for each in ("public", "ak_public"))
-    anchor = _trusted(statement, asked, ak)
+    chain = _trusted(statement, asked, ak)
     _verify_signature(ak, signature, attested)
     attest = _read_attest(attested)
     for nonce in asked.nonces:
@@ -87,10 +86,11 @@ def verify_tpm(statement: Statement, asked: Asked) -> Verified:
         raise refused("the public area that comes with it is of another key")
     if attest.kind == _CREATION:
         _check_creation(attest, public, sized(_part(parts, "creation_data")))
-    return _verified(attest, public, anchor, asked)
+    return _verified(attest, public, chain, asked)
 
 
-def _verified(attest: _Attest, public: Public, anchor: Anchor, asked: Asked) -> Verified:
+def _verified(attest: _Attest, public: Public, chain: Chain, asked: Asked) -> Verified:
+    anchor = chain.anchor
     fixed = bool(public.attributes & FIXED_TPM)
     origin = bool(public.attributes & SENSITIVE_DATA_ORIGIN)
     # Clear: the key was given to the TPM. Set, in a key that can move: made in some TPM.
@@ -124,6 +124,7 @@ def _verified(attest: _Attest, public: Public, anchor: Anchor, asked: Asked) -> 
         anchor=anchor.spki_sha256,
         facts=facts,
         limits=tuple(limits),
+        certificates=chain.encodings,
     )
 
 
@@ -134,8 +135,8 @@ def _part(parts: dict[str, bytes], name: str) -> bytes:
     return part
 
 
-def _trusted(statement: Statement, asked: Asked, ak: Public) -> Anchor:
-    """The anchor of the attestation key: itself, or one above its certificate."""
+def _trusted(statement: Statement, asked: Asked, ak: Public) -> Chain:
+    """To the anchor of the attestation key: itself, or one above its certificate."""
     needed = RESTRICTED | SIGN | FIXED_TPM | SENSITIVE_DATA_ORIGIN
     if ak.attributes & needed != needed or ak.attributes & DECRYPT:
         raise refused(
@@ -146,7 +147,7 @@ def _trusted(statement: Statement, asked: Asked, ak: Public) -> Anchor:
     digest = hashlib.sha256(spki).hexdigest()
     for anchor in asked.anchors:
         if anchor.spki_sha256 == digest:
-            return anchor
+            return Chain((), anchor)
     pool = read_certificates(statement.certificates)
     own = [each for each in pool if each.spki == spki]
     if len(own) != 1:
@@ -163,7 +164,7 @@ def _trusted(statement: Statement, asked: Asked, ak: Public) -> Anchor:
         raise refused(f"{leaf.name} is not that of an attestation key")
     understood = frozenset({EXTENDED_KEY_USAGE, SUBJECT_ALT_NAME})
     rules = Rules(may_issue=chains.authority, understood=understood)
-    return chain_of(leaf, pool, anchors=asked.anchors, at=asked.at, rules=rules).anchor
+    return chain_of(leaf, pool, anchors=asked.anchors, at=asked.at, rules=rules)
 
 
 def _verify_signature(ak: Public, signature: bytes, attested: bytes) -> None:

@@ -85,6 +85,7 @@ def verify_yubihsm(statement: Statement, asked: Asked) -> Verified:
         anchor=chain.anchor.spki_sha256,
         facts=facts,
         limits=_HSM_LIMITS,
+        certificates=chain.encodings,
     )
 
 
@@ -123,6 +124,7 @@ def verify_piv(statement: Statement, asked: Asked) -> Verified:
         anchor=chain.anchor.spki_sha256,
         facts=facts,
         limits=_PIV_LIMITS,
+        certificates=chain.encodings,
     )
 
 

@@ -27,18 +27,21 @@ def newest(notes: Iterable[bytes], keys: Sequence[VerifierKey]) -> list[bytes]:
     Raises:
         AuditError: One is not of these keys, names no instance, or contradicts another one.
     """
-    found: dict[str, tuple[int, bytes, bytes]] = {}
+    roots: dict[tuple[str, int], bytes] = {}
+    found: dict[str, tuple[Checkpoint, bytes]] = {}
     for note in notes:
         told = believed(note, keys)
         if len(told.extensions) != 1 or not told.extensions[0].startswith(_INSTANCE):
             raise AuditError("A checkpoint names no instance, so that it cannot be collected.")
         name = told.extensions[0].removeprefix(_INSTANCE)
-        size, root, _ = found.get(name, (-1, b"", b""))
-        if size == told.size and root != told.root:
-            raise AuditError(f"Two checkpoints of {name} over {size} records contradict.")
-        if told.size > size:
-            found[name] = (told.size, told.root, note)
-    return [note for _, (_, _, note) in sorted(found.items())]
+        if roots.setdefault((name, told.size), told.root) != told.root:
+            raise AuditError(f"Two checkpoints of {name} over {told.size} records contradict.")
+        newest, _ = found.setdefault(name, (told, note))
+        if newest.origin != told.origin:
+            raise AuditError(f"{name} has checkpoints of {newest.origin} and of {told.origin}.")
+        if told.size > newest.size:
+            found[name] = (told, note)
+    return [note for _, (_, note) in sorted(found.items())]
 
 
 def collection(leaves: Sequence[bytes], signer: CheckpointSigner, key: VerifierKey) -> bytes:

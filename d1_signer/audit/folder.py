@@ -17,6 +17,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 import time
 from io import FileIO
 from pathlib import Path
@@ -51,20 +52,33 @@ def is_instance(folder: Path) -> bool:
 
 
 def instances(folder: Path) -> list[Path]:
-    """The instance folders in a folder and below, in order; the folder itself where it is one."""
-    if is_instance(folder):
-        return [folder]
-    found: list[Path] = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir(follow_symlinks=False):
-            found += instances(Path(entry.path))
+    """The instance folders in a folder and below, in order; the folder itself where it is one.
+
+    What is below an instance counts as well, or a file that somebody puts into the trail's folder
+    would hide all that is in it.
+    """
+    todo, found = [folder], []
+    while todo:
+        place = todo.pop()
+        found += [place] if is_instance(place) else []
+        entries = [entry for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False)]
+        todo += sorted((Path(entry.path) for entry in entries), reverse=True)
     return found
 
 
 def own_instances(folder: Path) -> list[Path]:
-    """The instance folders that a trail made in its folder, the newest first."""
-    names = os.listdir(folder)  # noqa: PTH208 (names alone)
-    return [folder / name for name in sorted(filter(_NAME.fullmatch, names), reverse=True)]
+    """The instance folders that a trail of this user made in its folder, the newest first.
+
+    Those of other users, links and files are nobody's that this process can go on with.
+    """
+    entries = [entry for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]
+    own = [
+        Path(entry.path)
+        for entry in entries
+        if entry.is_dir(follow_symlinks=False)
+        and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+    ]
+    return sorted(own, reverse=True)
 
 
 def lock(instance: Path, *, create: bool = False) -> FileIO | None:
@@ -111,6 +125,21 @@ def open_segment(instance: Path, first: int) -> FileIO:
     return file
 
 
+def open_to_read(file: Path) -> FileIO:
+    """Open a file of an instance for reading.
+
+    Raises:
+        OSError: It is not there, is a link, or no regular file, which may never end.
+    """
+    # A pipe that nobody writes would be waited for.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    opened = FileIO(file, opener=lambda path, _: os.open(path, flags))
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return opened
+
+
 def append(file: Path, data: bytes) -> None:
     """Append to a file durably: all of it, or nothing.
 
@@ -131,6 +160,19 @@ def append(file: Path, data: bytes) -> None:
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what a short write means
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cut(file: Path, length: int) -> None:
+    """Take the last bytes off a file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - length)
     finally:
         os.close(descriptor)
 

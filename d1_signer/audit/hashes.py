@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from d1_signer.audit import merkle
-from d1_signer.audit.folder import HASHES
+from d1_signer.audit.folder import HASHES, open_to_read
 
 BLOCK = 256
 _STRIDE = BLOCK + 1
@@ -35,7 +35,8 @@ class StoredHashes:
         Raises:
             OSError: It cannot be read.
         """
-        self._file = os.open(instance / HASHES, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._opened = open_to_read(instance / HASHES)
+        self._file = self._opened.fileno()
         blocks, rest = divmod(os.fstat(self._file).st_size // merkle.HASH_LENGTH, _STRIDE)
         self.count = blocks * BLOCK + min(rest, BLOCK)
 
@@ -54,7 +55,8 @@ class StoredHashes:
         whole = 0
         if start % BLOCK == 0:
             for block in range(start // BLOCK, end // BLOCK):
-                (node,) = self._hashes(_place((block + 1) * BLOCK) - merkle.HASH_LENGTH, 1)
+                # Nothing where the file ends early: the root does not fit then.
+                node = b"".join(self._hashes(_place((block + 1) * BLOCK) - merkle.HASH_LENGTH, 1))
                 blocks = merkle.appended(blocks, whole, node)
                 whole += 1
         rest: merkle.Range = ()
@@ -69,7 +71,7 @@ class StoredHashes:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

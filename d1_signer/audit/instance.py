@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from d1_signer.audit import folder, merkle, moments, record
+from d1_signer.audit import folder, merkle, moments, record, stored
 from d1_signer.audit.committing import Committer
 from d1_signer.audit.recovery import Head, Recovered, read_on, recover
 from d1_signer.errors import AuditError
@@ -65,6 +65,8 @@ class Instance:
         self.sealed = recovered.sealed
         self.unusable = False
         self._told_sealed = 0
+        self._began_at = recovered.head.number
+        self._oldest = -1, ""  # the number and the time of the record that was asked for last
         self._lock_file = held
         self._segment_bytes = segment_bytes
         self._head = recovered.head
@@ -122,6 +124,27 @@ class Instance:
     def size(self) -> int:
         """How many records there are."""
         return self._head.number
+
+    @property
+    def written(self) -> int:
+        """How many of them were written since it was opened."""
+        return self._head.number - self._began_at
+
+    def oldest_unsealed(self) -> str | None:
+        """Time of the oldest record that is not sealed; None where all are.
+
+        Raises:
+            AuditError: It is not there, or is none.
+            OSError: It cannot be read.
+        """
+        sealed = self.sealed
+        if self._head.number <= sealed:
+            return None
+        number, told = self._oldest
+        if number != sealed:
+            told = str(record.decode(stored.entry(self.path, sealed)).get("time"))
+            self._oldest = sealed, told
+        return told
 
     def snapshot(self) -> Snapshot:
         """The tree over all records so far, which are durable, as are their hashes."""
@@ -267,6 +290,12 @@ class Instance:
 
     def _rotate(self) -> None:
         head = self._head
+        try:
+            # Were its end lost with the machine's power, and not what follows, records would miss.
+            os.fdatasync(self._file)
+        except OSError:
+            self.unusable = True
+            raise
         following = folder.open_segment(self.path, head.number)
         self._retired.append(self._file)
         self._name = folder.segment_file(self.path, head.number)
@@ -285,13 +314,15 @@ def open_instance(trail: Path, segment_bytes: int) -> tuple[Instance, list[str]]
     """
     left: list[str] = []
     for path in folder.own_instances(trail):
-        held = folder.lock(path)
-        if held is None:
-            continue
+        held = None
         try:
+            held = folder.lock(path)
+            if held is None:
+                continue
             return Instance(path, held, recover(path), segment_bytes), left
         except (AuditError, OSError) as error:
-            held.close()
+            if held is not None:
+                held.close()
             reason = error.message if isinstance(error, AuditError) else error.strerror
             _log.warning("audit.instance_left_alone %s %s", path.name, reason)
             left.append(path.name)

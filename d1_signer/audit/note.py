@@ -164,19 +164,23 @@ def split_notes(lines: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
     Yields:
         A note's bytes, and whether it has a signature: the last one may not be written to its end.
+        What is longer than any note is none; enough of it is kept to tell so.
     """
     kept: list[bytes] = []
+    size = 0
     blank = signed = False
     dash = _DASH.encode()
     for line in lines:
         if signed and not line.startswith(dash):
             yield b"".join(kept), True
-            kept, blank, signed = [], False, False
-        kept.append(line)
+            kept, size, blank, signed = [], 0, False, False
+        if size <= LARGEST_NOTE:
+            kept.append(line)
+        size += len(line)
         blank = blank or line == b"\n"
         signed = blank and line.startswith(dash) and line.endswith(b"\n")
     if kept:
-        yield b"".join(kept), signed
+        yield b"".join(kept), signed or size > LARGEST_NOTE
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ _NUMBER = rb"(?:0|[1-9][0-9]{0,14})"
 _PAIR = rb"\[" + _TEXT + rb"," + _TEXT + rb"\]"
 _BEGIN = re.compile(
     rb'\{"action":"sign","backend":T,(?:"clock":T,)?"digest":"[0-9a-f]{64}","event":"begin",'
-    rb'"host":T,"kid":T,"number":(N),"process":N(?:,"purpose":T,"references":\[(?:P(?:,P)*)?\])?'
-    rb'(?:,"sealed":(N))?,"thumbprint":T,"time":(T),"version":T\}'.replace(b"T", _TEXT)
+    rb'"host":T,"kid":T,"number":(N),"process":N(?:,"purpose":T)?'
+    rb'(?:,"references":\[(?:P(?:,P)*)?\])?(?:,"sealed":(N))?,"thumbprint":T,"time":(T),'
+    rb'"version":T\}'.replace(b"T", _TEXT)
     .replace(b"N", _NUMBER)
     .replace(b"P", _PAIR)
 )
@@ -53,13 +54,8 @@ def read(line: bytes) -> Told:
     Raises:
         AuditError: It is none, or lacks what each record has.
     """
-    if found := _BEGIN.fullmatch(line):
-        number, sealed, time = found.groups()
-        return Told(int(number), "begin", time[1:-1].decode(), int(sealed or 0), None, {})
-    if found := _END.fullmatch(line):
-        begin, number, sealed, time = found.groups()
-        told = time[1:-1].decode()
-        return Told(int(number), "end", told, int(sealed or 0), int(begin), {})
+    if (usual := read_usual(line)) is not None:
+        return usual
     members = record.decode(line)
     event, time = members.get("event"), members.get("time")
     if not isinstance(event, str) or not isinstance(time, str):
@@ -68,6 +64,18 @@ def read(line: bytes) -> Told:
     begin = _count(members, "begin") if ends else None
     sealed = _count(members, "sealed") if "sealed" in members else 0
     return Told(_count(members, "number"), event, time, sealed, begin, members)
+
+
+def read_usual(line: bytes) -> Told | None:
+    """Read a record of the two usual forms; None for what is another one, or none."""
+    if found := _BEGIN.fullmatch(line):
+        number, sealed, time = found.groups()
+        return Told(int(number), "begin", time[1:-1].decode(), int(sealed or 0), None, {})
+    if found := _END.fullmatch(line):
+        begin, number, sealed, time = found.groups()
+        told = time[1:-1].decode()
+        return Told(int(number), "end", told, int(sealed or 0), int(begin), {})
+    return None
 
 
 def _count(members: dict[str, object], name: str) -> int:

@@ -12,17 +12,22 @@ import gzip
 import json
 import re
 import zlib
-from bisect import bisect_left, insort
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 from d1_signer.audit.showing import Filter, records
 from d1_signer.errors import AuditError
 
+_LONGEST_LINE = 1 << 26  # bytes of a line of an audit device: Vault takes requests of 32 MiB
 _LARGEST_FILE = 1 << 29  # bytes of a CloudTrail file, unpacked
+
+_NOT_AS_WRITTEN = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),  # a time without its place in UTC; lists without an end
+)
 
 
 class DeviceUse(NamedTuple):
@@ -64,6 +69,34 @@ class Reconciled(NamedTuple):
     unsigned: list[RecordedUse]
 
 
+_Use = TypeVar("_Use", DeviceUse, RecordedUse)
+
+
+class Period(NamedTuple):
+    """The time that is looked at: from a moment on, and before another one."""
+
+    start: datetime
+    end: datetime
+
+    @classmethod
+    def of(cls, earliest: str | None, latest: str | None) -> Self:
+        """That of two moments in RFC 3339; None: without an end."""
+        start = datetime.min.replace(tzinfo=UTC) if earliest is None else _moment(earliest)
+        end = datetime.max.replace(tzinfo=UTC) if latest is None else _moment(latest)
+        return cls(start, end)
+
+    def within(self, uses: Iterable[_Use]) -> list[_Use]:
+        """What was in it."""
+        return [use for use in uses if self.start <= use.time < self.end]
+
+    def near(self, uses: Iterable[_Use], tolerance: float) -> list[_Use]:
+        """What was in it by a clock that may differ by so many seconds."""
+        most = timedelta(seconds=tolerance)
+        return [
+            use for use in uses if self.start - use.time <= most and use.time - self.end <= most
+        ]
+
+
 def recorded(instances: Sequence[Path], kid: str | None = None) -> list[RecordedUse]:
     """The signatures that a trail has.
 
@@ -82,7 +115,7 @@ def recorded(instances: Sequence[Path], kid: str | None = None) -> list[Recorded
             try:
                 digest = bytes.fromhex(members["digest"])
                 use = RecordedUse(place, _moment(members["time"]), digest, None)
-            except (KeyError, TypeError, ValueError):
+            except _NOT_AS_WRITTEN:
                 raise AuditError(f"The record {place} has no digest or no time.") from None
             begun[instance, members.get("number")] = use
         elif members.get("event") == "end":
@@ -127,19 +160,18 @@ def by_time(
         device: What the device's log has of it.
         tolerance: Seconds by which the clocks may differ, and a call may take.
     """
-    left: list[tuple[float, str, RecordedUse]] = []
-    for use in uses:
-        insort(left, (use.time.timestamp(), use.place, use))
-    matched, unrecorded = 0, []
+    left = deque(sorted(uses, key=lambda use: use.time))
+    within = timedelta(seconds=tolerance)
+    matched, unrecorded, unsigned = 0, list[DeviceUse](), list[RecordedUse]()
     for one in sorted(device, key=lambda use: use.time):
-        at = one.time.timestamp()
-        place = bisect_left(left, (at - tolerance, ""))
-        if place < len(left) and left[place][0] <= at + tolerance:
-            del left[place]
+        while left and one.time - left[0].time > within:
+            unsigned.append(left.popleft())
+        if left and left[0].time - one.time <= within:
+            left.popleft()
             matched += 1
         else:
             unrecorded.append(one)
-    return Reconciled(matched, unrecorded, _done(use for _, _, use in left))
+    return Reconciled(matched, unrecorded, _done([*unsigned, *left]))
 
 
 def vault_uses(file: Path, key: str, mount: str) -> Iterator[DeviceUse]:
@@ -153,9 +185,12 @@ def vault_uses(file: Path, key: str, mount: str) -> Iterator[DeviceUse]:
     """
     path = re.compile(rf"{re.escape(mount)}/sign/{re.escape(key)}(?:/[a-z0-9-]+)?")
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        read = iter(lambda: lines.readline(_LONGEST_LINE + 1), b"")
+        for number, line in enumerate(read, 1):
             place = f"{file.name}:{number}"
             try:
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError
                 told = json.loads(line)
                 request = told["request"]
                 if told["type"] != "response" or not path.fullmatch(request["path"].strip("/")):
@@ -166,8 +201,9 @@ def vault_uses(file: Path, key: str, mount: str) -> Iterator[DeviceUse]:
                 moment = _moment(told["time"])
                 for place_in_batch, one in enumerate(data.get("batch_input") or [data]):
                     where = f"{place}.{place_in_batch}" if "batch_input" in data else place
-                    yield DeviceUse(where, moment, key, one.get("input"))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                    mark = one.get("input")
+                    yield DeviceUse(where, moment, key, mark if isinstance(mark, str) else None)
+            except _NOT_AS_WRITTEN:
                 raise AuditError(
                     f"{place} is no line of an audit device.",
                     hint="Give the file of a file audit device of OpenBao or Vault (JSON).",
@@ -195,15 +231,7 @@ def cloudtrail_uses(file: Path, key: str) -> Iterator[DeviceUse]:
             named += [str(resource["ARN"]) for resource in event.get("resources") or []]
             if any(key == name or name.endswith(f"/{key}") for name in named):
                 yield DeviceUse(f"event {event['eventID']}", _moment(event["eventTime"]), key, None)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        gzip.BadGzipFile,
-        zlib.error,
-    ):
+    except (*_NOT_AS_WRITTEN, EOFError, gzip.BadGzipFile, zlib.error):
         raise AuditError(
             f"{file.name} is no file of CloudTrail.",
             hint="It is JSON with Records, packed with gzip or not.",

@@ -36,8 +36,16 @@ def encode(record: Mapping[str, Recordable]) -> bytes:
         The canonical bytes in UTF-8, without a line feed; at most `LONGEST`.
 
     Raises:
-        InvalidInputError: A text has no UTF-8 form, or it is all too long for one record.
+        InvalidInputError: A value is none that a record holds, a text has no UTF-8 form, or it is
+            all too long for one record.
     """
+    for name, value in record.items():
+        if not _NAME.fullmatch(name) or not (isinstance(value, str) or _is_value(value)):
+            raise InvalidInputError(
+                f"The member {name!r} of what is to be recorded is neither a text, a whole number "
+                "below 2**53, true, false, nothing, nor a list of these.",
+                hint="Look at the purpose and the references of the signature's use: texts.",
+            )
     try:
         line = _encode(record).encode()
     except UnicodeEncodeError:
@@ -51,6 +59,11 @@ def encode(record: Mapping[str, Recordable]) -> bytes:
             hint="Shorten the purpose and the references of the signature's use.",
         )
     return line
+
+
+def text(value: str) -> bytes:
+    """A text as it stands in a record."""
+    return _encode(value).encode(errors="surrogatepass")
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -73,8 +86,10 @@ def decode(line: bytes) -> dict[str, Any]:
     for name, value in record.items():
         if not _NAME.fullmatch(name):
             raise AuditError("A member's name is not lower case ASCII.")
-        if not isinstance(value, str):
-            _require_value(value)
+        if not isinstance(value, str) and not _is_value(value):
+            raise AuditError(
+                "A member holds an object, lists in lists of lists, or a number above 2**53 - 1."
+            )
     try:
         canonical = _encode(record).encode() == line
     except UnicodeEncodeError:  # a lone surrogate that was escaped
@@ -84,15 +99,13 @@ def decode(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _require_value(value: object, depth: int = 0) -> None:
-    """Refuse what no record holds: objects, lists in lists of lists, numbers beyond 2**53."""
-    if isinstance(value, list) and depth < 2:  # noqa: PLR2004 (pairs in a list)
-        for part in value:
-            _require_value(part, depth + 1)
-    elif isinstance(value, dict | list):
-        raise AuditError("A member holds an object, or lists in lists of lists.")
-    elif isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
-        raise AuditError("A number is larger than 2**53 - 1.")
+def _is_value(value: object, depth: int = 0) -> bool:
+    """Whether a record may hold it: what JSON readers would not keep exactly is refused."""
+    if isinstance(value, list | tuple):
+        return depth < 2 and all(_is_value(part, depth + 1) for part in value)  # noqa: PLR2004 (pairs in a list)
+    if isinstance(value, int):
+        return abs(value) <= _LARGEST_NUMBER
+    return value is None or isinstance(value, str)
 
 
 def _refuse(number: str) -> float:

@@ -52,14 +52,12 @@ class Recovered:
         hashes: Writes its hashes.
         sealed: Size of its newest checkpoint; 0 where there is none.
         torn: Bytes behind the last record that are none.
-        torn_checkpoint: Bytes behind the last checkpoint that are none.
     """
 
     head: Head
     hashes: HashWriter
     sealed: int
     torn: bytes
-    torn_checkpoint: int
 
 
 def recover(instance: Path, *, most_unsealed: float = LONGEST_UNSEALED) -> Recovered:
@@ -78,7 +76,7 @@ def recover(instance: Path, *, most_unsealed: float = LONGEST_UNSEALED) -> Recov
     if not folder.segments(instance):
         if sealed:
             raise AuditError("It has a checkpoint and no records.")
-        return Recovered(Head(), HashWriter(instance, 0), 0, b"", 0)
+        return Recovered(Head(), HashWriter(instance, 0), 0, b"")
     nodes = None if checkpoint is None else _sealed_range(instance, checkpoint)
     start = 0 if nodes is None else sealed
     first, _, offset = stored.place_of(instance, start)
@@ -91,7 +89,7 @@ def recover(instance: Path, *, most_unsealed: float = LONGEST_UNSEALED) -> Recov
     except BaseException:
         hashes.close()
         raise
-    return Recovered(head, hashes, sealed, torn, checkpoint.torn if checkpoint else 0)
+    return Recovered(head, hashes, sealed, torn)
 
 
 def read_on(instance: Path, head: Head, hashes: HashWriter) -> tuple[Head, bytes]:
@@ -104,7 +102,7 @@ def read_on(instance: Path, head: Head, hashes: HashWriter) -> tuple[Head, bytes
         AuditError: A line is no record, or not the next one.
         OSError: They cannot be read.
     """
-    torn = b""
+    torn = bytearray()  # may be long
     for first, file in folder.segments(instance):
         if first < head.first:
             continue
@@ -122,7 +120,7 @@ def read_on(instance: Path, head: Head, hashes: HashWriter) -> tuple[Head, bytes
             leaf = merkle.leaf_hash(line.text)
             hashes.put(head.number, leaf)
             head = head.behind(line.text, leaf, str(told.get("time", "")))
-    return head, torn
+    return head, bytes(torn)
 
 
 def _sealed_range(instance: Path, checkpoint: stored.LastCheckpoint) -> merkle.Range | None:

@@ -69,12 +69,9 @@ def seal(instance: Instance, signer: CheckpointSigner, key: VerifierKey) -> bool
 
 def drop_torn_checkpoint(path: Path) -> int:
     """Cut off what stands behind the last whole checkpoint; tells how many bytes that was."""
-    newest = stored.last_checkpoint(path)
-    torn = 0 if newest is None else newest.torn
+    torn = stored.torn_checkpoint(path)
     if torn:
-        file = path / folder.CHECKPOINTS
-        with file.open("r+b") as opened:
-            opened.truncate(file.stat().st_size - torn)
+        folder.cut(path / folder.CHECKPOINTS, torn)
     return torn
 
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d1_signer.audit import folder, record, stored
+from d1_signer.audit import folder, reading, record, stored
 from d1_signer.errors import AuditError
 
 
@@ -42,6 +43,11 @@ class Filter:
             and (self.jti is None or ["jti", self.jti] in references(members))
         )
 
+    def texts(self) -> list[bytes]:
+        """What stands in the line of each record that fits."""
+        given = [text for text in (self.kid, self.jti, self.purpose) if text is not None]
+        return [record.text(text) for text in given]
+
 
 class Shown(NamedTuple):
     """One line of the records.
@@ -64,14 +70,22 @@ def records(instances: Sequence[Path], wanted: Filter) -> Iterator[Shown]:
         OSError: A folder cannot be read.
     """
     places = {path.name: path for path in instances}
+    texts = wanted.texts()
     for path in instances:
         begun: set[int] = set()
         for _, file in folder.segments(path):
             for line, whole in stored.lines(file):
                 if not whole:
                     continue  # of a record that is being written, or was not to its end
+                usual = reading.read_usual(line)
+                if (
+                    usual is not None
+                    and usual.begin not in begun
+                    and (usual.time < wanted.earliest or any(text not in line for text in texts))
+                ):
+                    continue
                 try:
-                    members = record.decode(line)
+                    members = record.decode(line) if usual is None else json.loads(line)
                 except AuditError:
                     yield Shown(path.name, None)
                     continue

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ class Line(NamedTuple):
 
 def lines(file: Path, offset: int = 0) -> Iterator[Line]:
     """The lines of one file of records; one that is too long comes in pieces without line feed."""
-    with file.open("rb") as opened:
+    with io.BufferedReader(folder.open_to_read(file)) as opened:
         opened.seek(offset)
         while line := opened.readline(record.LONGEST + 1):
             whole = line.endswith(b"\n")
@@ -45,7 +47,7 @@ def place_of(instance: Path, number: int) -> tuple[int, Path, int]:
     low, high = 0, file.stat().st_size  # the record begins in between
     if number == first:
         return first, file, 0
-    with file.open("rb") as opened:
+    with io.BufferedReader(folder.open_to_read(file)) as opened:
         while high - low > record.LONGEST:
             middle = (low + high) // 2
             opened.seek(middle)
@@ -96,7 +98,7 @@ def notes(instance: Path) -> Iterator[tuple[bytes, bool]]:
     Those are read that are there when the first one is asked for: a process may be writing.
     """
     try:
-        file = (instance / folder.CHECKPOINTS).open("rb")
+        file = io.BufferedReader(folder.open_to_read(instance / folder.CHECKPOINTS))
     except FileNotFoundError:
         return
     with file:
@@ -112,29 +114,34 @@ def notes(instance: Path) -> Iterator[tuple[bytes, bool]]:
 
 
 class LastCheckpoint(NamedTuple):
-    """The newest checkpoint: its bytes, what it tells, and the bytes of a torn one behind it."""
+    """The newest checkpoint: its bytes, and what it tells."""
 
     note: bytes
     told: Checkpoint
-    torn: int
 
 
 def last_checkpoint(instance: Path) -> LastCheckpoint | None:
     """The newest checkpoint that is written to its end; None where there is none."""
+    found: LastCheckpoint | None = None
+    for note, whole in _last_notes(instance):
+        # What does not parse may be cut by where the reading began.
+        with contextlib.suppress(AuditError):
+            if whole:
+                found = LastCheckpoint(note, Checkpoint.parse(SignedNote.parse(note).text))
+    return found
+
+
+def torn_checkpoint(instance: Path) -> int:
+    """How many bytes behind the last checkpoint are of one that was not written to its end."""
+    return sum(len(note) for note, whole in _last_notes(instance) if not whole)
+
+
+def _last_notes(instance: Path) -> Iterator[tuple[bytes, bool]]:
     try:
-        file = (instance / folder.CHECKPOINTS).open("rb")
+        file = io.BufferedReader(folder.open_to_read(instance / folder.CHECKPOINTS))
     except FileNotFoundError:
-        return None
+        return
     with file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 2 * LARGEST_NOTE))
-        found: LastCheckpoint | None = None
-        for note, whole in split_notes(file):
-            if not whole:
-                return found and found._replace(torn=len(note))
-            try:
-                told = Checkpoint.parse(SignedNote.parse(note).text)
-            except AuditError:
-                continue  # the first one may be cut by where the reading began
-            found = LastCheckpoint(note, told, 0)
-    return found
+        yield from split_notes(file)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,32 +24,24 @@ from typing import NamedTuple, NoReturn, Self, TypeVar, final
 
 from d1_signer.audit.instance import Instance, Unusable, open_instance
 from d1_signer.audit.note import is_name
+from d1_signer.audit.process import Here, TrailStatus
 from d1_signer.audit.sealing import CheckpointSigner, Sealer, checkpoint_key, drop_torn_checkpoint
 from d1_signer.errors import AuditError, AuditUnavailable, ConfigurationError
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Recordable
+from d1_signer.frames import without_locals
 from d1_signer.secret import shown_path
 
 _log = logging.getLogger("d1_signer.audit")
 _T = TypeVar("_T")
 
+_LONGEST = 86_400.0  # seconds that anything here may wait
+_MOST_NAMED = 100  # of the instances that are left alone
+
 
 class _Begun(NamedTuple):
     instance: Instance
     number: int
-
-
-class _Here:
-    """What belongs to one process: a forked child has another."""
-
-    def __init__(self) -> None:
-        # Reentrant: a signal's handler that signs while this is opened finds no instance yet, and
-        # must not wait for ever.
-        self.lock = threading.RLock()
-        self.opening = False
-        self.instance: Instance | None = None
-        self.sealer: Sealer | None = None
-        self.missed = 0
 
 
 @final
@@ -62,6 +53,7 @@ class AuditTrail:
         origin: Whose records these are; the name of the checkpoints' key.
     """
 
+    @without_locals  # a URI with a PIN may be given for the signer
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -111,8 +103,12 @@ class AuditTrail:
                 "sync is neither group nor none, or on_failure neither refuse nor continue."
             )
         limits: tuple[object, ...] = (timeout, seal_records, seal_seconds, segment_bytes)
-        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits):
-            raise ConfigurationError("A limit of the audit trail is not a number above 0.")
+        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits) or not (
+            timeout <= _LONGEST and seal_seconds <= _LONGEST
+        ):
+            raise ConfigurationError(
+                "A limit of the audit trail is not a number above 0, or is more than a day."
+            )
         self._signer = checkpoint_signer
         self._key = None if checkpoint_signer is None else checkpoint_key(origin, checkpoint_signer)
         self._group = sync == "group"
@@ -121,7 +117,7 @@ class AuditTrail:
         self._seal_records, self._seal_seconds = seal_records, seal_seconds
         self._segment_bytes = segment_bytes
         self._closed = False
-        self._processes: dict[int, _Here] = {}
+        self._processes: dict[int, Here] = {}
         try:
             self.folder.mkdir(0o750, exist_ok=True)
         except OSError as error:
@@ -212,6 +208,10 @@ class AuditTrail:
         except OSError as error:
             raise self._unavailable(error) from None
 
+    def status(self) -> TrailStatus:
+        """How this process's part of the trail is; for health checks, cheap and without a wait."""
+        return self._here().status()
+
     def close(self) -> None:
         """Seal what is not sealed and give the instance back; calling it again does nothing.
 
@@ -299,12 +299,12 @@ class AuditTrail:
             members["instance"] = begun.instance.path.name
         instance.append("end", members)
 
-    def _here(self) -> _Here:
+    def _here(self) -> Here:
         # No lock: a child must not touch one that its parent may have held, and this is atomic.
         pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, _Here())
+        return self._processes.get(pid) or self._processes.setdefault(pid, Here())
 
-    def _instance(self, here: _Here) -> Instance:
+    def _instance(self, here: Here) -> Instance:
         """The instance of this process; opened where there is none that can be used."""
         instance = here.instance
         if instance is not None and not instance.unusable:
@@ -321,7 +321,7 @@ class AuditTrail:
             finally:
                 here.opening = False
 
-    def _opened(self, here: _Here) -> Instance:
+    def _opened(self, here: Here) -> Instance:
         for pid, other in list(self._processes.items()):
             if other is not here and other.instance is not None:
                 del self._processes[pid]
@@ -339,7 +339,7 @@ class AuditTrail:
             if self._key is not None:
                 about["sealed_by"] = self._key.key_id.hex()
             if left:
-                about["left_alone"] = left
+                about["left_alone"] = left[:_MOST_NAMED]
             if torn := drop_torn_checkpoint(instance.path):
                 about["torn_checkpoint"] = torn
             instance.append("opened", about)
@@ -354,10 +354,10 @@ class AuditTrail:
         except BaseException:
             instance.close()
             raise
-        here.instance = instance
+        here.use(instance)
         return instance
 
-    def _let_go(self, here: _Here) -> None:
+    def _let_go(self, here: Here) -> None:
         instance, here.instance = here.instance, None
         sealer, here.sealer = here.sealer, None
         if sealer is not None:

@@ -48,6 +48,7 @@ class InstanceReport:
         records: How many there are.
         sealed: How many of them the newest checkpoint that holds vouches for.
         checkpoints: How many checkpoints hold.
+        origins: Whose they are.
         unfinished: Records of a beginning without an end: what came of it is not known.
         notes: What an auditor should know and is no finding.
         findings: What is not as it was recorded.
@@ -57,6 +58,7 @@ class InstanceReport:
     records: int = 0
     sealed: int = 0
     checkpoints: int = 0
+    origins: list[str] = field(default_factory=list)
     unfinished: int = 0
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -139,6 +141,7 @@ class _Verification:
         self._time = ""
         self._open: set[int] = set()
         self._claimed = 0
+        self._origin: object = None  # of the records, as the last opening tells
         self._last_event = ""
         self._sealing = False
         self._checkpoints = self._believed_checkpoints()
@@ -214,6 +217,12 @@ class _Verification:
             self._report.unfinished += len(self._open)
             self._open.clear()
             self._sealing = "sealed_by" in told.rest
+            self._origin = told.rest.get("origin")
+            if told.rest.get("on_failure") == "continue":
+                self._report.notes.append(
+                    f"Record {told.number}: from here on keys were used without a record where one "
+                    "could not be written (on_failure=continue)."
+                )
             if told.rest.get("instance") != self._path.name:
                 self._report.find(told.number, "It is of another instance than the folder's name.")
             names = {key.name for key in self._keys}
@@ -244,8 +253,7 @@ class _Verification:
             )
 
     def _miss(self, start: int, end: int) -> None:
-        which = f"The records {start} to {end - 1} are" if end - start > 1 else "The record is"
-        self._break(start, f"{which} missing.")
+        self._break(start, f"{_these(start, end)} missing.")
 
     def _break(self, number: int, text: str) -> None:
         self._broken = True
@@ -264,12 +272,23 @@ class _Verification:
             if self._broken:
                 continue
             if told.root == merkle.root(self._nodes):
-                self._report.sealed = told.size
-                self._report.checkpoints += 1
+                self._seal(told)
             else:
                 self._tell_altered(told)
         sizes = [*self._kept, *([] if self._next is None else [self._next.size])]
         self._due = min(sizes, default=math.inf)
+
+    def _seal(self, told: Checkpoint) -> None:
+        report = self._report
+        report.sealed = told.size
+        report.checkpoints += 1
+        if told.origin not in report.origins:
+            report.origins.append(told.origin)
+        if told.origin != self._origin:
+            report.find(
+                None,
+                f"The checkpoint over {told.size} is of {told.origin}, and the records are not.",
+            )
 
     def _tell_altered(self, told: Checkpoint) -> None:
         """Name what differs between the newest checkpoint that holds and one that does not."""
@@ -319,8 +338,7 @@ class _Verification:
         if largest and not self._broken:
             report.find(
                 self._size,
-                f"The records {self._size} to {largest - 1} are missing: there is a checkpoint "
-                f"over {largest}.",
+                f"{_these(self._size, largest)} missing: there is a checkpoint over {largest}.",
             )
         newest = max([report.sealed, *(told.size for told in beyond)])
         if not self._broken and newest < self._claimed and not self._is_sealed_since():
@@ -332,6 +350,8 @@ class _Verification:
                 f"{report.records - report.sealed} of {report.records} records are not sealed: "
                 "nothing shows that they are whole."
             )
+        if not report.records:
+            report.notes.append("It has no record.")
 
     def _is_sealed_since(self) -> bool:
         """Whether a process that writes beside us has made the checkpoint that is told of."""
@@ -340,6 +360,10 @@ class _Verification:
             return newest is not None and believed(newest.note, self._keys).size >= self._claimed
         except AuditError:
             return False
+
+
+def _these(start: int, end: int) -> str:
+    return f"The records {start} to {end - 1} are" if end - start > 1 else "The record is"
 
 
 def _altered(path: Path, start: int, told: Checkpoint) -> list[int]:

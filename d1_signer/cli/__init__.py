@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from d1_signer.cli._stdout import keep_stdout
+from d1_signer.cli._stdout import give_up_stderr, keep_stdout
 from d1_signer.errors import MissingExtraError
 
 
@@ -33,4 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return run(sys.argv[1:] if arguments is None else list(arguments))
+    if arguments is not None:
+        return run(arguments)
+    status = run(sys.argv[1:])
+    give_up_stderr()
+    return status

@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from d1_signer.cli._help import HelpContext, with_our_help
 from d1_signer.cli._output import (
     Output,
     StdoutError,
@@ -46,7 +47,9 @@ _COMMANDS = {
         "audit",
         "The audit trail: who signed what, when, and whether the list is whole.",
     ),
+    "demo": ("demo", "demo", "Go the whole way on this machine: a key, a token, a call."),
     "sandbox": ("sandbox", "sandbox", "Run a sandbox of D1 on 127.0.0.1."),
+    "softhsm": ("softhsm", "softhsm", "Run a command with a throw-away HSM (SoftHSM)."),
 }
 
 
@@ -67,7 +70,7 @@ class _Late(MutableMapping[str, click.Command]):
             module, attribute, _ = _COMMANDS[name]
             found = getattr(importlib.import_module(f"d1_signer.cli.{module}"), attribute)
             assert isinstance(found, click.Command)  # noqa: S101 (tells the type checker)
-            self._loaded[name] = found
+            self._loaded[name] = with_our_help(found)
         return self._loaded[name]
 
     def __setitem__(self, name: str, command: click.Command) -> None:
@@ -85,6 +88,8 @@ class _Late(MutableMapping[str, click.Command]):
 
 class _Commands(click.Group):
     """The group, which tells about its commands without importing them."""
+
+    context_class: type[click.Context] = HelpContext
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         """Their names, see `click.Group`."""
@@ -122,7 +127,7 @@ def cli(context: click.Context, *, output: Output) -> None:
     """
     if context.invoked_subcommand is None:
         if not output.json:
-            output.note(f"{context.get_help()}\n")
+            output.note(f"{context.get_help()}\n", verbatim=True)
         raise click.ClickException("Missing command.")
 
 
@@ -192,7 +197,7 @@ def _report_defect(error: Exception, output: Output) -> None:
         )
     )
     if output.verbosity > 1:
-        output.note("".join(traceback.format_tb(error.__traceback__)))
+        output.note("".join(traceback.format_tb(error.__traceback__)), verbatim=True)
 
 
 @contextlib.contextmanager

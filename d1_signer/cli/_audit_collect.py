@@ -82,7 +82,7 @@ def collect(
         return
     if output_file is None:
         to_stdout(content)
-    output.note(f"Verifier key of the collection  {key}")
+    output.note(f"Verifier key of the collection  {key}", verbatim=True)
 
 
 def _checkpoints(name: str) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import click
 
 from d1_signer.cli._output import Output, printable, with_output_options
-from d1_signer.cli._trail_files import instances_of, unreadable
+from d1_signer.cli._trail_files import instances_of, moment_of, unreadable
 
 _PATIENCE = 30.0  # seconds for each question
 
@@ -33,11 +33,13 @@ _PATIENCE = 30.0  # seconds for each question
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
-    default=60.0,
+    type=click.IntRange(0, 86_400),
+    default=60,
     show_default=True,
-    help="Seconds between CloudTrail's time and the trail's.",
+    help="Seconds between the log's time and the trail's, by CloudTrail and at --from and --until.",
 )
+@click.option("--from", "earliest", metavar="TIME", callback=moment_of, help="From then on (UTC).")
+@click.option("--until", "latest", metavar="TIME", callback=moment_of, help="Before then (UTC).")
 @with_output_options
 @click.pass_context
 def reconcile(
@@ -50,7 +52,9 @@ def reconcile(
     kid: str | None,
     mount: str,
     audit_device: str,
-    tolerance: float,
+    tolerance: int,
+    earliest: str | None,
+    latest: str | None,
     output: Output,
 ) -> None:
     """Find what the device signed and the trail does not have.
@@ -65,8 +69,9 @@ def reconcile(
     if bool(openbao) is bool(cloudtrail):
         raise click.UsageError("Give files of --openbao, or of --cloudtrail.")
     instances = [instance for name in folder for instance in instances_of(name)]
+    period = reconciling.Period.of(earliest, latest)
     try:
-        uses = reconciling.recorded(instances, kid)
+        uses = period.near(reconciling.recorded(instances, kid), tolerance)
         if openbao:
             device = [
                 use
@@ -74,16 +79,17 @@ def reconcile(
                 for use in reconciling.vault_uses(Path(name), device_key, mount.strip("/"))
             ]
             with _Hashes(audit_device) as hashes:
-                found = reconciling.by_mark(uses, device, hashes.mark)
+                found = reconciling.by_mark(uses, period.within(device), hashes.mark)
         else:
             device = [
                 use
                 for name in cloudtrail
                 for use in reconciling.cloudtrail_uses(Path(name), device_key)
             ]
-            found = reconciling.by_time(uses, device, tolerance)
+            found = reconciling.by_time(uses, period.within(device), tolerance)
     except OSError as error:
         raise unreadable(error) from None
+    found = found._replace(unsigned=period.within(found.unsigned))
     _tell(found, output)
     if found.unrecorded or found.unsigned:
         context.exit(1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +13,15 @@ import click
 
 from d1_signer.cli._output import Output, printable, to_stdout, with_output_options
 from d1_signer.cli._output_file import OutputFile
-from d1_signer.cli._trail_files import instances_of, unreadable
+from d1_signer.cli._trail_files import instances_of, moment_of, unreadable
 
 if TYPE_CHECKING:
     from d1_signer.audit.showing import Shown
 
 _UNVERIFIED = "Nothing of this was verified; d1-signer audit verify does that."
+_AT_ONCE = 500  # lines that are written together
 _FIRST = ("action", "backend", "kid", "key", "purpose", "outcome")
 _NOT_SHOWN = {*_FIRST, "event", "number", "time", "references", "begin", "instance"}
-
-
-def _moment(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """A moment in the form that records have."""
-    if value is None:
-        return None
-    try:
-        told = datetime.fromisoformat(value)
-        told = told.replace(tzinfo=UTC) if told.tzinfo is None else told.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise click.BadParameter(
-            "it is no time such as 2026-11-27T09:00:00Z or 2026-11-27."
-        ) from None
-    return told.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
 
 
 @click.command()
@@ -43,8 +29,8 @@ def _moment(_: click.Context, __: click.Parameter, value: str | None) -> str | N
 @click.option("--kid", metavar="KID", help="Of this key alone.")
 @click.option("--jti", metavar="JTI", help="Of the assertion with this jti alone.")
 @click.option("--purpose", metavar="TEXT", help="Of signatures for this alone.")
-@click.option("--from", "earliest", metavar="TIME", callback=_moment, help="From then on (UTC).")
-@click.option("--until", "latest", metavar="TIME", callback=_moment, help="Before then (UTC).")
+@click.option("--from", "earliest", metavar="TIME", callback=moment_of, help="From then on (UTC).")
+@click.option("--until", "latest", metavar="TIME", callback=moment_of, help="Before then (UTC).")
 @click.option(
     "--html",
     "html",
@@ -89,8 +75,10 @@ def show(
             shown = list(islice(found, MOST_RECORDS + 1))
             file.write(page(shown).encode(), f"{min(len(shown), MOST_RECORDS)} records", output)
         else:
-            for instance, members in found:
-                to_stdout(_json(instance, members) if output.json else _line(instance, members))
+            tell = to_stdout if output.json else output.line
+            lines = starmap(_json if output.json else _line, found)
+            while together := list(islice(lines, _AT_ONCE)):
+                tell("\n".join(together))
     except OSError as error:
         raise unreadable(error) from None
     output.note(_UNVERIFIED)

@@ -15,27 +15,18 @@ import click
 from click.core import ParameterSource
 
 from d1_signer.errors import ConfigurationError, KeyUriError
+from d1_signer.secret import holds_key
 from d1_signer.signing.key_uri import scheme_of, split_fragment
 
 if TYPE_CHECKING:
     from cryptography import x509
 
-# PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
-# (RFC 5958 section 2, RFC 5915 section 3).
-_KEY_ITSELF = re.compile(
-    r"-----BEGIN|^\s*\{|M[A-Za-z0-9+/]{2,5}(?:AgE|CAQ|IBA)[A-Za-z0-9+/=_-]{40}"
-)
 _KEY_HINT = (
     "Put the key into a file of its own (chmod 600) and give {form}; replace the key if others may "
     "have seen it."
 )
 _PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
 _PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
-
-
-def holds_key_itself(value: str) -> bool:
-    """Whether a setting holds a key: in PEM, as a JWK, or as base64 of DER."""
-    return _KEY_ITSELF.search(value) is not None
 
 
 def checked_keys(
@@ -48,7 +39,7 @@ def checked_keys(
         click.UsageError: One has a PIN in it and comes from the command line.
     """
     name = _name(context, parameter)
-    if any(map(holds_key_itself, value)):
+    if any(map(holds_key, value)):
         raise KeyUriError(
             f"{name} holds a key itself and not its URI.",
             hint=_KEY_HINT.format(form="file:///PATH"),
@@ -100,7 +91,7 @@ def checked_path(
     Raises:
         ConfigurationError: It is what the file should hold.
     """
-    if value is not None and holds_key_itself(value):
+    if value is not None and holds_key(value):
         raise ConfigurationError(
             f"{_name(context, parameter)} holds PEM or a key itself and not the path of its file.",
             hint=_KEY_HINT.format(form="its path"),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import threading
 import time
@@ -18,12 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from d1_signer.cli._checking_trail import check_trail
 from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist
 from d1_signer.cli._connection import Connection
 from d1_signer.cli._opening import Opening
 from d1_signer.cli._output import moment, said
 from d1_signer.cli._settings import Issuer, Keys
-from d1_signer.cli._trail import current_trail
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -50,7 +49,10 @@ def take_steps(
     checklist: Checklist, keys: Keys, issuer: Issuer, connection: Connection, warn_days: int | None
 ) -> None:
     """Take all steps that the settings allow."""
-    _check_trail(checklist)
+    if not check_trail(checklist):
+        _skip_all(checklist, keys, issuer)
+        checklist.end()
+        return
     with ExitStack() as stack:
         signers = [
             (_about(keys, uri), _check_key(checklist, keys, uri, stack)) for uri in keys.uris
@@ -59,21 +61,14 @@ def take_steps(
     checklist.end()
 
 
-def _check_trail(checklist: Checklist) -> None:
-    """Record this check and seal it: what every signature of a service will need."""
-    trail = current_trail()
-    if trail is None:
-        return
-    checklist.begin(f"Audit trail {trail.folder}", f"audit trail {trail.folder}")
-    with checklist.step("audit-record") as detail:
-        trail.note("check", {})
-        space = os.statvfs(trail.folder)
-        detail(f"{space.f_bavail * space.f_frsize >> 20} MiB free")
-    with checklist.step("audit-seal") as detail:
-        if trail.seal():
-            detail(f"verifier key {trail.verifier_key()}")
-        else:
-            detail("nothing is sealed: no key is given (D1_AUDIT_KEY)")
+def _skip_all(checklist: Checklist, keys: Keys, issuer: Issuer) -> None:
+    reason = "the audit trail takes no record"
+    for uri in keys.uris:
+        checklist.begin(_shown_key(uri), _about(keys, uri))
+        checklist.skipped("key", reason)
+    checklist.begin(*_shown_environment(issuer.optional_environment()))
+    for name in (CERTIFICATE, ENDPOINT, ACCESS_TOKEN):
+        checklist.skipped(name, reason)
 
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from d1_signer.cli._output import Output, explanation, printable, to_stdout
+from d1_signer.cli._output import Output, explanation, printable
 from d1_signer.errors import ConfigurationError, D1SignerError
 
 CERTIFICATE = "client-certificate"
@@ -80,7 +80,7 @@ class Checklist:
         """Turn to a key or to the environment; see `Step`."""
         self._subject = subject
         self.go_on(about, **facts)
-        self._tell(printable(subject))
+        self._tell(printable(subject), heading=True)
 
     def go_on(self, about: str, **facts: str) -> None:
         """Turn to a part of it."""
@@ -160,9 +160,9 @@ class Checklist:
         told = ": ".join(printable(part) for part in (step.about, detail) if part)
         self._tell(f"  {step.status:<7}  {step.name:<18}  {told}".rstrip())
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, line: str, *, heading: bool = False) -> None:
         if not self.output.json:
-            to_stdout(line)
+            self.output.line(line, heading=heading)
 
 
 def _not_passed(name: str, reason: str) -> ConfigurationError:

@@ -81,13 +81,14 @@ def look(
         looked = [_looked_at(stack, one, policy) for one in _subjects(keys, client_key)]
         _require_one(looked)
         falls_short = any(one.unmet for one in looked)
+        made: bytes | None = None
         if bundle is not None and not falls_short:
             told = [(one.told, one.signer) for one in looked]
-            content = make_bundle(told, challenge=challenge, made_by=made_by, made_at=made_at)
-            bundle.write(content, "the bundle", output)
+            made = make_bundle(told, challenge=challenge, made_by=made_by, made_at=made_at)
+            bundle.write(made, "the bundle", output)
         if page_file is not None:
             shown = [(one.told, one.unmet) for one in looked]
-            content = page(shown, policy=policy, made_by=made_by, made_at=made_at)
+            content = page(shown, policy=policy, made_by=made_by, made_at=made_at, bundle=made)
             page_file.write(content, "the page", output)
     document = {
         "time": utc(made_at),

@@ -22,10 +22,9 @@ from urllib.parse import unquote
 
 import click
 
-from d1_signer.cli._callbacks import holds_key_itself
 from d1_signer.cli._output import Command
 from d1_signer.errors import D1SignerError
-from d1_signer.secret import SecretSource, shown_path
+from d1_signer.secret import SecretSource, holds_key, shown_path
 
 if TYPE_CHECKING:
     from d1_signer.es256 import PublicKey
@@ -171,7 +170,7 @@ def _pairs(texts: Iterable[str], where: str) -> dict[str, str]:
             raise click.UsageError(
                 f"{where} takes NAME=VALUE; a VALUE with blanks in it is quoted."
             )
-        if holds_key_itself(value):
+        if holds_key(value):
             raise click.UsageError(
                 f"{where} holds a key itself. Put it into a file of its own (chmod 600); replace "
                 "the key if others may have seen it."

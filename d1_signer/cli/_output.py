@@ -11,12 +11,16 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from d1_signer.cli._tty import is_terminal
 from d1_signer.errors import D1SignerError
+
+if TYPE_CHECKING:
+    from d1_signer.cli._terminal import Screen
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -91,15 +95,40 @@ class Output:
 
     json: bool = False
     verbosity: int = 0
+    _screens: dict[int, Screen] = field(default_factory=dict, repr=False)
 
-    def result(self, document: Mapping[str, object], text: str) -> None:
-        """Print a command's result: the document as one line of JSON, or the text."""
-        to_stdout(json.dumps(document) if self.json else text)
+    def result(self, document: Mapping[str, object], text: str, *, verbatim: bool = False) -> None:
+        """Print a command's result.
 
-    def note(self, text: str) -> None:
+        Args:
+            document: As one line of JSON where that is wanted.
+            text: Else; laid out where it goes to a terminal.
+            verbatim: Whether the text is to be copied, and so stays as it is.
+        """
+        if self.json:
+            to_stdout(json.dumps(document))
+        else:
+            self.line(text, verbatim=verbatim)
+
+    def line(self, text: str, *, heading: bool = False, verbatim: bool = False) -> None:
+        """Print lines of text to standard output; see `result`."""
+        screen = None if verbatim else self._screen(sys.stdout)
+        if screen is None:
+            to_stdout(text)
+            return
+        try:
+            screen.show(text, heading=heading)
+        except OSError as error:
+            raise _told(error) from None
+
+    def note(self, text: str, *, verbatim: bool = False) -> None:
         """Tell a person something beside the result; never on standard output."""
         with contextlib.suppress(OSError):  # it is closed or full: nothing is left to tell it to
-            click.echo(text, err=True)
+            screen = None if verbatim else self._screen(sys.stderr)
+            if screen is None:
+                click.echo(text, err=True)
+            else:
+                screen.show(text)
 
     def failure(self, error: D1SignerError) -> None:
         """Print why the command failed: JSON on standard output, or text on standard error."""
@@ -109,6 +138,17 @@ class Output:
         self.note(f"Error: {printable(error.message)}")
         for line in explanation(error):
             self.note(f"  {line}")
+
+    def _screen(self, stream: TextIO | None) -> Screen | None:
+        """The stream as a terminal, if it is one."""
+        if stream is None or not is_terminal(stream):
+            return None
+        number = stream.fileno()
+        if number not in self._screens:
+            from d1_signer.cli._terminal import Screen  # it takes time, and a pipe needs none of it
+
+            self._screens[number] = Screen(stream)
+        return self._screens[number]
 
 
 def explanation(error: D1SignerError) -> list[str]:
@@ -122,6 +162,8 @@ def explanation(error: D1SignerError) -> list[str]:
 
 def printable(text: str) -> str:
     """The text with control characters escaped: a device or a server may have chosen it."""
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

@@ -48,6 +48,16 @@ def give_up_stdout() -> None:
         _lead_nowhere(sys.stdout.fileno())
 
 
+def give_up_stderr() -> None:
+    """Drop what standard error does not take: Python would try again at its end, for status 120."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be no file
+            _lead_nowhere(sys.stderr.fileno())
+
+
 def _lead_nowhere(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     if nowhere == descriptor:  # it was free

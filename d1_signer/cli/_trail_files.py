@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from d1_signer.audit import folder as folders
 from d1_signer.errors import AuditError, ConfigurationError
@@ -55,6 +58,20 @@ def instances_of(name: str) -> list[Path]:
         return folders.instances(path)
     except OSError as error:
         raise unreadable(error) from None
+
+
+def moment_of(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A moment in the form that records have."""
+    if value is None:
+        return None
+    try:
+        told = datetime.fromisoformat(value)
+        told = told.replace(tzinfo=UTC) if told.tzinfo is None else told.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(
+            "it is no time such as 2026-11-27T09:00:00Z or 2026-11-27."
+        ) from None
+    return told.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
 
 
 def read_file(name: str | Path) -> bytes:

@@ -103,12 +103,14 @@ def verify(
     whole = bool(reports) and not findings
     document = {
         "whole": whole,
+        "unsealed": sum(report.records - report.sealed for report in reports),
         "instances": [
             {
                 "instance": report.name,
                 "records": report.records,
                 "sealed": report.sealed,
                 "checkpoints": report.checkpoints,
+                "origins": report.origins,
                 "unfinished": report.unfinished,
                 "notes": report.notes,
                 "findings": [
@@ -129,7 +131,7 @@ def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
         lines.append(printable(f"Instance {report.name}"))
         lines.append(
             f"  {report.records} records, {report.sealed} of them sealed by {report.checkpoints} "
-            f"checkpoints; {report.unfinished} begun without an end"
+            f"checkpoints{_of(report.origins)}; {report.unfinished} begun without an end"
         )
         lines += (f"  note     {printable(note)}" for note in report.notes)
         for finding in report.findings:
@@ -138,8 +140,19 @@ def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
     found = sum(len(report.findings) for report in reports)
     if not reports:
         lines.append("FINDING  There is no instance of an audit trail in these folders.")
-    lines += ["", "Whole: nothing was found." if whole else f"Not whole: {found or 1} found."]
+    unsealed = sum(report.records - report.sealed for report in reports)
+    if not whole:
+        lines += ["", f"Not whole: {found or 1} found."]
+    elif unsealed:
+        who = "anybody who can write the folder"
+        lines += ["", f"Nothing was found in what is sealed. {unsealed} records may be of {who}."]
+    else:
+        lines += ["", "Whole: nothing was found."]
     return "\n".join(lines)
+
+
+def _of(origins: Sequence[str]) -> str:
+    return f" of {printable(', '.join(origins))}" if origins else ""
 
 
 @audit.command()
@@ -234,4 +247,5 @@ def seal(
         for name, count in sealed.items()
     ]
     document = {"verifier_key": str(key), "sealed": sealed}
-    output.result(document, f"{table(('INSTANCE', 'RECORDS'), rows)}\n\nVerifier key  {key}")
+    told = f"{table(('INSTANCE', 'RECORDS'), rows)}\n\nVerifier key  {key}"
+    output.result(document, told, verbatim=True)

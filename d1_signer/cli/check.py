@@ -12,7 +12,7 @@ from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_op
 from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
 
 _STEPS = (
-    *("audit-record", "audit-seal"),
+    *("audit-record", "audit-folder", "audit-seal"),
     *PKCS11_STEPS,
     *("signature", "custody", CERTIFICATE, ENDPOINT, ACCESS_TOKEN),
 )

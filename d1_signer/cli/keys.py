@@ -24,6 +24,7 @@ from d1_signer.cli._output import (
 from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.cli._trail import current_trail, with_trail
+from d1_signer.cli._tty import is_terminal
 from d1_signer.errors import ConfigurationError
 from d1_signer.signing.key_uri import split_fragment
 
@@ -87,14 +88,10 @@ def _encode(signers: tuple[Signer, ...], form: str) -> tuple[bytes, object]:
 
 
 def _refuse_der_on_terminal(form: str, output_file: OutputFile | None, output: Output) -> None:
-    if form == "der" and not output.json and output_file is None and _at_terminal():
+    if form == "der" and not output.json and output_file is None and is_terminal(sys.stdout):
         raise ConfigurationError(
             "DER is binary and is not written to a terminal.", hint="Give -o FILE, or use a pipe."
         )
-
-
-def _at_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
 
 
 def _deliver(
@@ -199,4 +196,4 @@ def generate_key(keys: Keys, *, output: Output) -> None:
         "public_key": made.public_key.pem(),
     }
     told = facts({"Key URI": named, "kid": kid or thumbprint, "Thumbprint": thumbprint})
-    output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}")
+    output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}", verbatim=True)

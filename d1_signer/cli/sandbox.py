@@ -1,30 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`d1-signer sandbox`: a loopback D1 until Ctrl-C, SIGTERM or SIGHUP."""
+"""`d1-signer sandbox`: a loopback D1 for a command, or until Ctrl-C, SIGTERM or SIGHUP."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import shlex
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from d1_signer.cli._output import OptionsOnly, Output, printable, setting, with_output_options
+from d1_signer.cli._command import WithCommand, exports, stdout_descriptor
+from d1_signer.cli._options import VARIABLE
+from d1_signer.cli._output import Output, printable, setting, with_output_options
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.errors import ConfigurationError, InvalidKeyError
 from d1_signer.sandbox import Fault
+from d1_signer.sandbox.commands import PASSED_ON, signals_held, unless_ignored
 from d1_signer.secret import shown_path
 
 if TYPE_CHECKING:
     from d1_signer.es256 import PublicKey
     from d1_signer.sandbox import Sandbox
 
+# What a command must not get from our own environment.
+_TLS_SETTINGS = frozenset({"D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE"})
+_ALL_SETTINGS = _TLS_SETTINGS | {"D1_SIGNER_KEY", "D1_SIGNER_KID", VARIABLE}
 
-@click.command(cls=OptionsOnly)
+
+@click.command(cls=WithCommand)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="TCP port. [default: free]")
 @click.option("--http", "plain", is_flag=True, help="Plain http instead of mutual TLS.")
 @setting(
@@ -63,7 +72,9 @@ if TYPE_CHECKING:
     help="Seconds that access tokens live.",
 )
 @with_output_options
+@click.pass_context
 def sandbox(
+    context: click.Context,
     keys: Keys,
     *,
     port: int,
@@ -73,12 +84,15 @@ def sandbox(
     fault: str | None,
     parameters: tuple[str, ...],
     token_lifetime: float,
+    command: tuple[str, ...],
     output: Output,
 ) -> None:
     """Run a sandbox of D1 on 127.0.0.1.
 
-    It is for demos and tests, prints the shell's exports for the other commands, and runs until
-    Ctrl-C. It is no place for production keys.
+    With COMMAND, it runs that with the sandbox's settings in its environment, and a new key of its
+    own where none is given, and ends with its exit status; signals are passed on. Without COMMAND,
+    it prints the shell's exports for the other commands, and runs until Ctrl-C. It is for demos and
+    tests, and no place for production keys.
     """
     from d1_signer.sandbox import Sandbox
 
@@ -91,16 +105,39 @@ def sandbox(
         server.misbehave(fault, **order)
     elif order:
         raise click.UsageError("--fault-parameter needs --fault.")
-    with _signals_held() as ending, server:
-        variables = _variables(server, issuer_id, plain=plain)
+    if command:
+        context.exit(_run(command, server, keys, registered=bool(known)))
+    _serve(server, list(known), output)
+
+
+def _run(command: Sequence[str], server: Sandbox, keys: Keys, *, registered: bool) -> int:
+    """Run a command with what it needs to get a token; its exit status."""
+    with signals_held(*unless_ignored(*PASSED_ON)) as held, server, ExitStack() as stack:
+        if keys.uris:
+            replaced, settings = _ALL_SETTINGS, _settings_of(keys)
+        elif registered:  # the command has the key
+            replaced, settings = _TLS_SETTINGS, {}
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="d1-signer-key-"))
+            replaced, settings = _ALL_SETTINGS, _new_key(Path(folder), server, keys.kid)
+        inherited = {name: value for name, value in os.environ.items() if name not in replaced}
+        environment = {**inherited, **server.variables, **settings}
+        return held.run(command, environment, stdout=stdout_descriptor())
+
+
+def _serve(server: Sandbox, kids: list[str], output: Output) -> None:
+    # Where the terminal has gone; not so under nohup.
+    ending = (signal.SIGINT, signal.SIGTERM, *unless_ignored(signal.SIGHUP))
+    with signals_held(*ending) as held, server:
+        variables = server.variables
         document = {
             "token_endpoint": server.token_endpoint,
             "banking_url": server.banking_url,
-            "kids": list(known),
+            "kids": kids,
             "variables": variables,
         }
-        output.result(document, _instructions(variables, list(known)))
-        signal.sigwait(ending)
+        output.result(document, _instructions(variables, kids), verbatim=True)
+        held.wait()
     if not output.json:
         counted = server.counters
         output.note(
@@ -149,32 +186,27 @@ def _read_parameter(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _variables(server: Sandbox, issuer_id: str, *, plain: bool) -> dict[str, str]:
-    variables = {"D1_ENVIRONMENT": server.base_url, "D1_ISSUER_ID": issuer_id}
-    if not plain:
-        variables |= {
-            "D1_CLIENT_CERT": str(server.client_certificate),
-            "D1_CLIENT_KEY": str(server.client_key),
-            "D1_CA_FILE": str(server.ca_file),
-        }
+def _settings_of(keys: Keys) -> dict[str, str]:
+    """The keys of this run as variables, since they may have been flags."""
+    variables = {"D1_SIGNER_KEY": " ".join(keys.uris)}
+    if keys.kid is not None:
+        variables["D1_SIGNER_KID"] = keys.kid
+    if keys.options.given:
+        options = (f"{name}={value}" for name, value in keys.options.given.items())
+        variables[VARIABLE] = shlex.join(options)
     return variables
 
 
-def _instructions(variables: dict[str, str], kids: list[str]) -> str:
+def _new_key(folder: Path, server: Sandbox, kid: str | None) -> dict[str, str]:
+    """Make a key in a file, and have it known; the settings of its user."""
+    from d1_signer.signing.opening import generate_key
+
+    made = generate_key((folder / "key.pem").as_uri())
+    kid = kid or made.public_key.thumbprint()
+    server.register_key(kid, made.public_key.jwk())
+    return {"D1_SIGNER_KEY": made.uri, "D1_SIGNER_KID": kid}
+
+
+def _instructions(variables: Mapping[str, str], kids: list[str]) -> str:
     known = ", ".join(map(printable, kids)) or "none, see --key and --register"
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
-    return f"# D1 sandbox until Ctrl-C. Keys: {known}. In another shell:\n{exports}"
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[set[signal.Signals]]:
-    """Hold back what ends the command, for `signal.sigwait`; threads that start here inherit it."""
-    ending = {signal.SIGINT, signal.SIGTERM}
-    # The terminal has gone; not so under nohup, whose ignored SIGHUP sigwait would still receive.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        ending.add(signal.SIGHUP)
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
-    try:
-        yield ending
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return f"# D1 sandbox until Ctrl-C. Keys: {known}. In another shell:\n{exports(variables)}"

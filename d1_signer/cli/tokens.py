@@ -48,7 +48,7 @@ def token(
         "environment": fetcher.environment.base_url,
     }
     if show_token:
-        output.result({**document, "access_token": got.value}, got.value)
+        output.result({**document, "access_token": got.value}, got.value, verbatim=True)
         return
     text = facts(
         {
@@ -99,7 +99,7 @@ def assertion(
             output.note(
                 f"It grants an access token to whoever has it until {moment(claims['exp'])}."
             )
-        output.result({**document, "assertion": signed}, signed)
+        output.result({**document, "assertion": signed}, signed, verbatim=True)
         return
     moments = {name: f"{claims[name]}: {moment(claims[name])}" for name in ("iat", "exp")}
     text = "\n".join(

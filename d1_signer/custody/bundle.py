@@ -24,6 +24,7 @@ PURPOSE = "custody-bundle"
 # What a key signs begins with it, so that it is nothing else that a key of ours ever signs.
 DOMAIN = b"d1_signer custody bundle 1\n"
 LONGEST_CHALLENGE = 1024
+USES = frozenset({"assertion", "client", "audit"})
 _SIGNATURES = "signatures"
 
 
@@ -81,9 +82,7 @@ def make_bundle(
         ConfigurationError: The challenge is empty, too long or not printable.
         SignerError: A key does not sign.
     """
-    if challenge is not None and (
-        not 0 < len(challenge) <= LONGEST_CHALLENGE or not challenge.isprintable()
-    ):
+    if challenge is not None and not is_challenge(challenge):
         raise ConfigurationError(
             f"The challenge is empty, longer than {LONGEST_CHALLENGE} characters, or not printable."
         )
@@ -102,6 +101,11 @@ def make_bundle(
         for _, signer in keys
     ]
     return encoded(document)
+
+
+def is_challenge(text: str) -> bool:
+    """Whether a text can be what an auditor chose."""
+    return 0 < len(text) <= LONGEST_CHALLENGE and text.isprintable()
 
 
 def encoded(document: dict[str, object]) -> bytes:

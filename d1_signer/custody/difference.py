@@ -31,11 +31,11 @@ def changes(old: Checked, new: Checked) -> list[Change]:
     """What has changed from one bundle to another, key by key."""
     before, after = _reports(old), _reports(new)
     found: list[Change] = []
-    for thumbprint in sorted({*before, *after}):
-        was, now = before.get(thumbprint), after.get(thumbprint)
+    for use, thumbprint in sorted({*before, *after}):
+        was, now = before.get((use, thumbprint)), after.get((use, thumbprint))
         if was is None or now is None:
             kids = [None if report is None else report.kid for report in (was, now)]
-            found.append(Change(key=thumbprint, what="key", before=kids[0], after=kids[1]))
+            found.append(Change(key=thumbprint, what=f"key ({use})", before=kids[0], after=kids[1]))
             continue
         told = [dict(_told(report)) for report in (was, now)]
         names = [*told[0], *(name for name in told[1] if name not in told[0])]
@@ -47,13 +47,16 @@ def changes(old: Checked, new: Checked) -> list[Change]:
     return found
 
 
-def _reports(checked: Checked) -> dict[str, CustodyReport]:
-    return {key.report.thumbprint: key.report for key in checked.keys if key.report is not None}
+def _reports(checked: Checked) -> dict[tuple[str, str], CustodyReport]:
+    """By use and thumbprint: one key may sign assertions and be the client's."""
+    found = [(key.use, key.report) for key in checked.keys if key.report is not None]
+    return {(use, report.thumbprint): report for use, report in found}
 
 
 def _told(report: CustodyReport) -> list[tuple[str, str]]:
     evidence = report.evidence
-    plain = [("kid", report.kid), ("backend", report.backend), ("location", evidence.location)]
+    backend = report.plug_in or report.backend
+    plain = [("kid", report.kid), ("backend", backend), ("location", evidence.location)]
     answers = [(name, _answer(evidence, name)) for name in ANSWERS]
     facts: dict[str, list[str]] = {}
     for fact in evidence.facts:

@@ -6,13 +6,15 @@ Everything that a device, a service or a file has told is foreign text.
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections.abc import Sequence
 
+from d1_signer.attestation import PUBLISHED
 from d1_signer.custody.bundle import KeyReport
 from d1_signer.custody.chain import links
 from d1_signer.custody.evidence import ANSWERS, Attestation, Evidence
-from d1_signer.custody.policy import CustodyPolicy
+from d1_signer.custody.policy import WORDS, CustodyPolicy
 from d1_signer.custody.report import CustodyReport, Maker, utc
 from d1_signer.custody.style import STYLE
 
@@ -28,6 +30,13 @@ _USES = {
     "client": "client key of mutual TLS",
     "audit": "signs the audit trail's checkpoints",
 }
+_PUBLISHED = {anchor.spki_sha256: anchor.name for anchor in PUBLISHED}
+_WORDS = (
+    ("attested", "a device has signed it, and its signature leads to a key that is trusted"),
+    ("claimed", "the module or the service says so of itself, and nobody has signed it"),
+    ("unknown", "nobody says so"),
+    ("required", "the policy that is named at the top demands it"),
+)
 
 
 def page(
@@ -36,6 +45,7 @@ def page(
     policy: CustodyPolicy,
     made_by: Maker,
     made_at: int,
+    bundle: bytes | None = None,
 ) -> bytes:
     """Make the page.
 
@@ -44,13 +54,15 @@ def page(
         policy: What is demanded.
         made_by: Who makes the page.
         made_at: Seconds since the epoch.
+        bundle: The bundle that was made with it.
     """
     body = [
         '<header><p class="kind">Custody report</p>',
         _verdict(keys, policy),
-        _made(made_by, made_at),
+        _made(made_by, made_at, bundle),
         "</header>",
-        *(_key(told, unmet) for told, unmet in keys),
+        *(_key(told, unmet, policy) for told, unmet in keys),
+        _glossary(),
     ]
     # The policy of the page: nothing is loaded or run, even if foreign text were not escaped.
     head = (
@@ -64,12 +76,16 @@ def page(
     return f"{head}<body><main>\n{''.join(body)}\n</main></body></html>\n".encode()
 
 
-def _made(made_by: Maker, made_at: int) -> str:
+def _made(made_by: Maker, made_at: int, bundle: bytes | None) -> str:
+    digest = "" if bundle is None else hashlib.sha256(bundle).hexdigest()
+    beside = (
+        f" The one made with this page has the SHA-256 <code>{digest}</code>." if bundle else ""
+    )
     return (
-        f"<p>Made {_e(utc(made_at))} on {_e(made_by.host)} by {_e(made_by.user)}, with d1_signer "
-        f"{_e(made_by.d1_signer)} on Python {_e(made_by.python)}.</p>"
+        f"<p>Made {_e(utc(made_at))} on {_e(made_by.host)} as the user {_e(made_by.user)}, with "
+        f"d1_signer {_e(made_by.d1_signer)} on Python {_e(made_by.python)}.</p>"
         "<p>This page is not signed. The bundle (<code>d1-signer custody --bundle</code>) is, and "
-        "can be verified without d1_signer.</p>"
+        f"can be verified without d1_signer.{beside}</p>"
     )
 
 
@@ -85,14 +101,16 @@ def _e(value: object) -> str:
 def _verdict(keys: Sequence[tuple[KeyReport, Sequence[str]]], policy: CustodyPolicy) -> str:
     away = sum(told.report is None for told, _ in keys)
     short = sum(bool(unmet) for _, unmet in keys)
-    if away or short:
-        told = [f"{short} of {len(keys)} keys are not shown to be what is required"] * bool(short)
-        told += [f"{away} of {len(keys)} keys could not be asked"] * bool(away)
-        mark, text = "bad", "; ".join(told) + "."
+    met = len(keys) - away - short
+    told = [f"{short} of {len(keys)} keys not shown to be what is required"] * bool(short)
+    told += [f"{away} of {len(keys)} keys could not be asked"] * bool(away)
+    if told:
+        shown = f"{met} shown to be what is required" if policy.words else f"{met} told below"
+        mark, text = "bad", "; ".join([*told, shown]) + "."
     elif policy.words:
-        mark, text = "good", f"All keys ({len(keys)}) are shown to be what is required."
+        mark, text = "good", f"All keys ({met}) are shown to be what is required."
     else:
-        mark, text = "open", f"{len(keys)} keys; nothing was required, so judge for yourself."
+        mark, text = "open", f"{met} keys; nothing was required, so judge for yourself."
     words = ", ".join(policy.words) or "nothing"
     return (
         f'<h1 class="{mark}">{_e(text[0].upper() + text[1:])}</h1>'
@@ -107,12 +125,12 @@ def _founded(keys: Sequence[tuple[KeyReport, Sequence[str]]]) -> str:
     unknown = sum(getattr(evidence, name) is None for evidence, name in pairs)
     attested = sum(evidence.attested_by(name) is not None for evidence, name in pairs)
     return (
-        f"Of {len(pairs)} answers {attested} are attested by a device, "
+        f"Of {len(pairs)} answers about {len(known)} keys {attested} are attested by a device, "
         f"{len(pairs) - attested - unknown} are only claimed, {unknown} are unknown."
     )
 
 
-def _key(told: KeyReport, unmet: Sequence[str]) -> str:
+def _key(told: KeyReport, unmet: Sequence[str], policy: CustodyPolicy) -> str:
     use = _e(_USES.get(told.use, told.use))
     report = told.report
     if report is None:
@@ -125,14 +143,15 @@ def _key(told: KeyReport, unmet: Sequence[str]) -> str:
     evidence = report.evidence
     parts = [
         f'<h2>{_e(report.kid)}</h2><p class="use">{use}</p>',
-        f'<p class="bad">Not shown to be: {_e(", ".join(unmet))}.</p>' if unmet else "",
+        _result(unmet, policy),
         "<dl>",
         *_pair("Thumbprint (RFC 7638)", report.thumbprint),
         *_pair("Location", evidence.location),
         *_pair("Backend", report.plug_in or report.backend),
-        *_pair("Looked at", utc(report.collected_at)),
+        *_pair("Algorithm", "ES256 (P-256, SHA-256)"),
+        *_pair("Asked at", utc(report.collected_at)),
         "</dl>",
-        _answers(report),
+        _answers(report, policy),
         _not_proven(report),
         *map(_statement, evidence.attestations or ()),
         _facts(evidence),
@@ -140,28 +159,36 @@ def _key(told: KeyReport, unmet: Sequence[str]) -> str:
     return f"<section>{''.join(parts)}</section>"
 
 
+def _result(unmet: Sequence[str], policy: CustodyPolicy) -> str:
+    if unmet:
+        return f'<p class="bad result">Not shown to be: {_e(", ".join(unmet))}.</p>'
+    return '<p class="good result">Shown to be what is required.</p>' if policy.words else ""
+
+
 def _pair(name: str, value: str) -> tuple[str, str]:
     return f"<dt>{_e(name)}</dt>", f"<dd>{_e(value)}</dd>"
 
 
-def _answers(report: CustodyReport) -> str:
+def _answers(report: CustodyReport, policy: CustodyPolicy) -> str:
     rows = []
+    demanded = {name for name in WORDS.values() if getattr(policy, name)}
+    # The policy's word is about what can be now, as the answer is about what cannot.
+    demanded |= {"exportable"} if "non_exportable" in demanded else set()
     for name, (good, bad) in _NAMES.items():
         answer: bool | None = getattr(report.evidence, name)
         by = report.evidence.attested_by(name)
-        if answer is None:
-            rows.append(f'<li class="open"><b>{_e(good)}</b><span>unknown</span></li>')
-            continue
         holds = answer is ANSWERS[name][0]
-        who = (
-            f"claimed by {report.backend}"
-            if by is None
-            else f"attested by {by.verified.device} ({by.statement.format})"
-        )
-        mark = ("good" if by else "claim") if holds else "bad"
-        rows.append(
-            f'<li class="{mark}"><b>{_e(good if holds else bad)}</b><span>{_e(who)}</span></li>'
-        )
+        if answer is None:
+            mark, who = "open", "unknown"
+        elif by is None:
+            mark, who = "claim" if holds else "bad", f"claimed by {report.backend}"
+        else:
+            mark = "good" if holds else "bad"
+            who = f"attested by {by.verified.device} ({by.statement.format})"
+            who += ", within the limits below" if by.verified.limits else ""
+        who = f"required; {who}" if name in demanded else who
+        text = bad if answer is not None and not holds else good
+        rows.append(f'<li class="{mark}"><b>{_e(text)}</b><span>{_e(who)}</span></li>')
     return f'<ul class="answers">{"".join(rows)}</ul>'
 
 
@@ -187,13 +214,16 @@ def _not_proven(report: CustodyReport) -> str:
 def _statement(one: Attestation) -> str:
     verified = one.verified
     steps = [
-        ("This key", f"signed about by {verified.device}"),
+        ("This key", f"{verified.device} has signed a statement about it"),
         (f"{one.statement.format} statement", _stated(one)),
         *(
             (link.subject, f"certified by {link.issuer}, until {link.until}")
-            for link in links(one.statement)
+            for link in links(verified)
         ),
-        ("Trusted key", f"SHA-256 {verified.anchor}"),
+        (
+            f"Trusted: {_PUBLISHED.get(verified.anchor, 'a key that the operator has named')}",
+            f"SHA-256 of its SubjectPublicKeyInfo: {verified.anchor}",
+        ),
     ]
     items = "".join(f"<li><b>{_e(name)}</b><span>{_e(text)}</span></li>" for name, text in steps)
     return f'<h3>Statement of {_e(verified.device)}</h3><ol class="chain">{items}</ol>'
@@ -217,3 +247,8 @@ def _facts(evidence: Evidence) -> str:
         "<h3>Evidence</h3><table><thead><tr><th>Fact</th><th>Value</th><th>Source</th>"
         f"<th>Assurance</th></tr></thead><tbody>{rows}</tbody></table>"
     )
+
+
+def _glossary() -> str:
+    rows = "".join("".join(_pair(word, meaning)) for word, meaning in _WORDS)
+    return f"<section><h3>The words</h3><dl>{rows}</dl></section>"

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from asn1crypto import pem, x509
+from asn1crypto import x509
 
 from d1_signer.attestation import (
     FORMATS,
@@ -18,6 +19,7 @@ from d1_signer.attestation import (
     read_anchors,
     verify,
 )
+from d1_signer.attestation.certificates import armoured
 from d1_signer.custody.evidence import Attestation, Evidence, Fact
 from d1_signer.errors import ConfigurationError
 from d1_signer.es256 import PublicKey
@@ -28,6 +30,8 @@ from d1_signer.secret import read_public_file, shown_path, unreadable
 TPM_PARTS = ("attest", "signature", "public", "ak_public", "creation_data")
 _TPM = "tpm2"
 _INSTEAD = "instead"
+_BEGIN = "-----BEGIN "
+_LINE = re.compile(r"^[ \t]*(?:[0-9A-Fa-f]{2}:?){32}(?![^\s#])", re.MULTILINE)
 
 
 Anchors = frozenset[Anchor]
@@ -37,7 +41,7 @@ def read_anchor_file(path: str | None) -> Anchors:
     """What is trusted: the published anchors, and with them those of a file.
 
     The file has a line for each, as `read_anchors` has it, or is PEM of the vendors' certificates.
-    Where its first line is ``instead``, only what follows is trusted.
+    Where its first line is ``instead``, only what follows is trusted. It is lines or PEM, not both.
 
     Raises:
         ConfigurationError: It cannot be read, or names no anchor.
@@ -46,12 +50,10 @@ def read_anchor_file(path: str | None) -> Anchors:
         return PUBLISHED
     content = _read(path)
     try:
-        if pem.detect(content):
-            return PUBLISHED | {_anchor(der) for _, _, der in pem.unarmor(content, multiple=True)}
         first, _, rest = content.decode().lstrip().partition("\n")
         if first.strip() == _INSTEAD:
-            return read_anchors(rest)
-        return PUBLISHED | read_anchors(content.decode())
+            return _anchors(rest)
+        return PUBLISHED | _anchors(content.decode())
     except (ValueError, TypeError, AttestationError) as error:
         reason = error.message if isinstance(error, AttestationError) else "neither lines nor PEM"
     raise ConfigurationError(
@@ -59,6 +61,14 @@ def read_anchor_file(path: str | None) -> Anchors:
         hint="Each line is the SHA-256 of a key in hexadecimal and a name; or give certificates in "
         "PEM.",
     )
+
+
+def _anchors(text: str) -> Anchors:
+    if _BEGIN not in text:
+        return read_anchors(text)
+    if _LINE.search(text):
+        raise ValueError
+    return frozenset(map(_anchor, armoured(text.encode(), "CERTIFICATE")))
 
 
 def _anchor(der: bytes) -> Anchor:

@@ -8,14 +8,17 @@ STYLE = """
 --paper:#0d1117;--card:#151b23;--good:#56d364;--bad:#ff7b72;--claim:#e3b341}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif}
+font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
 main{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 3rem}
 h1{font-size:1.6rem;line-height:1.25;margin:.2rem 0 .6rem}
 h2{font-size:1.25rem;margin:0;overflow-wrap:anywhere}
 h3{font-size:1rem;margin:1.6rem 0 .5rem}
-header p{margin:.2rem 0;color:var(--soft)}
+header p{margin:.2rem 0;color:var(--soft);overflow-wrap:anywhere}
 .kind{text-transform:uppercase;letter-spacing:.08em;font-size:.8rem}
 .use{margin:.1rem 0 1rem;color:var(--soft)}
+.result{font-weight:600;margin:.1rem 0 1rem}
+.result.good::before{content:"\\2713  "}.result.bad::before{content:"\\2717  "}
+section>h3:first-child{margin-top:0}
 .good{color:var(--good)}.bad{color:var(--bad)}.claim{color:var(--claim)}.open{color:var(--soft)}
 section{margin-top:1.5rem;padding:1.25rem;border:1px solid var(--line);border-radius:.5rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:0}
@@ -50,5 +53,7 @@ dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}section{padding:1rem}}
 @media print{:root{--ink:#000;--soft:#333;--line:#999;--paper:#fff;--card:#fff;--good:#000;
 --bad:#000;--claim:#000}body{font-size:10pt}main{max-width:none;padding:0}
 section{border:0;border-top:1px solid #000;border-radius:0;padding:.8rem 0}
-.answers li,.chain li,tr{break-inside:avoid}h2,h3{break-after:avoid}}
+.answers li,.chain,tr{break-inside:avoid}
+@page{margin:1.5cm;@bottom-right{content:counter(page) " / " counter(pages);font-size:8pt}}
+h2,h3{break-after:avoid}}
 """.strip()

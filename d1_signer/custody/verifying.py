@@ -14,14 +14,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from d1_signer.attestation import AttestationError, Statement
-from d1_signer.custody.bundle import VERSION, encoded, signed_part
+from d1_signer.custody.bundle import USES, VERSION, encoded, is_challenge, signed_part
 from d1_signer.custody.evidence import Attestation, Evidence, Fact
-from d1_signer.custody.report import CustodyReport, Maker
+from d1_signer.custody.report import CustodyReport, Maker, utc
 from d1_signer.custody.statements import Anchors, attested
 from d1_signer.errors import CustodyError, D1SignerError
 from d1_signer.es256 import PublicKey, raw_from_der
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
+_BUNDLE = ("d1_signer_custody_bundle", "challenge", "time", "made_by", "keys", "signatures")
+_MAKER = ("host", "user", "d1_signer", "python")
+_KEY = ("use", "public_key", "report", "statements")
+_AWAY = ("use", "location", "error")
+_ERROR = ("code", "message", "hint", "retryable", "details")
+_STATEMENT = ("format", "content", "certificates", "nonce", "parts")
+_MOST_STATEMENTS = 8  # each may cost three times 64 signatures
 # Formats whose statements can carry what an auditor chose.
 _WITH_NONCE = frozenset({"tpm2", "yubihsm"})
 
@@ -92,7 +99,8 @@ def check_bundle(
     except CustodyError:
         raise
     except (
-        *(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
+        *(ValueError, TypeError, KeyError, AttributeError, RecursionError),
+        *(OverflowError, OSError),  # a time that is too far away
         D1SignerError,  # what stands there as a public key is none
     ):
         raise _none("it is no such JSON object") from None
@@ -123,12 +131,14 @@ def _checked(
         raise _none(f"it does not say that it is one of version {VERSION}")
     if encoded(document) != content:
         raise _none("its bytes are not in the form that it has; something has changed them")
-    names = ["d1_signer_custody_bundle", "challenge", "time", "made_by", "keys", "signatures"]
-    if [*document] != names or len(document["keys"]) != len(document["signatures"]):
-        raise _none("its members are not those of one")
+    _members(document, _BUNDLE)
+    if len(document["keys"]) != len(document["signatures"]):
+        raise _none("it has not one signature for each key")
     made_at = calendar.timegm(time.strptime(document["time"], _TIME))
-    findings = []
     made_for = _text(document["challenge"], none=True)
+    if utc(made_at) != document["time"] or not (made_for is None or is_challenge(made_for)):
+        raise _none("its time or its challenge is not written as one")
+    findings = []
     held = _Held(signed_part(content), anchors, made_for, made_at)
     keys = tuple(
         _key(told, signature, held)
@@ -144,7 +154,7 @@ def _checked(
     return Checked(
         challenge=made_for,
         made_at=made_at,
-        made_by=Maker(**{name: _text(value) for name, value in document["made_by"].items()}),
+        made_by=_maker(document["made_by"]),
         keys=keys,
         findings=tuple(findings),
     )
@@ -152,17 +162,16 @@ def _checked(
 
 def _key(told: Mapping[str, Any], signature: object, held: _Held) -> CheckedKey:
     use = _text(told["use"])
+    if use not in USES:
+        raise _none("a key in it is for something that no key of ours is for")
     if "report" not in told:
-        location, error = _text(told["location"]), told["error"] or {}
-        if signature is not None:
-            raise _none("a key without a report has signed")
-        away = f"The key {location} could not be asked: {_text(error.get('message', ''))}"
-        return CheckedKey(use=use, report=None, location=location, findings=(away,))
+        return _away(told, signature)
+    _members(told, _KEY)
     findings = []
     der = _bytes(told["public_key"])
     public_key = PublicKey.from_der(der)
     report = _report(told["report"])
-    if report.to_dict() != told["report"]:
+    if encoded(report.to_dict()) != encoded(told["report"]):
         raise _none("a report in it is not in the form that it has, or calls a fact attested")
     if public_key.der() != der or public_key.thumbprint() != report.thumbprint:
         findings.append(f"The report of {report.kid} is about another key than the one given.")
@@ -173,6 +182,8 @@ def _key(told: Mapping[str, Any], signature: object, held: _Held) -> CheckedKey:
         findings.append(f"The key {report.thumbprint} has not signed this.")
     found: list[Attestation] = []
     fresh: list[bool] = []
+    if len(told["statements"]) > _MOST_STATEMENTS:
+        raise _none(f"a key in it has more than {_MOST_STATEMENTS} statements")
     for one in told["statements"]:
         try:
             statement = _statement(one)
@@ -190,6 +201,19 @@ def _key(told: Mapping[str, Any], signature: object, held: _Held) -> CheckedKey:
         findings=tuple(findings),
         fresh=tuple(fresh),
     )
+
+
+def _away(told: Mapping[str, Any], signature: object) -> CheckedKey:
+    """A key that could not be asked."""
+    _members(told, _AWAY)
+    location, error = _text(told["location"]), told["error"]
+    if signature is not None:
+        raise _none("a key without a report has signed")
+    if error is not None:
+        _members(error, _ERROR)
+    said = "" if error is None else _text(error["message"])
+    finding = f"The key {location} could not be asked: {said}"
+    return CheckedKey(use=told["use"], report=None, location=location, findings=(finding,))
 
 
 def _attested(statement: Statement, public_key: PublicKey, held: _Held) -> tuple[Attestation, bool]:
@@ -229,11 +253,23 @@ def _report(told: Mapping[str, Any]) -> CustodyReport:
         collected_at=_number(told["collected_at"]),
         evidence=evidence,
         plug_in=None if told["plug_in"] is None else _text(told["plug_in"]),
-        made_by=None if made_by is None else Maker(**{n: _text(v) for n, v in made_by.items()}),
+        made_by=None if made_by is None else _maker(made_by),
     )
 
 
+def _maker(told: Mapping[str, Any]) -> Maker:
+    _members(told, _MAKER)
+    return Maker(**{name: _text(value) for name, value in told.items()})
+
+
+def _members(told: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Those of docs/custody/format.md, in its order: nothing stands there that nobody reads."""
+    if not isinstance(told, dict) or tuple(told) != names:
+        raise _none("its members are not those of one")
+
+
 def _statement(told: Mapping[str, Any]) -> Statement:
+    _members(told, _STATEMENT)
     parts, nonce = told["parts"], told["nonce"]
     return Statement(
         format=_text(told["format"]),

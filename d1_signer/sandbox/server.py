@@ -137,6 +137,18 @@ class Sandbox:
         return self._origin() + BANKING_PATH
 
     @property
+    def variables(self) -> dict[str, str]:
+        """The settings of a client of it, under the names of `d1-signer`'s variables."""
+        variables = {"D1_ENVIRONMENT": self.base_url, "D1_ISSUER_ID": self._issuer_id}
+        if self._tls:
+            variables |= {
+                "D1_CLIENT_CERT": str(self.client_certificate),
+                "D1_CLIENT_KEY": str(self.client_key),
+                "D1_CA_FILE": str(self.ca_file),
+            }
+        return variables
+
+    @property
     def ca_file(self) -> Path:
         """The certificate of the run's authority, PEM."""
         return self._folder().ca_file

@@ -131,18 +131,3 @@ def guarded(backend: str, function: Callable[_P, _T], *args: _P.args, **options:
         f"The {backend} backend failed with {kind}.",
         hint="This is a defect of the backend; report it to its maintainers.",
     )
-
-
-def evidence_of(backend: Backend) -> Evidence:
-    """What a backend knows about the custody of its key.
-
-    Raises:
-        SignerError: It cannot ask, or gives no evidence.
-    """
-    evidence = guarded(backend.name, backend.custody)
-    if not isinstance(evidence, Evidence):
-        raise SignerError(
-            f"The {backend.name} backend gave no evidence.",
-            hint="This is a defect of the backend; report it to its maintainers.",
-        )
-    return evidence

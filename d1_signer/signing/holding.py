@@ -47,7 +47,7 @@ class Holding:
             attestation: A statement, or where it is read from.
             anchors: Path of a file of anchors.
             trail: Records each decision.
-            about: The key, as records and the log name it.
+            about: The key and its backend, as records and the log name them.
 
         Raises:
             ConfigurationError: A policy, a statement or a file that is none.
@@ -58,6 +58,7 @@ class Holding:
         self._trail = trail
         self._about = about
         self._backend = backend
+        self._name = str(about["backend"])
         self._public_key = public_key
         self._policy = CustodyPolicy.from_environment() if policy is None else policy
         self._anchors = read_anchor_file(anchors)
@@ -66,7 +67,8 @@ class Holding:
             if attestation is None
             else [attested(read_statement(attestation), public_key, self._anchors)]
         )
-        reopens = bool(self._policy and self._policy.words) and isinstance(backend, Reopening)
+        demands = bool(self._policy and self._policy.words)
+        reopens = demands and guarded(self._name, isinstance, backend, Reopening)
         # What `hold_again` looks at for each signature; None where there is nothing to look at.
         self.watched: Reopening | None = backend if reopens else None  # type: ignore[assignment]
         self._held = -1
@@ -82,12 +84,13 @@ class Holding:
         """
         backend = self._backend
         if deadline is not None and isinstance(backend, Reopening):
-            evidence = guarded(backend.name, backend.custody_within, deadline)
+            evidence = guarded(self._name, backend.custody_within, deadline)
         else:
-            evidence = guarded(backend.name, backend.custody)
-        if not isinstance(evidence, Evidence):
+            evidence = guarded(self._name, backend.custody)
+        statements = evidence.statements or () if isinstance(evidence, Evidence) else (None,)
+        if not all(isinstance(one, Statement) for one in statements):
             raise SignerError(
-                f"The {backend.name} backend gave no evidence.",
+                f"The {self._name} backend gave no evidence.",
                 hint="This is a defect of the backend; report it to its maintainers.",
             )
         return with_attested(evidence, self._public_key, self._given, self._anchors)
@@ -102,13 +105,13 @@ class Holding:
         """
         if self._policy is None or not self._policy.words:
             return
-        opened = self.watched.openings if self.watched is not None else 0
+        opened = self._openings()
         evidence = self.evidence()
         self._decide(self._policy, evidence)
         self._held = opened
         _log.info(
             "custody.policy backend=%s kid=%s policy=%s %s",
-            self._backend.name,
+            self._name,
             self._about["kid"],
             ",".join(self._policy.words),
             " ".join(f"{name}={_told(evidence, name)}" for name in ANSWERS),
@@ -123,11 +126,15 @@ class Holding:
             SignerError: The backend cannot tell.
         """
         watched, policy = self.watched, self._policy
-        if watched is None or policy is None or watched.openings == self._held:
+        if watched is None or policy is None or self._openings() == self._held:
             return
-        opened = watched.openings
+        opened = self._openings()
         self._decide(policy, self.evidence(deadline))
         self._held = opened
+
+    def _openings(self) -> int:
+        watched = self.watched  # a plug-in's code may answer it
+        return 0 if watched is None else guarded(self._name, lambda: watched.openings)
 
     def _decide(self, policy: CustodyPolicy, evidence: Evidence) -> None:
         outcome = CustodyError.code

@@ -18,6 +18,7 @@ from d1_signer.errors import (
     SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
+from d1_signer.frames import without_locals
 from d1_signer.signing import forks
 from d1_signer.signing.backend import guarded
 from d1_signer.signing.signer import Signer
@@ -41,6 +42,7 @@ class LazySigner:
     Its kid and public key are told instead of asked, and the key that is found must be that one.
     """
 
+    @without_locals  # a URI with a PIN may be given for the opener
     def __init__(self, opener: Callable[[], Signer], *, kid: str, public_key: PublicKey) -> None:
         """Remember how to open the signer.
 

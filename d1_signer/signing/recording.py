@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from d1_signer.custody.evidence import ANSWERS, Evidence
 from d1_signer.errors import AuditError, ConfigurationError, D1SignerError
-from d1_signer.events import Recordable, Trail, Use
+from d1_signer.events import Recordable, Trail, Use, current_span
 
 
 def checked_trail(trail: object) -> None:
@@ -42,7 +42,7 @@ def recorded(
     if trail is None:
         yield found
         return
-    begun = trail.begin(action, about, deadline=deadline)
+    begun = trail.begin(action, _traced(about), deadline=deadline)
     try:
         yield found
     except BaseException as failure:
@@ -51,6 +51,16 @@ def recorded(
             trail.end(begun, outcome, found)
         raise
     trail.end(begun, "done", found)
+
+
+def _traced(about: Mapping[str, Recordable]) -> Mapping[str, Recordable]:
+    """With the current span among the references, where there is one."""
+    span = current_span()
+    if span is None:
+        return about
+    given = about.get("references")
+    references = given if isinstance(given, tuple) else ()
+    return {**about, "references": (*references, ("trace_id", span[0]), ("span_id", span[1]))}
 
 
 def described(use: Use | None) -> dict[str, Recordable]:

@@ -22,6 +22,7 @@ from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.custody.report import CustodyReport, Maker
 from d1_signer.errors import (
     AuditError,
+    ConfigurationError,
     D1SignerError,
     InvalidInputError,
     InvalidSignatureError,
@@ -30,6 +31,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import Observer, Recordable, SignEvent, Trail, Use, checked, notify
+from d1_signer.frames import without_locals
 from d1_signer.signing.backend import Backend, Pooled, SignatureEncoding, guarded
 from d1_signer.signing.holding import Holding
 from d1_signer.signing.recording import answers, checked_trail, described, recorded
@@ -48,6 +50,7 @@ class Signer:
 
     algorithm = es256.ALGORITHM
 
+    @without_locals  # a URI with a PIN may be given for the backend
     def __init__(
         self,
         backend: Backend,
@@ -76,7 +79,7 @@ class Signer:
             trail: Asked before each signature, see `AuditTrail`; stays the caller's.
 
         Raises:
-            ConfigurationError: ``trail`` is none, or is sealed by this key.
+            ConfigurationError: ``backend`` is none, ``trail`` is none, or it is sealed by this key.
             AuditUnavailable: The trail cannot record that the key is in use.
             KeyMismatchError: The key has another thumbprint than expected.
             CustodyError: The evidence does not meet the policy, or the statement proves nothing
@@ -84,12 +87,12 @@ class Signer:
             ConfigurationError: A policy, a statement or a file that is none.
             InvalidInputError: ``kid`` is empty, longer than 256 characters or not printable.
         """
+        self._name = self._kid = ""  # for the repr in a crash report, should a step below fail
         self._backend = backend
-        self._kid = ""  # for the repr in a crash report, should a step below fail
-        self._encoding = guarded(backend.name, SignatureEncoding, backend.encoding)
+        self._name, self._encoding = _described(backend)
         # Rebuilt, so that the verifier is ours and not an object of the backend's own making.
         self._public_key = guarded(
-            backend.name, lambda: PublicKey.from_der(backend.public_key().der())
+            self._name, lambda: PublicKey.from_der(backend.public_key().der())
         )
         self._verify = verify
         self._observers = checked(observers)
@@ -105,7 +108,7 @@ class Signer:
                 hint="Check which key the URI names, and the thumbprint that was registered.",
             )
         self._about: dict[str, Recordable] = {
-            "backend": backend.name,
+            "backend": self._name,
             "kid": self._kid,
             "thumbprint": self._thumbprint,
         }
@@ -198,7 +201,7 @@ class Signer:
         began, started = time.time(), time.perf_counter()
         try:
             if isinstance(self._backend, Pooled):
-                pool = guarded(self._backend.name, self._backend.pool_use)
+                pool = guarded(self._name, self._backend.pool_use)
             signature = self._recorded(digest, deadline, use)
             error = None
         except D1SignerError as failure:
@@ -207,7 +210,7 @@ class Signer:
         finally:
             duration = time.perf_counter() - started
             event = SignEvent(
-                backend=self._backend.name,
+                backend=self._name,
                 kid=self._kid,
                 duration=duration,
                 error=error,
@@ -230,7 +233,7 @@ class Signer:
     def _sign(self, digest: bytes, deadline: float | None) -> bytes:
         if self._custody.watched is not None:
             self._custody.hold_again(deadline)
-        answer = guarded(self._backend.name, self._backend.sign_digest, digest, deadline)
+        answer = guarded(self._name, self._backend.sign_digest, digest, deadline)
         if self._encoding is SignatureEncoding.DER:
             answer = es256.raw_from_der(answer)
         if self._verify:
@@ -238,7 +241,7 @@ class Signer:
                 self._public_key.verify_digest(answer, digest)
             except InvalidSignatureError as failure:
                 raise InvalidSignatureError(
-                    f"The {self._backend.name} backend answered a signature that the key "
+                    f"The {self._name} backend answered a signature that the key "
                     f"{self._public_key.thumbprint()} did not make; it was not used.",
                     hint="Check whether the key was replaced; if not, the answer was corrupted.",
                 ) from failure
@@ -259,7 +262,7 @@ class Signer:
             evidence = self._custody.evidence()
             found.update(answers(evidence))
         return CustodyReport(
-            backend=self._backend.name,
+            backend=self._name,
             kid=self._kid,
             thumbprint=self._public_key.thumbprint(),
             collected_at=int(time.time()),
@@ -282,7 +285,7 @@ class Signer:
         """Release the backend; calling it again does nothing."""
         first, self._closed = not self._closed, True
         try:
-            guarded(self._backend.name, self._backend.close)
+            guarded(self._name, self._backend.close)
         finally:
             if first and self._trail is not None:
                 with contextlib.suppress(AuditError):  # the key is closed, recorded or not
@@ -300,11 +303,27 @@ class Signer:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Signer {self._backend.name} kid={self._kid!r}>"
+        return f"<Signer {self._name} kid={self._kid!r}>"
 
     def __reduce__(self) -> NoReturn:
         msg = "a Signer cannot be pickled: open it where it is used"
         raise TypeError(msg)
+
+
+def _described(backend: Backend) -> tuple[str, SignatureEncoding]:
+    """A backend's name and encoding, each asked once: its own code may answer them."""
+
+    def told() -> tuple[str, SignatureEncoding]:
+        if not callable(getattr(backend, "sign_digest", None)):
+            raise ConfigurationError(
+                "A Signer is made of an open backend, and this is none.",
+                hint="Write open_signer(uri) where a key URI is given.",
+            )
+        if not isinstance(backend.name, str):
+            raise TypeError
+        return backend.name, SignatureEncoding(backend.encoding)
+
+    return guarded(plug_in_of(backend) or "built-in", told)
 
 
 def _checked_kid(kid: str) -> str:

@@ -27,6 +27,7 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.events import FailoverEvent, Observer, checked, notify
+from d1_signer.frames import without_locals
 from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
@@ -155,6 +156,7 @@ class SignerSet:
     Two members may have one kid if they have the same key: an HSM and its clone.
     """
 
+    @without_locals  # a URI with a PIN may be given for a member, or for a kid below
     def __init__(
         self,
         members: Iterable[Signer | LazySigner],
@@ -281,6 +283,7 @@ class SignerSet:
             details={"rests_for": round(rest, 3)},
         )
 
+    @without_locals
     def add(self, member: Signer | LazySigner) -> None:
         """Add a signer behind all others.
 
@@ -295,6 +298,7 @@ class SignerSet:
             _require_one_key_a_kid(members)
             self._members = members
 
+    @without_locals
     def promote(self, kid: str) -> None:
         """Make the members of a kid the first to sign.
 
@@ -306,6 +310,7 @@ class SignerSet:
             chosen = self._of(kid)
             self._members = (*chosen, *(m for m in self._members if m not in chosen))
 
+    @without_locals
     def remove(self, kid: str) -> None:
         """Take the members of a kid out and close them.
 
@@ -326,7 +331,7 @@ class SignerSet:
         chosen = tuple(member for member in self._members if member.kid == kid)
         if not chosen:
             raise InvalidInputError(
-                f"No signer of the set has the kid {kid!r}.", hint=f"Known: {', '.join(self.kids)}."
+                "No signer of the set has that kid.", hint=f"Known: {', '.join(self.kids)}."
             )
         return chosen
 

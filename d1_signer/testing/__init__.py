@@ -41,6 +41,7 @@ except ModuleNotFoundError:
 # Before the import: pytest rewrites the asserts of a module only while it is being imported.
 pytest.register_assert_rewrite("d1_signer.testing.conformance")
 
+from d1_signer.sandbox.softhsm import SoftHsmToken  # noqa: E402
 from d1_signer.testing.conformance import SignerConformance  # noqa: E402
 from d1_signer.testing.in_memory import (  # noqa: E402
     d1_fetcher,
@@ -48,7 +49,7 @@ from d1_signer.testing.in_memory import (  # noqa: E402
     in_memory_signer,
     make_in_memory_signer,
 )
-from d1_signer.testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_token  # noqa: E402
+from d1_signer.testing.softhsm import make_softhsm_token, softhsm_token  # noqa: E402
 
 __all__ = [
     "SignerConformance",

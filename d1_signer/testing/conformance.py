@@ -38,6 +38,7 @@ from d1_signer.errors import (
     SignerClosedError,
     SignerTimeout,
 )
+from d1_signer.signing.recording import recorded
 from d1_signer.signing.signer import Signer
 
 _MESSAGE = b"d1_signer conformance"
@@ -119,7 +120,9 @@ class SignerConformance:
     def test_backend_answers_the_encoding_it_declares(self, signer: Signer) -> None:
         backend = signer._backend  # noqa: SLF001 (no public face shows what a backend answers)
         for _ in range(8):
-            answer = backend.sign_digest(_DIGEST, None)
+            about = {**signer._about, "digest": _DIGEST.hex()}  # noqa: SLF001
+            with recorded(signer.trail, "sign", about):
+                answer = backend.sign_digest(_DIGEST, None)
             assert isinstance(answer, bytes)
             if backend.encoding == "der":
                 r, s = utils.decode_dss_signature(answer)

@@ -26,6 +26,7 @@ def sign_assertion(
     profile: AssertionProfile,
     *,
     jti: str | None = None,
+    correlation_id: str | None = None,
     clock_offset: float = 0.0,
     timeout: float | None = None,
 ) -> Secret:
@@ -35,6 +36,7 @@ def sign_assertion(
         signer: Signs, and names the ``kid``.
         profile: What the assertion says.
         jti: Its ``jti``; None: a random one, see `new_jti`.
+        correlation_id: Of the request that it is for, which the audit trail keeps with it.
         clock_offset: Seconds by which D1's clock is ahead of it.
         timeout: Seconds to wait for the signature at most; None: the signer's own limit.
 
@@ -50,5 +52,8 @@ def sign_assertion(
     # However far ahead D1's clock is said to be: no assertion outlives 15 minutes on ours.
     claims["exp"] = min(profile.expiry(now + clock_offset), int(now) + MAX_ASSERTION_LIFETIME)
     unsigned = jwt.signing_input(signer.kid, claims)
-    use = Use(purpose=PURPOSE, references=(("iss", profile.issuer_id), ("jti", jti)))
+    references = [("iss", profile.issuer_id), ("jti", jti)]
+    if correlation_id is not None:
+        references.append(("correlation_id", correlation_id))
+    use = Use(purpose=PURPOSE, references=tuple(references))
     return Secret(jose.compact(unsigned, signer.sign(unsigned, timeout=timeout, use=use)))

@@ -10,6 +10,7 @@ from d1_signer.errors import D1SignerError, TokenTimeout
 from d1_signer.token.access_token import HeldToken
 
 _of_this_thread = threading.local()
+_MOST_CALLERS = 128  # what OpenTelemetry keeps of a span's links
 
 
 class Flight:
@@ -22,6 +23,7 @@ class Flight:
         worker: Its thread.
         place: What it was left to last, for an error text: nothing bounds a vendor's library or a
             caller's function.
+        callers: Trace id and span id of those who wait.
     """
 
     def __init__(self, *, starts_in: float, total: float) -> None:
@@ -31,12 +33,18 @@ class Flight:
         self.stopped = threading.Event()
         self.worker: threading.Thread | None = None
         self.place = "a thread that has not begun"
+        self.callers: list[tuple[str, str]] = []
         self._ended = threading.Event()
         self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
 
     def is_mine(self) -> None:
         """Called by its thread: from here on `left_to` tells where this one is."""
         _of_this_thread.flight = self
+
+    def awaited_in(self, span: tuple[str, str] | None) -> None:
+        """Note the span in which somebody waits, where there is one."""
+        if span is not None and len(self.callers) < _MOST_CALLERS:
+            self.callers.append(span)
 
     def is_flying(self) -> bool:
         """Whether its thread has not come back."""

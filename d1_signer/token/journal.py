@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from d1_signer.errors import D1SignerError
-from d1_signer.events import Observer, RenewalEvent, notify
+from d1_signer.events import Observer, RenewalEvent, notify, notify_beginning
 from d1_signer.token.access_token import HeldToken
 from d1_signer.token.clock import Clock
 from d1_signer.token.status import Failure, Success
@@ -78,17 +78,27 @@ class Journal:
         facts |= {name: value for name, value in error.details.items() if name not in _TOLD_APART}
         _log.warning("token.failed %s: %s", told(facts), error)
 
-    def tell(self, result: HeldToken | D1SignerError, seconds: float) -> None:
-        """Tell the observers how a renewal ended."""
+    def begin(self) -> None:
+        """Tell the observers that a renewal begins."""
+        notify_beginning(self._observers)
+
+    def tell(
+        self, result: HeldToken | D1SignerError, seconds: float, callers: Sequence[tuple[str, str]]
+    ) -> None:
+        """Tell the observers how a renewal ended, and which calls waited for it."""
+        spans = tuple(dict.fromkeys(callers))
         if isinstance(result, HeldToken):
             event = RenewalEvent(
                 duration=seconds,
                 error=None,
                 expires_in=result.token.expires_at - self._wall(),
                 shared=result.shared,
+                callers=spans,
             )
         else:
-            event = RenewalEvent(duration=seconds, error=result.code, expires_in=None, shared=False)
+            event = RenewalEvent(
+                duration=seconds, error=result.code, expires_in=None, shared=False, callers=spans
+            )
         notify(self._observers, event)
 
 

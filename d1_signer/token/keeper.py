@@ -8,6 +8,7 @@ and a flight that hangs is left behind at its deadline.
 from __future__ import annotations
 
 import atexit
+import contextvars
 import logging
 import random
 import threading
@@ -24,13 +25,13 @@ from d1_signer.errors import (
     TokenTimeout,
     TokenUnavailable,
 )
-from d1_signer.events import Observer
+from d1_signer.events import Observer, current_span
 from d1_signer.signing import forks
 from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.flight import Flight, not_in_time
+from d1_signer.token.flight import Flight, left_to, not_in_time
 from d1_signer.token.journal import Journal
 from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
 from d1_signer.transport.patching import require_patched_first
@@ -200,6 +201,7 @@ class TokenKeeper:
             flight = self._awaited(until)
             if isinstance(flight, AccessToken):
                 return flight
+            flight.awaited_in(current_span())
             # A renewal that began at once ends in time by itself, and then has its error to tell.
             bounded = timeout is not None or failure is not None or flight.starts_in > 0
             if not self._ended(flight, until if bounded else None):
@@ -278,8 +280,12 @@ class TokenKeeper:
             )
         starts_in = max(0.0, self._not_before - self._clock())
         flight = Flight(starts_in=starts_in, total=self._limits.total)
+        # In the context of the call that begins it: its span is the parent of the renewal's.
         worker = threading.Thread(
-            target=self._fly, args=(flight,), name="d1-signer-renewal", daemon=True
+            target=contextvars.copy_context().run,
+            args=(self._fly, flight),
+            name="d1-signer-renewal",
+            daemon=True,
         )
         self._flight, self._worker = flight, worker
         flight.worker = worker
@@ -328,6 +334,8 @@ class TokenKeeper:
         if flight.starts_in and flight.stopped.wait(flight.starts_in):
             return  # whoever stopped it has told those who wait
         started = time.perf_counter()
+        left_to("an observer")
+        self._journal.begin()
         try:
             result = self._renewal.obtain(
                 deadline=flight.deadline, stopped=flight.stopped, refused=self._refused
@@ -346,7 +354,7 @@ class TokenKeeper:
                         self._note_failure(result, time.perf_counter() - started)
         finally:
             flight.end(result)
-        self._journal.tell(result, time.perf_counter() - started)
+        self._journal.tell(result, time.perf_counter() - started, flight.callers)
 
     def _note_success(self, held: HeldToken, duration: float) -> None:
         self._held = held

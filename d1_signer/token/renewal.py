@@ -249,19 +249,20 @@ class Renewal:
         def sign(signer: Signer) -> tuple[str, str, Secret]:
             jti, offset = new_jti(), self._clock_offset
             assertion = sign_assertion(
-                signer, self._profile, jti=jti, clock_offset=offset, timeout=share()
+                signer,
+                self._profile,
+                jti=jti,
+                correlation_id=correlation_id,
+                clock_offset=offset,
+                timeout=share(),
             )
             return signer.kid, jti, assertion
 
+        correlation_id = self._new_correlation_id()
         left_to("a signer")
         kid, jti, assertion = self._signers.attempt(sign, without=without, patience=patience)
         if stopped.is_set():
             raise FetcherClosedError("The token fetcher was closed during a renewal.")
-        if self._correlation_id is None:
-            correlation_id = secrets.token_hex(16)
-        else:
-            left_to("the function correlation_id")
-            correlation_id = checked_correlation_id(self._correlation_id())
         left_to("the request to D1")
         started = time.perf_counter()
         reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
@@ -275,6 +276,13 @@ class Renewal:
         )
         self._tell(tried, reply)
         return tried, reply
+
+    def _new_correlation_id(self) -> str:
+        """Made before the signature, whose record in an audit trail has it."""
+        if self._correlation_id is None:
+            return secrets.token_hex(16)
+        left_to("the function correlation_id")
+        return checked_correlation_id(self._correlation_id())
 
     def _tell(self, tried: Attempt, reply: Reply) -> None:
         error = reply.outcome if isinstance(reply.outcome, D1SignerError) else None

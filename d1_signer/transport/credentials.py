@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self, final
 
@@ -63,9 +63,9 @@ class ClientCertificate:
 
     def __post_init__(self) -> None:
         """Refuse what names no file or no user, and a timeout that no handshake could keep."""
-        for given in (self.certificate, self.key):
-            if isinstance(given, str | bytes | os.PathLike):
-                as_path(given)
+        as_path(self.certificate)
+        if not self.signers():  # which refuses what is neither
+            as_path(self.key)
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         if not number or not 0 < self.timeout < math.inf:
             raise ConfigurationError(
@@ -87,6 +87,10 @@ class ClientCertificate:
         several = isinstance(self.key, Sequence)
         signers = tuple(self.key) if several else (self.key,)  # type: ignore[arg-type]
         if not signers or not all(isinstance(each, Signer | LazySigner) for each in signers):
+            # A key may come in lines, or as a JWK that has been read.
+            texts = [_text(each) for each in signers]
+            if any(map(holds_key, [*texts, "\n".join(texts)])):
+                raise _key_itself()
             raise ConfigurationError(
                 "The client key is neither a path nor a Signer.",
                 hint="Give ClientCertificate(certificate, key) a path, a Signer or several.",
@@ -252,17 +256,31 @@ def as_path(value: object) -> str:
         path = os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigurationError("A certificate, key or CA file is not given as a path.") from None
+    if holds_key(path):
+        raise _key_itself()
     if scheme_of(path):
         raise ConfigurationError(
             "A URI is given where the path of a certificate's, key's or CA's file belongs.",
             hint="Give a path; a key URI is opened with open_signer, and that signer is given.",
         )
-    if holds_key(path):
-        raise ConfigurationError(
-            "A key or a certificate itself is given where the path of its file belongs.",
-            hint="Write ClientCertificate('/etc/d1/client.pem', '/etc/d1/client.key').",
-        )
     return path
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    if isinstance(value, Mapping):
+        return str(dict(value))
+    return value if isinstance(value, str) else ""
+
+
+def _key_itself() -> ConfigurationError:
+    return ConfigurationError(
+        "A key or a certificate itself is given where the path of its file belongs.",
+        hint="Put the key into a file of its own (chmod 600) and give its path, as in "
+        "ClientCertificate('/etc/d1/client.pem', '/etc/d1/client.key'), or a signer; replace the "
+        "key if others may have seen it.",
+    )
 
 
 def _no_authorities(authorities: Authorities, reason: str, hints: Hints) -> ConfigurationError:

@@ -9,8 +9,10 @@ from datetime import timedelta
 
 import pytest
 from asn1crypto import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 
-from d1_signer.attestation import PUBLISHED, AttestationError
+from d1_signer.attestation import PUBLISHED, AttestationError, keys
 from tests.attestation.changing import (
     adding,
     by_an_impostor,
@@ -241,6 +243,26 @@ def test_many_certificates_of_one_name_take_bounded_time() -> None:
     made = yubihsm({"sub-ca": to(issuer=many[0])})
     statement = replace(made.statement, certificates=(*made.statement.certificates, *web))
     assert "too many signatures" in refusal(replace(made, statement=statement))
+
+
+def test_a_certificate_that_came_along_in_vain_harms_nobody() -> None:
+    """Of the issuer's name, before the issuer, and with a key that nobody would use."""
+    made = yubihsm()
+    holder = Holder("sub-ca", ec.generate_private_key(ec.SECP256K1()))
+    stray = pem(certificate(Settings(holder, ROOT, ca=True, usages={"key_cert_sign"})))
+    certificates = (stray, *made.statement.certificates)
+    statement = replace(made.statement, certificates=certificates)
+    assert replace(made, statement=statement).verify().spki == spki(KEY)
+
+
+def test_an_exponent_that_costs_too_much_is_refused() -> None:
+    exponent = (1 << 64) + 13
+    modulus = rsa_key("sub-ca").public_key().public_numbers().n
+    key = rsa.RSAPublicNumbers(exponent, modulus).public_key()
+    with pytest.raises(AttestationError, match="exponent has more than 64 bits"):
+        keys.verify_plain(key, bytes(256), b"x", SHA256())
+    key = rsa.RSAPublicNumbers((1 << 64) - 59, modulus).public_key()
+    assert keys.verify_plain(key, bytes(256), b"x", SHA256()) is False
 
 
 def test_two_names_for_the_signature_algorithm_are_refused() -> None:

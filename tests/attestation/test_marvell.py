@@ -26,6 +26,7 @@ from tests.attestation.pki import (
 )
 
 _EXTRACTABLE, _LOCAL, _NEVER = 0x0162, 0x0163, 0x0164
+_SENSITIVE, _ALWAYS = 0x0103, 0x0165
 
 
 def test_keys_of_rsa_and_packed_or_plain() -> None:
@@ -50,12 +51,19 @@ def test_the_private_objects_attributes_count() -> None:
 def test_a_key_that_was_extractable_once_is_told() -> None:
     verified = marvell(private={_NEVER: b"\x00"}).verify()
     assert (verified.exportable, verified.never_exportable) == (False, False)
+    verified = marvell(private={_ALWAYS: b"\x00"}).verify()
+    assert (verified.exportable, verified.never_exportable) == (False, False)
+    verified = marvell(private={_SENSITIVE: b"\x00"}).verify()
+    assert (verified.exportable, verified.never_exportable) == (True, False)
     verified = marvell(private={_LOCAL: b"\x00"}).verify()
     assert (verified.never_exportable, verified.generated_in_place) == (False, False)
     assert verified.facts["CKA_LOCAL"] is False
 
 
-@pytest.mark.parametrize("number", [_EXTRACTABLE, _LOCAL, _NEVER, 0x0000, 0x0100, 0x0121, 0x1003])
+@pytest.mark.parametrize(
+    "number",
+    [_EXTRACTABLE, _LOCAL, _NEVER, _SENSITIVE, _ALWAYS, 0x0000, 0x0100, 0x0121, 0x1003],
+)
 def test_what_is_missing_or_odd_is_not_guessed(number: int) -> None:
     assert refusal(marvell(private={number: None}))
     assert refusal(marvell(private={number: b"\x02\x02"}))

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,8 @@ def test_what_it_says() -> None:
     [
         ({"attributes": {"extractable": True}}, (True, False, True)),
         ({"attributes": {"never_extractable": False}}, (False, False, True)),
+        ({"attributes": {"always_sensitive": False}}, (False, False, True)),
+        ({"attributes": {"sensitive": False}}, (True, False, True)),
         ({"creation": "imported"}, (False, False, False)),
         ({"creation": ""}, (False, False, False)),
     ],
@@ -107,3 +112,22 @@ def test_the_attestation_key_is_an_hsms() -> None:
 def test_a_long_description_is_refused() -> None:
     made = securosys(change=lambda xml: xml.replace("<label>", "<label>" + " " * 65_536))
     assert "longer than 65536" in refusal(made)
+
+
+def test_the_files_of_the_hsm_become_the_json_as_the_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/custody/attestation.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"test_securosys\.py -->\n```sh\n(.*?)```", page, re.DOTALL)
+    made = securosys()
+    document = json.loads(made.statement.content)
+    files = {"d1.xml": "attestationData", "d1.sig": "attestationSignature"}
+    for file, member in files.items():
+        (tmp_path / file).write_bytes(base64.b64decode(document[member]))
+    chain = "".join(document["attestationCertChain"])
+    for ends in ("\n", "\r\n"):
+        crt = chain.replace("\n", ends).encode()
+        (tmp_path / "PrimusHSM_Attestation.crt").write_bytes(crt)
+        subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, timeout=30)
+        content = (tmp_path / "d1.json").read_bytes()
+        assert replace(made, statement=replace(made.statement, content=content)).verify() == (
+            made.verify()
+        )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -188,6 +189,24 @@ def test_anchors_are_a_bounded_set() -> None:
     assert "more than 256 anchors" in refusal(luna(), anchors=many)
 
 
+def test_two_entries_of_one_key_are_one_anchor_in_whatever_order() -> None:
+    from d1_signer.attestation.anchors import anchors_for
+
+    (luna_root,) = [each for each in PUBLISHED if each.name.startswith("Chrysalis")]
+    digest = luna_root.spki_sha256
+    again = [Anchor(digest), Anchor(digest, name="A", formats=frozenset({"luna-pkc"}))]
+    others = [Anchor(digest, formats=frozenset({"yubihsm"}), hardware=False)]
+    for given in permutations([luna_root, *again, *others]):
+        (found,) = anchors_for("luna-pkc", given, PUBLISHED)
+        assert (found.hardware, found.spki, found.name) == (True, luna_root.spki, luna_root.name)
+        (found,) = anchors_for("yubihsm", given, PUBLISHED)
+        assert (found.hardware, found.spki) == (False, None)
+    for other in (Anchor(digest, hardware=False), Anchor(digest, owner=True)):
+        for given in permutations([luna_root, Anchor(digest, owner=False), other]):
+            with pytest.raises(AttestationError, match="contradict each other"):
+                anchors_for("luna-pkc", given, PUBLISHED)
+
+
 def test_an_anchor_is_the_hash_of_its_key() -> None:
     with pytest.raises(AttestationError):
         Anchor("00" * 32, spki=spki(KEY))
@@ -216,6 +235,7 @@ def test_a_file_of_anchors() -> None:
         "abc",
         f"{digest} hardware=maybe",
         f"{digest} format=tpm2",
+        f"{digest} hardware=no hardware=yes",
         f"{digest} a=b",
     ):
         with pytest.raises(AttestationError):

@@ -24,9 +24,10 @@ from d1_signer import (
 )
 from d1_signer.backends.pkcs11.returns import Ckr
 from d1_signer.sandbox import Sandbox
-from d1_signer.testing import SoftHsmToken
+from d1_signer.testing import SignerConformance, SoftHsmToken
 from tests.audit.trails import ORIGIN, findings, records, sealing_signer, watched_signer
 from tests.pkcs11.shim import Call, Shim
+from tests.signing.backends import KeyBackend
 
 
 @pytest.fixture
@@ -149,3 +150,15 @@ def test_a_refused_pin_is_a_record(place: Path, token: SoftHsmToken) -> None:
 
 def _pin(token: SoftHsmToken, shim: Shim) -> dict[str, str]:
     return {"module_path": shim.path, "pin_source": f"file:{token.pin_file}"}
+
+
+def test_what_the_conformance_suite_asks_of_the_backend_is_recorded(place: Path) -> None:
+    with AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail:
+        signer = watched_signer(trail)
+        backend = signer._backend
+        assert isinstance(backend, KeyBackend)
+        suite = SignerConformance()
+        suite.test_backend_answers_the_encoding_it_declares(signer)
+        suite.test_digest_is_signed_as_it_is(signer)
+        signer.close()
+    assert len(begun(place, "sign")) == len(backend.asked) == 9

@@ -19,6 +19,7 @@ from d1_signer import errors
 from d1_signer.backends.aws_kms.failures import CODES, STATES
 from d1_signer.backends.aws_kms.sources import STS
 from d1_signer.signing.opening import generate_key, open_signer
+from tests.leaks.known import known
 from tests.servers import aws
 from tests.servers.aws import answering, on_sign
 from tests.servers.certificates import self_signed
@@ -27,12 +28,13 @@ from tests.servers.fault_proxy import listening, tls_in_front_of, trickle, tunne
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.conftest import LeakWatch
     from tests.servers.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cloud" / "aws.md").read_text(encoding="utf-8")
+BEARER = known("bearer-token-" + "of-the-environment")
 # "Common Error Types" of the AWS KMS API Reference, which no model lists.
 COMMON = {
     *("AccessDeniedException", "ExpiredTokenException", "IncompleteSignature", "InternalFailure"),
@@ -370,6 +372,46 @@ def test_what_repeats_our_secrets_is_masked(
     assert str(refused.value).isprintable()
 
 
+# -- an error of ours inside one of botocore's --------------------------------------------------
+
+
+def _as_argument(ours: Exception) -> Exception:
+    from botocore.exceptions import HTTPClientError
+
+    return HTTPClientError(error=ours)
+
+
+def _as_cause(ours: Exception) -> Exception:
+    from botocore.exceptions import EndpointConnectionError
+
+    failure = EndpointConnectionError(endpoint_url="https://kms.example")
+    failure.__cause__ = ours
+    return failure
+
+
+def _as_reason(ours: Exception) -> Exception:
+    from urllib3.exceptions import MaxRetryError
+
+    return MaxRetryError(None, "/", ours)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inside", [_as_argument, _as_cause, _as_reason])
+def test_an_error_of_ours_inside_one_of_botocores_is_told_as_it_is(
+    inside: Callable[[Exception], Exception],
+) -> None:
+    from d1_signer.backends.aws_kms.failures import AWS_KMS
+
+    ours = errors.TlsError("The name is another one.", hint="Look at it.", retryable=False)
+
+    def method() -> None:
+        raise inside(ours)
+
+    with pytest.raises(errors.TlsError) as refused:
+        AWS_KMS.ask("to sign", method)
+    assert refused.value is ours
+    assert refused.value.__context__ is None
+
+
 # -- the environment does not redirect ------------------------------------------------------------
 
 
@@ -411,6 +453,32 @@ def test_models_and_plugins_of_the_environment_are_not_used(
     monkeypatch.setenv("BOTOCORE_EXPERIMENTAL__PLUGINS", "evil=evil")
     with pytest.raises(errors.ConfigurationError, match="PLUGINS"):
         open_signer("awskms:///alias/d1")
+
+
+def test_calls_are_signed_whatever_token_or_scheme_the_environment_prefers(
+    endpoint: aws.Aws, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore import handlers
+
+    schemes = ["smithy.api#noAuth", "smithy.api#httpBearerAuth", "aws.auth#sigv4"]
+    monkeypatch.setenv("AWS_BEARER_TOKEN_KMS", BEARER)
+    # As for the services that take such tokens today.
+    monkeypatch.setattr(handlers, "get_bearer_auth_supported_services", lambda: {"kms"})
+    sent: list[str] = []
+
+    def note(request: Any, **_: object) -> None:
+        sent.append(request.headers["Authorization"])
+
+    for preference in ("", "httpBearerAuth", "noAuth"):
+        monkeypatch.setenv("AWS_AUTH_SCHEME_PREFERENCE", preference)
+        with open_signer(f"awskms:///{key}?endpoint={endpoint.url}") as signer:
+            client = signer._backend._clients.made_here().kms  # type: ignore[attr-defined]
+            client.meta.service_model.metadata["auth"] = schemes
+            client.meta.events.register_first("before-send.kms", note)
+            signer.sign(b"m")
+    assert len(sent) == 3
+    for value in sent:
+        assert str(value).startswith(("AWS4-HMAC-SHA256 ", "b'AWS4-HMAC-SHA256 "))
 
 
 def test_request_to_another_endpoint_is_not_sent(endpoint: aws.Aws, key: str) -> None:

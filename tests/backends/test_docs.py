@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import boto3
 import botocore.credentials
+import botocore.handlers
+import botocore.session
 import botocore.tokens
 import google.api_core
 import google.auth
@@ -140,17 +142,38 @@ def test_commands_of_the_gcp_page(tmp_path: Path) -> None:
         assert PublicKey.from_pem(pem) == PublicKey.from_pem(told.pem)
 
 
-def _strings_of(package: ModuleType, pattern: str) -> set[str]:
-    """The string constants of a package's modules that look like names of variables."""
+def _nodes_of(package: ModuleType) -> Iterator[ast.AST]:
     assert package.__file__
-    return {
-        node.value
-        for module in Path(package.__file__).parent.rglob("*.py")
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and re.fullmatch(pattern, node.value)
-    }
+    for module in Path(package.__file__).parent.rglob("*.py"):
+        yield from ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+
+
+def _asked_for(node: ast.AST) -> list[ast.expr]:
+    """What is looked up in the environment by an expression, whatever its name looks like."""
+    if isinstance(node, ast.Call) and re.search(r"environ\.\w+$|getenv$", ast.unparse(node.func)):
+        return node.args[:1]
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("environ"):
+        return [node.slice]
+    if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]).endswith("environ"):
+        return [node.left]
+    return []
+
+
+def _strings_of(package: ModuleType, pattern: str) -> set[str]:
+    """The names that a package looks up, and its strings that look like names of variables."""
+    found = set()
+    for node in _nodes_of(package):
+        found |= {each.value for each in _asked_for(node) if isinstance(each, ast.Constant)}
+        if isinstance(node, ast.Constant) and re.fullmatch(pattern, str(node.value)):
+            found.add(node.value)
+    return {name for name in found if isinstance(name, str)}
+
+
+def _made_names_of(package: ModuleType) -> set[str]:
+    """What stands before the first brace of f-strings that make names of variables."""
+    begins = [node.values[0] for node in _nodes_of(package) if isinstance(node, ast.JoinedStr)]
+    texts = {str(node.value) for node in begins if isinstance(node, ast.Constant)}
+    return {text for text in texts if re.fullmatch("_?(AWS|BOTO|GOOGLE|GCE)_[A-Z0-9_]*_", text)}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +201,31 @@ def test_security_names_every_variable_of_google_auth() -> None:
     assert named - _listed("google-auth") == set()
 
 
+@pytest.mark.parametrize("package", [boto3, botocore, google.auth, google.oauth2, google.api_core])
+def test_security_names_every_variable_whose_name_is_made(package: ModuleType) -> None:
+    made = _made_names_of(package)
+    assert (package is botocore) is bool(made)
+    if package is botocore:
+        assert made == {"AWS_ENDPOINT_URL_", "AWS_BEARER_TOKEN_"}
+    services = {*_services_of_credentials(), "kms"}
+    signing = {botocore.session.Session().get_service_model(name).signing_name for name in services}
+    named = {"AWS_BEARER_TOKEN_": signing}
+    names = {begin + each for begin in made for each in named.get(begin, services)}
+    assert {name.upper().replace("-", "_") for name in names} - _listed("boto3") == set()
+
+
+def test_a_bearer_token_of_the_environment_is_for_none_of_the_services_that_are_asked() -> None:
+    assert botocore.handlers.get_bearer_auth_supported_services() == {"bedrock"}
+
+
 def test_security_names_the_endpoints_of_the_services_that_give_credentials() -> None:
+    names = {
+        f"AWS_ENDPOINT_URL_{name.upper().replace('-', '_')}" for name in _services_of_credentials()
+    }
+    assert names - _listed("boto3") == set()
+
+
+def _services_of_credentials() -> set[str]:
     asked = {
         node.args[0].value
         for module in (botocore.credentials, botocore.tokens)
@@ -191,11 +238,10 @@ def test_security_names_the_endpoints_of_the_services_that_give_credentials() ->
         and "client" in ast.unparse(node.func)
     }
     assert {"sts", "sso"} <= asked
-    names = {f"AWS_ENDPOINT_URL_{name.upper().replace('-', '_')}" for name in asked}
-    assert names - _listed("boto3") == set()
+    return asked
 
 
 def _listed(library: str) -> set[str]:
     rows = (DOCS.parent / "SECURITY.md").read_text().splitlines()
     rows = [row for row in rows if row.startswith(f"| {library} | ")]
-    return set(re.findall(r"`([A-Z0-9_]+)`", "".join(rows)))
+    return set(re.findall(r"`(\w+)`", "".join(rows)))

@@ -172,3 +172,41 @@ def test_service_that_refuses_begins_no_fifth_search(tickets: _Tickets) -> None:
         with pytest.raises(errors.SignerTimeout, match="is late"):
             tickets.replaced(held, _soon())
     assert len(_searching()) == 4
+
+
+def test_an_answer_of_the_person_who_opens_reaches_the_search() -> None:
+    class Asking(_Tickets):
+        def find(self, ask: renewal.Ask) -> float:
+            answers.extend([ask("The code?"), ask("The next one?")])
+            return super().find(ask)
+
+    answers: list[str] = []
+    asked: list[str] = []
+
+    def person(question: str) -> str:
+        asked.append(question)
+        return f"{len(asked)}23456"
+
+    assert Asking().open(_later(), person) >= 0.0
+    assert asked == ["The code?", "The next one?"]
+    assert answers == ["123456", "223456"]
+
+
+def test_who_does_not_answer_ends_the_question_in_the_search_and_here() -> None:
+    class Asking(_Tickets):
+        def find(self, ask: renewal.Ask) -> float:
+            with pytest.raises(renewal.NobodyToAskError):
+                ask("The code?")
+            refused.set()
+            return super().find(ask)
+
+    refused = threading.Event()
+
+    def person(_: str) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Asking().open(_later(), person)
+    assert refused.wait(20)
+    for thread in _searching():
+        thread.join(20)

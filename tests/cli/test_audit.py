@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from d1_signer import generate_key
-from d1_signer.audit import folder
+from d1_signer.audit import folder, record
 from d1_signer.sandbox import Sandbox
 from tests.audit import second
 from tests.audit.trails import records, records_file
-from tests.cli.conftest import Run, run_process
+from tests.cli.conftest import Result, Run, run_process
 
 ORIGIN = "bank.example/d1"
+AUDIT_STEPS = ("audit-record", "audit-folder", "audit-seal")
 
 
 @pytest.fixture
@@ -87,7 +92,7 @@ def test_a_refused_key_file_is_recorded(run: Run, audited: dict[str, str], place
 
 def test_check_tells_of_the_trail(run: Run, audited: dict[str, str]) -> None:
     steps = {step["step"]: step for step in run("check", "--json", **audited).document["steps"]}
-    assert "MiB free" in steps["audit-record"]["detail"]
+    assert "MiB free" in steps["audit-folder"]["detail"]
     assert f"verifier key {ORIGIN}+" in steps["audit-seal"]["detail"]
 
 
@@ -226,3 +231,146 @@ def test_a_pin_in_the_uri_is_not_recorded(audited: dict[str, str], place: Path) 
     (begin,) = [record for record in records(place) if record["event"] == "begin"]
     assert begin["key"] == "pkcs11:token=x;object=y"
     assert b"s3cret" not in records_file(place).read_bytes()
+
+
+def test_what_was_written_anew_after_its_checkpoints_were_removed_is_not_called_whole(
+    run: Run, audited: dict[str, str], place: Path
+) -> None:
+    """Nothing inside shows that there were checkpoints: so it must not be told as whole."""
+    run("public-key", **audited)
+    arguments = ("audit", "verify", str(place), "--key", vkey(run))
+    assert run(*arguments).out.endswith("\nWhole: nothing was found.\n")
+    (instance,) = folder.instances(place)
+    (instance / folder.CHECKPOINTS).unlink()
+    file = records_file(place)
+    told = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert (told[-1]["event"], "sealed" in told[-1]) == ("closed", False)
+    forged = [{**each, "host": "elsewhere"} if "host" in each else each for each in told[:-1]]
+    file.write_bytes(b"".join(record.encode(each) + b"\n" for each in forged))
+    result = run(*arguments)
+    assert result.status == 0
+    assert "Whole" not in result.out
+    last = f"{len(forged)} records may be of anybody who can write the folder.\n"
+    assert result.out.endswith(f"Nothing was found in what is sealed. {last}")
+    assert run(*arguments, "--json").document["unsealed"] == len(forged)
+
+
+def steps_of(result: Result) -> dict[str, dict[str, Any]]:
+    return {step["step"]: step for step in result.document["steps"]}
+
+
+def test_check_looks_at_record_folder_and_seal(
+    run: Run, audited: dict[str, str], place: Path
+) -> None:
+    wanted = [*("--require", "audit-record"), *("--require", "audit-folder")]
+    result = run("check", "--json", *wanted, "--require", "audit-seal", **audited)
+    assert result.status == 0
+    told = steps_of(result)
+    assert {told[name]["status"] for name in AUDIT_STEPS} == {"ok"}
+    assert [record["event"] for record in records(place)][:2] == ["opened", "check"]
+    assert [record["sealed"] for record in records(place) if "sealed" in record] == [2]
+
+
+def test_check_without_a_sealing_key_says_that_nothing_is_sealed(
+    run: Run, audited: dict[str, str]
+) -> None:
+    del audited["D1_AUDIT_KEY"]
+    result = run("check", "--json", **audited)
+    assert result.status == 0
+    told = steps_of(result)
+    assert (told["audit-record"]["status"], told["audit-seal"]["status"]) == ("ok", "skipped")
+    assert "D1_AUDIT_KEY" in told["audit-seal"]["detail"]
+    result = run("check", "--json", "--require", "audit-seal", **audited)
+    assert (result.status, steps_of(result)["audit-seal"]["status"]) == (1, "failed")
+
+
+def test_check_of_a_folder_in_which_everybody_writes(
+    run: Run, audited: dict[str, str], place: Path
+) -> None:
+    place.mkdir()
+    place.chmod(0o777)
+    result = run("check", "--json", **audited)
+    told = steps_of(result)
+    assert result.status == 1
+    assert {told[name]["status"] for name in ("audit-record", "audit-seal", "signature")} == {"ok"}
+    assert "Every user" in told["audit-folder"]["detail"]
+    assert f"chmod o-w {place}" in told["audit-folder"]["error"]["hint"]
+    place.chmod(0o770)
+    assert run("check", **audited).status == 0
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        ({"f_bavail": 1023}, "room for 63 MiB only"),
+        ({"f_favail": 99}, "room for 99 more files only"),
+        ({"f_bavail": 1024, "f_favail": 100}, None),
+        ({"f_files": 0, "f_favail": 0}, None),  # btrfs and others do not count them
+    ],
+)
+def test_check_of_a_disk_that_is_nearly_full(
+    run: Run,
+    audited: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    room: dict[str, int],
+    said: str | None,
+) -> None:
+    disk = {"f_frsize": 65_536, "f_bavail": 10_000, "f_files": 10_000, "f_favail": 10_000}
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(**(disk | room)))
+    result = run("check", "--json", **audited)
+    told = steps_of(result)["audit-folder"]
+    if said is None:
+        assert (result.status, told["status"]) == (0, "ok")
+    else:
+        assert (result.status, told["status"]) == (1, "failed")
+        assert said in told["detail"]
+
+
+def test_check_of_a_folder_that_cannot_be_made(
+    run: Run, audited: dict[str, str], settings: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    audited["D1_AUDIT_TRAIL"] = str(tmp_path / "file" / "trail")
+    result = run("check", "--json", **settings | audited)
+    told = steps_of(result)
+    assert result.status == 1
+    assert told["audit-record"]["error"]["code"] == "audit_unavailable"
+    rest = {name: step["status"] for name, step in told.items() if name != "audit-record"}
+    names = ("key", "client-certificate", "endpoint", "access-token")
+    assert rest == dict.fromkeys(names, "skipped")
+
+
+def test_check_of_a_folder_that_takes_no_record(
+    run: Run, audited: dict[str, str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    result = run("check", "--json", **audited)
+    told = steps_of(result)
+    assert result.status == 1
+    assert "No space left" in told["audit-record"]["detail"]
+    assert told["key"]["status"] == "skipped"
+    assert place.exists()
+
+
+def test_check_of_a_sealing_key_that_is_not_there(
+    run: Run, audited: dict[str, str], tmp_path: Path
+) -> None:
+    audited["D1_AUDIT_KEY"] = (tmp_path / "nowhere.pem").as_uri()
+    result = run("check", "--json", **audited)
+    told = steps_of(result)
+    assert result.status == 1
+    assert told["audit-seal"]["status"] == "failed"
+    assert told["audit-seal"]["error"]["code"] == "secret_source"
+    assert told["key"]["status"] == "skipped"
+    text = run("check", **audited)
+    assert "Stopped at audit-seal of audit trail" in text.out
+
+
+def test_check_of_the_sealing_key_as_the_key(run: Run, audited: dict[str, str]) -> None:
+    audited["D1_SIGNER_KEY"] = audited["D1_AUDIT_KEY"]
+    result = run("check", "--json", **audited)
+    assert result.status != 0
+    assert "seals the audit trail" in result.out + result.err

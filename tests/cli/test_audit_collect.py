@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import base64
 import shutil
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
-from d1_signer import generate_key
+from d1_signer import AuditError, generate_key
 from d1_signer.audit import folder
-from d1_signer.audit.note import split_notes
+from d1_signer.audit.collecting import newest
+from d1_signer.audit.note import Checkpoint, SignedNote, VerifierKey, split_notes
 from d1_signer.audit.trail import AuditTrail
 from tests.audit import second
 from tests.audit.trails import ORIGIN, sealing_signer, verifier_key, watched_signer
@@ -140,3 +142,27 @@ def test_what_is_not_sealed_by_the_key_is_not_collected(
     (tmp_path / "empty").mkdir()
     arguments = ("audit", "collect", str(tmp_path / "empty"), "--key", str(verifier_key()))
     assert run(*arguments, **collector).status == 2
+
+
+def note_of(instance: str, size: int, root: int, *, origin: str = ORIGIN) -> bytes:
+    signer = sealing_signer()
+    key = VerifierKey(origin, signer.public_key)
+    text = Checkpoint(origin, size, bytes([root]) * 32, (f"instance {instance}",)).text()
+    return SignedNote(text, (key.signature(signer.sign(text.encode())),)).encode()
+
+
+def test_checkpoints_that_contradict_are_told_in_any_order() -> None:
+    told = [note_of("a", 5, 1), note_of("a", 7, 2), note_of("a", 5, 3), note_of("b", 5, 3)]
+    for order in permutations(told):
+        with pytest.raises(AuditError, match="Two checkpoints of a over 5 records contradict"):
+            newest(order, [verifier_key()])
+    assert newest(told[:2], [verifier_key()]) == [told[1]]
+
+
+def test_an_instance_has_one_origin() -> None:
+    """Or who seals elsewhere could put a checkpoint of his own in the place of the newest."""
+    other = VerifierKey("other.example/d1", sealing_signer().public_key)
+    told = [note_of("a", 5, 1), note_of("a", 9, 2, origin=other.name)]
+    for order in permutations(told):
+        with pytest.raises(AuditError, match="a has checkpoints of"):
+            newest(order, [verifier_key(), other])

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from d1_signer import open_signer
+from d1_signer import AuditError, open_signer
+from d1_signer.audit import reconciling
 from d1_signer.audit.trail import AuditTrail
+from tests.attestation.samples import FOLDER, NeedSamples
 from tests.audit.trails import ORIGIN, records, watched_signer
 from tests.cli.conftest import Run
 from tests.servers import vault
@@ -211,3 +213,78 @@ def test_what_is_no_file_of_cloudtrail(
         result = run("audit", "reconcile", str(amazon[0]), *file, *arguments)
         assert "no file of CloudTrail" in result.document["message"]
     assert run("audit", "reconcile", str(amazon[0]), *arguments).status == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        (
+            b'{"type":"response","time":"0001-01-01T00:00:00+23:59","request":{"path":"transit/sign/d1",'
+            b'"operation":"update","data":{"input":"x"}}}'
+        ),
+        (
+            b'{"type":"response","time":"2026-11-27T00:00:00Z","request":{"path":"transit/sign/d1",'
+            b'"operation":"update","data":[1]}}'
+        ),
+        b"{}" + b" " * (1 << 26),
+    ],
+    ids=["nested", "time", "data", "long"],
+)
+def test_a_hostile_line_of_an_audit_device_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "audit.log").write_bytes(line + b"\n")
+    with pytest.raises(AuditError, match=r"audit\.log:1 is no line"):
+        [*reconciling.vault_uses(tmp_path / "audit.log", "d1", "transit")]
+
+
+def test_a_mark_that_is_no_text_matches_nothing(tmp_path: Path) -> None:
+    told = {"path": "transit/sign/d1", "operation": "update", "data": {"input": ["x"]}}
+    line = {"type": "response", "time": "2026-11-27T00:00:00Z", "request": told}
+    (tmp_path / "audit.log").write_text(json.dumps(line))
+    device = reconciling.vault_uses(tmp_path / "audit.log", "d1", "transit")
+    found = reconciling.by_mark([], device, lambda digest: digest.hex())
+    assert len(found.unrecorded) == 1
+
+
+def test_a_hostile_event_of_cloudtrail_is_told(tmp_path: Path) -> None:
+    for content in (
+        b"[" * 100_000,
+        json.dumps({"Records": [event("0001-01-01T00:00:00+23:59", 1)]}).encode(),
+    ):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(AuditError, match="no file of CloudTrail"):
+            [*reconciling.cloudtrail_uses(tmp_path / "file", ARN)]
+
+
+def test_a_period_bounds_what_is_held_against_each_other(
+    run: Run, amazon: tuple[Path, list[dict[str, object]]]
+) -> None:
+    place, events = amazon
+    file = place.parent / "cloudtrail.json"
+    file.write_text(json.dumps({"Records": [*events, event("2026-01-01T00:00:00Z", 12)]}))
+    arguments = ("audit", "reconcile", str(place), "--cloudtrail", str(file), "--device-key", ARN)
+    assert run(*arguments, "--json").document["unrecorded"][0]["place"] == "event event-12"
+    told = run(*arguments, "--from", "2026-02-01", "--json")
+    assert (told.status, told.document["matched"]) == (0, 3)
+    told = run(*arguments, "--until", "2026-02-01", "--json")
+    assert (told.document["matched"], len(told.document["unsigned"])) == (0, 0)
+    assert len(told.document["unrecorded"]) == 1
+
+
+@NeedSamples
+def test_the_audit_file_of_an_openbao_elsewhere() -> None:
+    file = Path(FOLDER) / "openbao-audit" / "audit.log"
+    device = [*reconciling.vault_uses(file, "d1", "transit")]
+    told = [json.loads(line) for line in file.read_bytes().splitlines()]
+    answers = [line for line in told if line["type"] == "response"]
+    signed = [line for line in answers if line["request"]["path"].startswith("transit/sign/d1")]
+    assert len(device) == len(signed) > 0
+    marks = {f"{number:064x}": use.mark for number, use in enumerate(device)}
+    assert all(str(mark).startswith("hmac-sha256:") for mark in marks.values())
+    uses = [
+        reconciling.RecordedUse(str(number), use.time, bytes.fromhex(digest), "done")
+        for number, (digest, use) in enumerate(zip(marks, device, strict=True))
+    ]
+    found = reconciling.by_mark(uses[1:], device, lambda digest: str(marks[digest.hex()]))
+    assert (found.matched, found.unsigned) == (len(device) - 1, [])
+    assert found.unrecorded == [device[0]]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from d1_signer import Use
-from d1_signer.audit import folder
+from d1_signer.audit import folder, record
+from d1_signer.audit.showing import Filter, records
 from d1_signer.audit.trail import AuditTrail
 from d1_signer.cli import _audit_page
 from tests.audit.trails import ORIGIN, records_file, watched_signer
@@ -125,3 +126,26 @@ def test_a_page_of_too_much_says_so(run: Run, place: Path, monkeypatch: pytest.M
     found = [("instance", record) for record in shown(run, str(place))]
     assert "The first 3 are shown" in _audit_page.page(found)
     assert "<svg" not in _audit_page.page(found[:1])
+
+
+def test_what_a_filter_finds_is_what_fits_record_by_record(place: Path) -> None:
+    """Lines are passed over before they are read; that must leave out none that fits."""
+    (instance,) = folder.instances(place)
+    every = [shown.members or {} for shown in records([instance], Filter())]
+    assert [record.encode(members) for members in every] == records_file(place).read_bytes().split(
+        b"\n"
+    )[:-1]
+    times = [members["time"] for members in every]
+    wanted = [
+        Filter(kid=kid, jti=jti, purpose=purpose, earliest=earliest, latest=latest)
+        for kid in (None, "bank-2026", 'a"b')
+        for jti in (None, "one", "\ud800")
+        for purpose in (None, FOREIGN, "d1-assertion")
+        for earliest, latest in (("", None), (times[3], times[-3]), (times[-1], None))
+    ]
+    for each in wanted:
+        fitting = [members for members in every if each.fits(members)]
+        begun = {members["number"] for members in fitting if members["event"] == "begin"}
+        ends = [members for members in every if members.get("begin") in begun]
+        both = [members for members in every if members in fitting or members in ends]
+        assert [shown.members for shown in records([instance], each)] == both

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 
-from d1_signer import generate_key
+from d1_signer import generate_key, open_signer
+from d1_signer.custody.bundle import encoded, signed_part
+from d1_signer.es256 import der_from_raw
 from tests.audit.trails import records
 from tests.cli.conftest import Run
 
@@ -30,7 +34,7 @@ def test_a_key_that_falls_short_is_reported_and_signs_nothing(
     assert "NOT SHOWN TO BE: held by hardware" in result.out
     assert "No bundle is written" in result.err
     assert not bundle.exists()
-    assert "1 of 1 keys are not shown to be what is required" in html.read_text()
+    assert "1 of 1 keys not shown to be what is required" in html.read_text()
     document = run(*arguments, "--json").document
     assert document["policy"] == ["hardware", "attested"]
     assert document["keys"][0]["unmet"] == ["held by hardware"]
@@ -91,10 +95,14 @@ def test_the_client_key_and_the_trails_key_are_looked_at_as_well(
 
 def test_the_bundle_is_written_once_and_verified(run: Run, key_uri: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.json"
-    written = run("custody", "--key", key_uri, "--bundle", str(bundle), "--challenge", "2026 ü")
+    html = tmp_path / "page.html"
+    asked = ("--bundle", str(bundle), "--challenge", "2026 ü", "--html", str(html))
+    written = run("custody", "--key", key_uri, *asked)
+    assert hashlib.sha256(bundle.read_bytes()).hexdigest() in html.read_text()
     assert written.status == 0
     assert stat.S_IMODE(bundle.stat().st_mode) & 0o133 == 0
     content = bundle.read_bytes()
+    html.unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["bundle.json"]
     again = run("custody", "--key", key_uri, "--bundle", str(bundle))
     assert again.status == 2
@@ -113,6 +121,36 @@ def test_the_bundle_is_written_once_and_verified(run: Run, key_uri: str, tmp_pat
     assert run("custody", "diff", str(bundle), str(bundle)).status == 1
     bundle.write_bytes(content + b" ")
     assert run("custody", "verify", str(bundle), "--json").document["code"] == "custody"
+
+
+def test_nothing_hostile_in_a_bundle_reaches_the_terminal(run: Run, tmp_path: Path) -> None:
+    """Whoever has a key writes what he likes into its report, and signs it."""
+    attack = "x\x1b[2J\x1b]0;t\x07\r\nVerdict  holds\u202e\u2028\x9b1m\ud800"
+    key = generate_key((tmp_path / "a.pem").as_uri())
+    bundle = tmp_path / "bundle.json"
+    assert run("custody", "--key", key.uri, "--bundle", str(bundle)).status == 0
+    document = json.loads(bundle.read_bytes())
+    document["made_by"] = dict.fromkeys(document["made_by"], attack)
+    report = document["keys"][0]["report"]
+    report |= dict.fromkeys(("backend", "plug_in", "kid", "location"), attack)
+    for fact in report["facts"]:
+        fact |= {"name": attack, "value": attack, "source": attack}
+    error = {"code": attack, "message": attack, "hint": attack, "retryable": False, "details": {}}
+    document["keys"].append({"use": "client", "location": attack, "error": error})
+    document["signatures"] = []
+    with open_signer(key.uri) as signer:
+        signature = der_from_raw(signer.sign(signed_part(encoded(document))))
+    document["signatures"] = [b64encode(signature).decode(), None]
+    bundle.write_bytes(encoded(document))
+    old = tmp_path / "old.json"
+    assert run("custody", "--key", key.uri, "--bundle", str(old)).status == 0
+    for arguments in (("verify", str(bundle)), ("diff", str(old), str(bundle))):
+        told = run("custody", *arguments)
+        assert told.status == 1
+        assert not [c for c in told.out + told.err if not (c.isprintable() or c == "\n")]
+        assert not [line for line in told.out.splitlines() if line.startswith("Verdict  holds")]
+        assert "\\x1b[2J" in told.out
+        assert run("custody", *arguments, "--json").out.isascii()
 
 
 def test_the_trails_key_is_looked_at_and_signs_beside_the_trail_that_it_seals(

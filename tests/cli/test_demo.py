@@ -1,35 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`, as its target runs it."""
+"""`d1-signer demo`, which `make demo` runs."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import COMMAND, Result
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_demo() -> None:
+def demo(tmp_path: Path, *options: str, **variables: str) -> Result:
     done = subprocess.run(
-        ["softhsm/with-token", sys.executable, "docs/examples/demo.py"],
+        [*COMMAND, "demo", *options],
         capture_output=True,
         text=True,
         check=False,
         timeout=50,
-        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path), **variables},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_in_softhsm(tmp_path: Path) -> None:
+    # What is set for a real HSM is not for the demo.
+    shown = demo(tmp_path, D1_CUSTODY_POLICY="hardware", D1_SIGNER_KEY="pkcs11:token=real")
+    assert shown.status == 0, shown.out + shown.err
+    assert shown.err == ""
     for fact in ("CKA_LOCAL +True", "CKA_SENSITIVE +True", "CKA_EXTRACTABLE +False"):
-        assert re.search(fact, done.stdout)
-    for shown in ("'alg': 'ES256'", "'kid': 'demo-2026'", "claim iss", "claim exp", "claim jti"):
-        assert shown in done.stdout
-    assert "d1-api:account:full d1-api:consumer:read" in done.stdout
-    assert re.search(r"expires in +(89\d|900) s", done.stdout)
-    assert re.search(r"GET +https://127\.0\.0\.1:\d+/banking/ping", done.stdout)
-    assert done.stdout.count("   ok: ") == 7
+        assert re.search(fact, shown.out)
+    for text in ("'alg': 'ES256'", "'kid': 'demo-2026'", "claim iss", "claim exp", "claim jti"):
+        assert text in shown.out
+    assert "d1-api:account:full d1-api:consumer:read" in shown.out
+    assert re.search(r"expires in +(89\d|900) s", shown.out)
+    assert re.search(r"GET +https://127\.0\.0\.1:\d+/banking/ping", shown.out)
+    assert shown.out.count("   ok: ") == 8
     # A JWT or the sandbox's opaque token; the thumbprint is 43 characters of base64url.
-    assert not re.search(r"eyJ[\w-]{10,}", done.stdout)
-    assert len(re.findall(r"[\w-]{40,}", done.stdout)) == 1
+    assert not re.search(r"eyJ[\w-]{10,}", shown.out)
+    assert len(re.findall(r"[\w-]{40,}", shown.out)) == 1
+
+
+@pytest.mark.parametrize("missing", ["SoftHSM", "python-pkcs11"])
+def test_in_a_file_where_softhsm_cannot_be_used(tmp_path: Path, missing: str) -> None:
+    if missing == "SoftHSM":
+        shown = demo(tmp_path, PATH="/nowhere")
+    else:
+        code = "import sys; sys.modules['pkcs11'] = None; from d1_signer.cli import main; main()"
+        done = subprocess.run(
+            [COMMAND[0], "-c", code, "demo"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=50,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        shown = Result(done.returncode, done.stdout, done.stderr)
+    assert (shown.status, shown.err) == (0, "")
+    assert shown.out.startswith("1. A P-256 key, made in a file\n   not in SoftHSM  ")
+    assert missing in shown.out.splitlines()[1]
+    assert "exportable             yes" in shown.out
+    assert shown.out.count("   ok: ") == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_one_object(tmp_path: Path) -> None:
+    told = json.loads(demo(tmp_path, "--json").out)
+    assert told["signature"] == {"algorithm": "ES256", "bytes": 64}
+    assert told["custody"]["cka_extractable"] is False
+    assert told["assertion"]["header"] == {"alg": "ES256", "kid": "demo-2026", "typ": "JWT"}
+    assert told["call"]["status"] == 200
+
+
+def test_make_demo_runs_it() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\ndemo: ")[2].partition("\n\n")[0]
+    assert recipe.splitlines()[1] == "\t$(BIN)/d1-signer demo"

@@ -14,6 +14,7 @@ from d1_signer import generate_key
 from d1_signer.es256 import PublicKey
 from d1_signer.signing import registry
 from d1_signer.signing.signer import Signer
+from d1_signer.testing import SoftHsmToken
 from tests.cli import open_ended, recording
 from tests.cli.conftest import Run
 from tests.leaks.known import known
@@ -325,3 +326,19 @@ def test_the_time_limit_holds_for_a_client_key_in_a_signer_too(
     limits.clear()
     assert run("token", **settings).status == 0
     assert (given()["timeout"], limits) == (10.0, [2.0])
+
+
+def test_the_custody_policy_holds_for_a_client_key_in_a_signer_too(
+    run: Run, settings: dict[str, str], softhsm_token: SoftHsmToken
+) -> None:
+    """The signing key meets it; a client key that is a file is no signer, and is not looked at."""
+    assert run("generate-key", "--key", softhsm_token.uri).status == 0
+    settings |= {"D1_SIGNER_KEY": softhsm_token.uri, "D1_CUSTODY_POLICY": "never-exportable"}
+    signed = run("assertion", "--no-audience", **settings)
+    assert signed.status == 0, signed.err
+    settings["D1_CLIENT_KEY"] = (
+        Path(settings["D1_CLIENT_KEY"]).as_uri().replace("file", "recording")
+    )
+    refused = run("token", "--json", **settings)
+    assert (refused.status, refused.document["code"]) == (1, "custody")
+    assert "never exportable" in refused.document["message"]

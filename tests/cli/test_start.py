@@ -13,7 +13,10 @@ import pytest
 from d1_signer.cli._app import _COMMANDS, cli
 from tests.cli.conftest import Run
 
-_HEAVY = {"asn1crypto", "asyncio", "cryptography", "http", "requests", "socket", "ssl", "urllib3"}
+_HEAVY = {
+    *("asn1crypto", "asyncio", "cryptography", "http", "requests", "rich", "socket", "ssl"),
+    "urllib3",
+}
 _RUN = """
 import atexit, json, sys
 atexit.register(lambda: sys.stderr.write("\\n" + json.dumps(sorted(sys.modules))))

@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 
 from d1_signer.attestation import PUBLISHED
 from d1_signer.custody.bundle import KeyReport, encoded, make_bundle, signed_part
@@ -131,6 +135,16 @@ def test_another_text_for_the_same_bytes_is_another_file() -> None:
     assert "has not signed" in wrong(encoded(document))
 
 
+def test_the_twin_of_a_signature_holds_as_the_page_says() -> None:
+    """Nothing that is said changes with it; OpenSSL takes it too."""
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    document = json.loads(bundle(signer()))
+    r, s = decode_dss_signature(b64decode(document["signatures"][0]))
+    document["signatures"] = [b64encode(encode_dss_signature(r, order - s)).decode()]
+    assert not wrong(encoded(document))
+    assert "with n - s in the place of s" in " ".join(PAGE.split())
+
+
 def resigned(document: dict[str, Any], *signers: Signer) -> bytes:
     """What the keys' owner can write: whatever he likes."""
     document["signatures"] = []
@@ -158,6 +172,104 @@ def test_whoever_has_the_key_cannot_call_a_claim_attested() -> None:
         changed = json.loads(bundle(one))
         changed["keys"][0]["report"].update(change)
         assert "no custody bundle" in wrong(resigned(changed, one)), change
+
+
+@pytest.mark.parametrize(
+    "moment", [10**14, 10**17, 10**18, 2**63, 10**400, -(10**17), 253_402_300_800]
+)
+def test_a_time_that_is_too_far_away_is_no_time(moment: int) -> None:
+    one = signer()
+    document = json.loads(bundle(one))
+    document["keys"][0]["report"]["collected_at"] = moment
+    assert "no custody bundle" in wrong(resigned(document, one))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("time", "2026-1-1T0:0:0Z"),
+        ("time", "\u0662\u0660\u0662\u0666-11-27T08:00:00Z"),
+        ("time", "2026-11-27T08:00:00Z "),
+        ("challenge", ""),
+        ("challenge", "x" * 1025),
+        ("challenge", "\x1b[2J"),
+    ],
+)
+def test_time_and_challenge_have_one_form(name: str, value: str) -> None:
+    one = signer()
+    assert "no custody bundle" in wrong(
+        resigned({**json.loads(bundle(one)), name: value}, one), challenge=value
+    )
+
+
+def test_nothing_stands_in_it_that_nobody_reads() -> None:
+    """One member more, or in another place: an auditor may read what was not verified."""
+    one = signer()
+    statement: dict[str, Any] = dict.fromkeys(("format", "content", "certificates"), "")
+    statement |= {"nonce": None, "parts": None}
+    error = D1SignerError("It is away.").to_dict()
+    away = {"use": "client", "location": "unit:away", "error": error}
+
+    def place(document: dict[str, Any], *path: Any) -> dict[str, Any]:
+        for step in path:
+            document = document[step]
+        return document
+
+    for path in (
+        ("made_by",),
+        ("keys", 0),
+        ("keys", 0, "report"),
+        ("keys", 0, "report", "made_by"),
+        ("keys", 0, "report", "facts", 0),
+        ("keys", 0, "statements", 0),
+        ("keys", 1),
+        ("keys", 1, "error"),
+    ):
+        for kind in ("more", "order"):
+            document = json.loads(bundle(one))
+            document["keys"][0]["statements"].append(dict(statement))
+            document["keys"].append(json.loads(json.dumps(away)))
+            inside = place(document, *path)
+            if kind == "more":
+                inside["public_key"] = "attested by the vendor"
+            else:
+                name = next(iter(inside))
+                inside[name] = inside.pop(name)
+            message = signed_part(encoded({**document, "signatures": []}))
+            signature = b64encode(der_from_raw(one.sign(message))).decode()
+            document["signatures"] = [signature, None]
+            assert "no custody bundle" in wrong(encoded(document)), (path, kind)
+
+
+def test_a_key_is_for_what_a_key_of_ours_is_for() -> None:
+    one = signer()
+    for use in ("", "assertion\nVerdict  holds", "Assertion"):
+        document = json.loads(bundle(one))
+        document["keys"][0]["use"] = use
+        assert "no key of ours is for" in wrong(resigned(document, one))
+
+
+def test_statements_of_a_key_are_a_few() -> None:
+    one = signer()
+    document = json.loads(bundle(one))
+    statement: dict[str, Any] = dict.fromkeys(("format", "content", "certificates"), "")
+    statement |= {"nonce": None, "parts": None}
+    document["keys"][0]["statements"] = [statement] * 9
+    assert "more than 8 statements" in wrong(resigned(document, one))
+
+
+def test_a_key_for_two_purposes_is_told_of_twice() -> None:
+    one = signer("a")
+    keys = [
+        (KeyReport(use=use, location="unit:key", report=one.custody()), one)
+        for use in ("assertion", "client")
+    ]
+
+    def made(which: list[Any]) -> Checked:
+        return check(make_bundle(which, challenge=None, made_by=MAKER, made_at=0))
+
+    (gone,) = changes(made(keys), made(keys[1:]))
+    assert (gone.what, gone.before, gone.after) == ("key (assertion)", "a", None)
 
 
 def test_statement_that_proves_nothing_is_told() -> None:
@@ -239,7 +351,7 @@ def test_changes_are_told_key_by_key() -> None:
     assert told == {
         ("exportable", "no (claimed)", "yes (claimed)"),
         ('"quote"\n [</script>]', "None (claimed)", None),
-        ("key", "b", None),
+        ("key (assertion)", "b", None),
     }
 
 

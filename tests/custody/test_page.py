@@ -86,7 +86,9 @@ def report(text: str = "x", **answers: Any) -> CustodyReport:
     )
 
 
-def attested(told: CustodyReport, text: str, statement: Statement) -> CustodyReport:
+def attested(
+    told: CustodyReport, text: str, statement: Statement, certificates: tuple[bytes, ...] = ()
+) -> CustodyReport:
     verified = Verified(
         spki=b"",
         device=text,
@@ -99,6 +101,7 @@ def attested(told: CustodyReport, text: str, statement: Statement) -> CustodyRep
         anchor="ab" * 32,
         facts={text: text},
         limits=(text,),
+        certificates=certificates,
     )
     found = (Attestation(statement=statement, verified=verified),)
     return dataclasses.replace(told, evidence=told.evidence.with_attestations(found))
@@ -142,16 +145,19 @@ def test_the_verdict_stands_on_top_and_what_is_not_proven_below() -> None:
     key = KeyReport(use="assertion", location="l", report=report("pkcs11"))
     text = said((key, ()), hardware=True)
     assert "All keys (1) are shown to be what is required." in text
-    assert "Of 5 answers 0 are attested by a device, 2 are only claimed, 3 are unknown." in text
+    assert (
+        "Of 5 answers about 1 keys 0 are attested by a device, 2 are only claimed, 3 are unknown."
+        in text
+    )
     assert "Held by hardware: pkcs11 claims it; no device has signed it." in text
     assert "Device in FIPS mode: nobody says so." in text
     assert "Cannot leave its place claimed by pkcs11" in text
     text = said((key, ("held by hardware",)), hardware=True)
-    assert "1 of 1 keys are not shown to be what is required." in text
+    assert "1 of 1 keys not shown to be what is required; 0 shown to be what is required." in text
     assert "Not shown to be: held by hardware." in text
     away = KeyReport(use="client", location="l", error=D1SignerError("It is away."))
     text = said((key, ()), (away, ()))
-    assert "1 of 2 keys could not be asked." in text
+    assert "1 of 2 keys could not be asked; 1 told below." in text
     assert "It is away." in text
     assert "nothing was required" in said((key, ()))
     worse = KeyReport(use="assertion", location="l", report=report(exportable=True))
@@ -159,10 +165,17 @@ def test_the_verdict_stands_on_top_and_what_is_not_proven_below() -> None:
 
 
 def test_the_chain_is_drawn_from_the_key_to_the_anchor() -> None:
-    statement = luna().statement
-    told = attested(report("pkcs11"), "Luna K7", statement)
+    made = luna()
+    told = attested(report("pkcs11"), "Luna K7", made.statement, made.verify().certificates)
     text = said((KeyReport(use="assertion", location="l", report=told), ()))
-    order = ("This key", "luna-pkc statement", "41key", "Luna K7-521174", "Trusted key", "abab")
+    order = (
+        "This key",
+        "luna-pkc statement",
+        "41key",
+        "Luna K7-521174",
+        "Trusted: a key that the operator has named",
+        "abab",
+    )
     places = [text.index(word, text.index("Statement of Luna K7")) for word in order]
     assert places == sorted(places)
     assert "Cannot leave its place attested by Luna K7 (luna-pkc)" in text

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.custody.report import Maker
 from d1_signer.custody.statements import read_anchor_file, read_statement
 from d1_signer.custody.verifying import check_bundle
-from d1_signer.errors import ConfigurationError, CustodyError
+from d1_signer.errors import ConfigurationError, CustodyError, SignerError
 from d1_signer.signing.signer import Signer
 from tests.attestation import makers
 from tests.attestation.makers import KEY, OWNER_ROOT, ROOT
-from tests.attestation.pki import NOW, Settings, certificate, pem, spki_sha256
+from tests.attestation.pki import END, NOW, Holder, Settings, certificate, ec_key, pem, spki_sha256
 from tests.signing.backends import KeyBackend
 
 _UNKNOWN = Evidence(
@@ -172,20 +174,48 @@ def test_a_file_of_anchors_adds_or_replaces(tmp_path: Path) -> None:
     assert more > published
     file.write_text(f"\ninstead\n{line}\n")
     assert read_anchor_file(str(file)) == more - published
-    for wrong in (b"", b"instead\n", b"no hash", b"\xff", b"-----BEGIN CERTIFICATE-----\nAA"):
+    root = pem(certificate(Settings(ROOT, ROOT)))
+    file.write_bytes(b"instead\nsubject=root of the tests\n" + root)
+    (only,) = read_anchor_file(str(file))
+    assert only.spki_sha256 == spki_sha256(ROOT.key)
+    file.write_bytes(root)
+    assert read_anchor_file(str(file)) == published | {only}
+    both = f"{line}\n".encode() + root  # one of them would count for nothing
+    for wrong in (
+        both,
+        root + both[:64],
+        b"instead\n" + both,
+        b"",
+        b"instead\n",
+        b"no hash",
+        b"\xff",
+        b"-----BEGIN CERTIFICATE-----\nAA",
+    ):
         file.write_bytes(wrong)
         with pytest.raises(ConfigurationError, match="anchors"):
             read_anchor_file(str(file))
 
 
 @pytest.mark.parametrize("make", _MAKERS)
-def test_the_chain_is_drawn_as_far_as_it_can_be_read(make: Callable[[], makers.Made]) -> None:
-    statement = make().statement
-    drawn = links(statement)
-    places = {link.subject: number for number, link in enumerate(drawn)}
-    for number, link in enumerate(drawn):
-        assert places.get(link.issuer, len(drawn)) >= number
-    if statement.format in {"luna-pkc", "marvell", "yubihsm", "yubikey-piv"}:
-        assert len(drawn) >= 2
-    broken = Statement(format=statement.format, content=b"\x30\x80", certificates=(b"\x30", b""))
-    assert links(broken) == []
+def test_the_chain_is_what_was_judged_and_no_more(make: Callable[[], makers.Made]) -> None:
+    """A certificate that came along, signed by nobody, is no step of it."""
+    made = make()
+    stranger = Holder("FIPS 140-3 level 4, says the vendor", ec_key("stranger"))
+    forged = pem(certificate(Settings(stranger, ROOT)))
+    forged += pem(certificate(Settings(ROOT, stranger)))
+    statement = replace(made.statement, certificates=(*made.statement.certificates, forged))
+    verified = replace(made, statement=statement).verify()
+    drawn = links(verified)
+    assert len(drawn) == len(made.certificates)
+    assert set(verified.certificates) == set(made.certificates.values())
+    assert not any("FIPS 140-3" in link.subject + link.issuer for link in drawn)
+    for below, above in pairwise(drawn):
+        root = f"Common Name: {ROOT.name}"
+        assert below.issuer in {above.subject, root}
+    assert all(link.until == END.date().isoformat() for link in drawn)
+
+
+def test_a_backend_whose_statements_are_none_is_a_defect() -> None:
+    told = replace(_UNKNOWN, statements=(b"bytes",))  # type: ignore[arg-type]
+    with pytest.raises(SignerError, match="gave no evidence"):
+        Signer(key_backend(told)).custody()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walk through the command line without D1, as docs/cli.md shows it."""
+"""The ways to try it without D1, as docs/cli.md shows them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "cli.md").read_text()
+SECTION = PAGE.partition("## Try it without D1")[2].partition("## ")[0]
+BLOCKS = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
+WHOLE, TOKEN, FAULTS = BLOCKS
 
 
-def test_the_walk_without_d1_works_as_typed(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "cli.md").read_text()
-    section = page.partition("## Try it without D1")[2]
-    (walk,) = re.findall(
-        r"^```sh\n(d1-signer generate-key\n.*?)^```$", section, re.DOTALL | re.MULTILINE
-    )
-    ran = subprocess.run(
-        [str(ROOT / "softhsm" / "with-token"), "bash", "-eumc", walk],
+def ran(script: str, tmp_path: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-euc", script],
         cwd=tmp_path,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
@@ -27,6 +28,21 @@ def test_the_walk_without_d1_works_as_typed(tmp_path: Path) -> None:
         check=False,
         timeout=50,
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "failed" not in ran.stdout
-    assert "access-token" in ran.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_check_in_softhsm_and_the_sandbox(tmp_path: Path) -> None:
+    told = ran(WHOLE, tmp_path)
+    assert "  ok       login " in told
+    assert told.endswith("\nAll steps passed.\n")
+
+
+def test_a_first_token(tmp_path: Path) -> None:
+    assert "Bearer" in ran(TOKEN, tmp_path)
+
+
+@pytest.mark.parametrize("line", FAULTS.splitlines())
+def test_trouble_for_a_client(line: str, tmp_path: Path) -> None:
+    told = ran(f"{line} -- d1-signer token --json", tmp_path)
+    assert '"token_type": "Bearer"' in told

@@ -21,6 +21,7 @@ from d1_signer.testing import SoftHsmToken
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 TLS_KEY_URI = re.compile(r"pkcs11:token=bank;object=d1-tls\?[^\"'#]*")
 HSM_CERTIFICATE = """
 with TokenFetcher(
@@ -120,7 +121,7 @@ def test_the_commands_run_in_the_order_of_the_page(
 def environment(token: SoftHsmToken, sandbox: Sandbox) -> dict[str, str]:
     return os.environ | {
         "SOFTHSM2_CONF": str(token.configuration),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": PATH,
         "D1_ISSUER_ID": "my-issuer",
         "D1_ENVIRONMENT": sandbox.base_url,
         "D1_CLIENT_CERT": str(sandbox.client_certificate),
@@ -140,6 +141,15 @@ def run(lines: list[str], env: dict[str, str]) -> str:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
+
+
+def test_the_first_commands_run_as_typed(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks("sh") if "\nd1-signer demo " in block)
+    install, *commands = block.splitlines()
+    assert install.startswith("pip install ")
+    told = run(commands, os.environ | {"PATH": PATH, "TMPDIR": str(tmp_path)})
+    assert "made inside the HSM" in told
+    assert "Bearer" in told
 
 
 def test_every_command_of_make_is_there() -> None:

@@ -60,7 +60,7 @@ def test_the_whole_way_works_as_printed(tmp_path: Path) -> None:
             "D1_SIGNER_KID": "bank-2026",
         }
         with subprocess.Popen(
-            [str(ROOT / "softhsm" / "with-token"), "bash", "-euc", script],
+            [sys.executable, "-m", "d1_signer", "softhsm", "--", "bash", "-euc", script],
             cwd=tmp_path,
             env=env,
             stdout=subprocess.PIPE,

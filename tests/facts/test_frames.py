@@ -5,24 +5,32 @@ from __future__ import annotations
 
 import functools
 import signal
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
+    NoEncryption,
     PrivateFormat,
 )
 
 from d1_signer import (
+    AuditTrail,
+    ClientCertificate,
     D1SignerError,
     Environment,
+    LazySigner,
+    Signer,
+    SignerSet,
     TokenFetcher,
     frames,
     generate_key,
@@ -32,6 +40,7 @@ from d1_signer import (
 from d1_signer.frames import of_signal_handler, without_locals
 from d1_signer.signing.backend import guarded
 from tests.conftest import told_by
+from tests.signing.backends import KeyBackend
 
 SECRET = "s3cret-" + "that-nobody-may-see"
 _GIVEN = [
@@ -77,6 +86,88 @@ def test_settings_of_a_fetcher(setting: str) -> None:
     }
     with pytest.raises(D1SignerError) as raised:
         TokenFetcher(None, **{**settings, setting: secrets[setting]})  # type: ignore[arg-type]
+    assert not [text for text in told_by(raised.value) if SECRET in text]
+
+
+def _a_signer() -> Signer:
+    return Signer(KeyBackend(ec.derive_private_key(11, ec.SECP256R1())))
+
+
+# Where a signer belongs, and a URI with a PIN is given.
+_NO_SIGNERS: dict[str, Callable[[Any], object]] = {
+    "Signer": Signer,
+    "SignerSet": lambda uri: SignerSet([uri]),
+    "SignerSet of one": SignerSet,
+    "SignerSet, the second": lambda uri: SignerSet([_a_signer(), uri]),
+    "SignerSet.add": lambda uri: SignerSet([_a_signer()]).add(uri),
+    "SignerSet.promote": lambda uri: SignerSet([_a_signer()]).promote(uri),
+    "SignerSet.remove": lambda uri: SignerSet([_a_signer()]).remove(uri),
+    "LazySigner": lambda uri: LazySigner(uri, kid="k", public_key=_a_signer().public_key),
+    "LazySigner's key": lambda uri: LazySigner(_a_signer, kid="k", public_key=uri),
+    "TokenFetcher": lambda uri: TokenFetcher(
+        uri, issuer_id="issuer", environment="https://d1.example"
+    ),
+    "TokenFetcher, several": lambda uri: TokenFetcher(
+        [uri],  # type: ignore[arg-type]
+        issuer_id="issuer",
+        environment="https://d1.example",
+    ),
+    "ClientCertificate": lambda uri: ClientCertificate("client.pem", uri),
+    "ClientCertificate, several": lambda uri: ClientCertificate("client.pem", [uri]),
+    "AuditTrail": lambda uri: AuditTrail("/none", origin="unit", checkpoint_signer=uri),
+    "trail": lambda uri: Signer(_a_signer()._backend, trail=uri),
+}
+
+
+@pytest.mark.parametrize("given", _NO_SIGNERS)
+def test_a_uri_in_place_of_a_signer(given: str) -> None:
+    with pytest.raises(D1SignerError) as raised:
+        _NO_SIGNERS[given](f"pkcs11:token=bank;object=d1?pin-value={SECRET}")
+    assert not [text for text in told_by(raised.value) if SECRET in text]
+    assert raised.value.hint
+
+
+_REPLACING = """
+import copy, dataclasses, sys
+from d1_signer import ClientCertificate, D1SignerError, Environment
+from tests.leaks.watch import told_by
+
+pem = sys.stdin.read()
+certificate = ClientCertificate("client.pem", "client.key")
+environment = Environment.of("https://d1.example")
+for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):
+    for given, changes in (
+        (certificate, {"key": pem}),
+        (certificate, {"key": pem.splitlines()}),
+        (certificate, {"certificate": pem, "timeout": 3.0}),
+        (environment, {"base_url": f"https://user:{pem.strip()}@d1.example"}),
+    ):
+        before = repr(given)
+        try:
+            replace(given, **changes)
+        except D1SignerError as error:
+            told = told_by(error.with_traceback(error.__traceback__.tb_next))  # below this frame
+            assert "dataclasses.py" in "".join(told)
+            shown = [text for text in told if pem[100:130] in text]
+            print("leaks" if shown else "kept", repr(given) == before)
+    print(replace(certificate, key="other.key").key)
+"""
+
+
+def test_replace_with_what_is_refused_shows_nothing_of_it() -> None:
+    # In a process of its own: here the watch stands between `replace` and what it calls.
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    ran = subprocess.run(
+        [sys.executable, "-c", _REPLACING], input=pem, capture_output=True, timeout=60, check=False
+    )
+    told = ran.stdout.decode().splitlines()
+    assert told == [*["kept True"] * 4, "other.key"] * 2, ran.stderr.decode()
+
+
+def test_a_uri_alone_makes_no_lazy_signer() -> None:
+    with pytest.raises(TypeError) as raised:
+        LazySigner(f"pkcs11:token=bank;object=d1?pin-value={SECRET}")  # type: ignore[call-arg,arg-type]
     assert not [text for text in told_by(raised.value) if SECRET in text]
 
 

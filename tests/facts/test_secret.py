@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
+import json
 import logging
 import os
 import pickle
@@ -13,14 +16,21 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
 from hypothesis import given, strategies as st
 
 from d1_signer.errors import SecretSourceError
-from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret
+from d1_signer.secret import Secret, SecretSource, holds_key, read_private_file, read_secret
 from tests.owners import give_away
 
 from .secrecy import assert_hidden
@@ -116,6 +126,71 @@ def test_empty_or_not_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
     error = refuse(f"file:{secret_file(tmp_path, content)}", match=r"empty, or not UTF-8")
     assert not error.retryable
     assert error.code == "secret_source"
+
+
+OWN_KEY = ec.generate_private_key(ec.SECP256R1())
+NUMBER = OWN_KEY.private_numbers().private_value.to_bytes(32)
+
+
+def _exported(encoding: Encoding, form: PrivateFormat, *, locked: bool = False) -> bytes:
+    lock = BestAvailableEncryption(b"x" * 8) if locked else NoEncryption()
+    return OWN_KEY.private_bytes(encoding, form, lock)
+
+
+def _forms_of_a_key() -> Iterator[tuple[str, str]]:
+    for name, form in (("PKCS8", PrivateFormat.PKCS8), ("SEC1", PrivateFormat.TraditionalOpenSSL)):
+        der = _exported(Encoding.DER, form)
+        encoded = base64.b64encode(der).decode()
+        yield f"{name}, PEM", _exported(Encoding.PEM, form).decode()
+        yield f"{name}, DER", os.fsdecode(der)
+        yield f"{name}, DER as Latin-1", der.decode("latin-1")
+        yield f"{name}, base64", encoded
+        yield f"{name}, a line of base64", encoded[:64]
+        yield f"{name}, behind a scheme", f"file:///{encoded}"
+        yield f"{name}, base64 of PEM lines", base64.b64encode(b"." + der).decode()
+        yield f"{name}, hexadecimal", der.hex()
+        yield f"{name}, with colons", der.hex(":")
+    locked = _exported(Encoding.DER, PrivateFormat.PKCS8, locked=True)
+    yield "encrypted, PEM", _exported(Encoding.PEM, PrivateFormat.PKCS8, locked=True).decode()
+    yield "encrypted, DER", os.fsdecode(locked)
+    yield "encrypted, base64", base64.b64encode(locked).decode()
+    yield "encrypted, hexadecimal", locked.hex()
+    jwk = {"kty": "EC", "d": base64.urlsafe_b64encode(NUMBER).decode().rstrip("=")}
+    yield "JWK", json.dumps(jwk)
+    yield "JWK, indented", "\n " + json.dumps(jwk, indent=2)
+    yield "JWK, as Python writes it", str(jwk)
+    yield "JWKs", f"[{json.dumps(jwk)}]"
+    yield "number", NUMBER.hex()
+    yield "number, in capitals", f" 0x{NUMBER.hex().upper()}\n"
+    yield "number, as OpenSSL writes it", f"00:{NUMBER.hex(':')}"
+    yield "number, in lines", f"{NUMBER[:15].hex(':')}:\n    {NUMBER[15:].hex(':')}\n"
+
+
+FORMS_OF_A_KEY = dict(_forms_of_a_key())
+DIGEST = hashlib.sha256(b"a file").digest()
+
+
+@pytest.mark.parametrize("form", FORMS_OF_A_KEY)
+def test_a_key_itself_is_known(form: str) -> None:
+    assert holds_key(FORMS_OF_A_KEY[form])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "/etc/d1/client.key", "client.key", "0", "30", "{", "0x1F"),
+        f"/var/lib/containers/{DIGEST.hex()}/client.key",
+        f"{DIGEST.hex()}.pem",
+        "9" * 5000,
+        DIGEST.hex()[:40],
+        "/srv/MANAGED/secrets/d1.example/production/eu-central-1/client/certificates/key",
+        "pkcs11:token=bank;object=d1?pin-source=file:/etc/d1/pin",
+        f"pkcs11:token=bank;id=%{DIGEST.hex('%')}",
+        "awskms:///arn:aws:kms:eu-central-1:000000000000:key/00000000-0000-0000-0000-000000000000",
+    ],
+)
+def test_what_is_no_key_is_not_taken_for_one(text: str) -> None:
+    assert holds_key(text) is (text == "{")
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o660, 0o620, 0o610, 0o644, 0o777, 0o646])

@@ -70,8 +70,8 @@ def watch_values() -> None:
     ):
         setattr(module, name, _noting_keys(getattr(module, name)))
     from d1_signer.errors import D1SignerError
+    from d1_signer.sandbox.softhsm import SoftHsmToken
     from d1_signer.secret import Secret
-    from d1_signer.testing.softhsm import SoftHsmToken
     from d1_signer.token.response import Grant
 
     _before(Secret, "__init__", lambda _, value: current.note(value))

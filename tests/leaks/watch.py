@@ -63,7 +63,8 @@ class LeakWatch:
 
     def note_written(self, path: str, *, ours: bool) -> None:
         """A file is being written, by our code or by what may hold secrets."""
-        self.written[path] = ours
+        # Python's own copies of the sources hold their texts.
+        self.written[path] = ours and "/__pycache__/" not in path
 
     def note_removed(self, path: str) -> None:
         """A file of ours is about to go: look at it now."""

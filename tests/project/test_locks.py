@@ -45,6 +45,7 @@ def declared() -> dict[str, list[Requirement]]:
 
     library = read(project["dependencies"])
     core = library + read(groups["build"])
+    docs = read(groups["docs"])
     optional = [
         requirement
         for name in extras
@@ -54,8 +55,9 @@ def declared() -> dict[str, list[Requirement]]:
     tools = [requirement for requirement in read(extras["test"]) if requirement.name == "pytest"]
     return {
         "demo.txt": core + [r for name in ("cli", "pkcs11", "sandbox") for r in read(extras[name])],
-        "dev.txt": core + optional + tools + read(groups["dev"]),
-        "bench.txt": core + optional + tools + read(groups["dev"]) + read(groups["bench"]),
+        "docs.txt": core + optional + tools + docs,
+        "dev.txt": core + optional + tools + docs + read(groups["dev"]),
+        "bench.txt": core + optional + tools + docs + read(groups["dev"]) + read(groups["bench"]),
         "bench-no-deps.txt": read(groups["bench-no-deps"]),
         "lock.txt": read(groups["lock"]),
         "lowest.txt": library + optional + read(groups["lowest"]),
@@ -99,6 +101,7 @@ def test_the_lowest_releases_are_those_that_are_declared() -> None:
 
 
 def test_locks_agree() -> None:
+    assert pins("docs.txt") <= pins("dev.txt")
     assert pins("demo.txt") <= pins("dev.txt") <= pins("bench.txt")
 
 
@@ -119,7 +122,7 @@ def test_locks_are_installed_from_wheels_with_their_hashes_only() -> None:
     assert re.search(r"^ *local pip=\([^)]*--only-binary :all:\)$", matrix, re.MULTILINE)
     installing = re.findall(r"^\t.*(?:PIP_INSTALL|pip install).*$", makefile, re.MULTILINE)
     installing += re.findall(r".*\$\{pip\[@\]\}.*", matrix)
-    assert len(installing) == 8
+    assert len(installing) == 9
     for line in installing:
         itself = "--no-deps --no-build-isolation --editable" in line
         assert itself != ("--require-hashes" in line), line

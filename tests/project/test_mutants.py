@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,24 @@ def test_a_seed_names_its_sample(tmp_path: Path) -> None:
     assert ids("--seed", "1") == one
     assert ids("--seed", "2") != one
     assert ids("--only", "elsewhere") == set()
+
+
+def test_a_module_that_no_rule_knows_ends_it_before_anything_runs(tmp_path: Path) -> None:
+    plan = PLAN.replace('modules = [""]', 'modules = ["other"]')
+    ran = run(tmp_path, WEAK, plan=plan)
+    assert ran.status == 1
+    assert ran.output == "No rule of the plan names tests for toy/__init__.py.\n"
+
+
+def test_the_plan_knows_every_module_and_its_tests_are_there() -> None:
+    plan = tomllib.loads((ROOT / "tests" / "project" / "mutants.toml").read_text())
+    known = tuple(prefix for rule in plan["rule"] for prefix in rule["modules"])
+    package = ROOT / plan["package"]
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert modules
+    assert {module for module in modules if not module.startswith(known)} == set()
+    tests = {test for rule in plan["rule"] for test in rule["tests"]}
+    assert {test for test in tests if not (ROOT / test).exists()} == set()
 
 
 @pytest.mark.parametrize("tests", ["def test_broken():\n    assert False\n", "import nothing\n"])

@@ -253,6 +253,47 @@ def test_foreign_errors_are_ours_and_show_nothing(kind: type[Exception], step: s
     assert_hidden(SECRET, error)
 
 
+@pytest.mark.parametrize("kind", [ValueError, KeyError, Odd])
+@pytest.mark.parametrize("step", ["name", "encoding", "openings"])
+def test_a_property_that_raises_is_told_with_whose_it_is(kind: type[Exception], step: str) -> None:
+    own = {step: property(fail(kind)), "custody_within": fail(ValueError)}
+    backend = AnsweringBackend(KEY, bytes)
+    backend.__class__ = type("Own", (AnsweringBackend,), own)
+    with pytest.raises(SignerError, match=kind.__name__) as caught:
+        Signer(backend, custody_policy=CustodyPolicy(hardware=True))
+    assert type(caught.value) is SignerError
+    assert "maintainers" in str(caught.value.hint)
+    assert ("unit" if step == "openings" else f"{__name__}.Own") in str(caught.value)
+    assert caught.value.__context__ is None
+    assert_hidden(SECRET, caught.value)
+
+
+@pytest.mark.parametrize("name", [None, 7, b"unit"])
+def test_a_name_is_a_text(name: object) -> None:
+    backend = KeyBackend(KEY)
+    backend.name = name  # type: ignore[assignment]
+    with pytest.raises(SignerError, match="KeyBackend backend failed with TypeError"):
+        Signer(backend)
+
+
+def test_name_and_encoding_are_asked_once() -> None:
+    asked: list[str] = []
+
+    class Own(KeyBackend):
+        @property
+        def name(self) -> str:  # type: ignore[override]
+            asked.append("name")
+            if len(asked) > 2:
+                raise ValueError(SECRET)
+            return "own"
+
+    signer = Signer(Own(KEY), observers=[lambda _: None])
+    verified(signer.sign(b"m"))
+    assert signer.custody().backend == "own"
+    assert repr(signer).startswith("<Signer own ")
+    signer.close()
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_interruption_passes_through(kind: type[BaseException]) -> None:
     events: list[Event] = []
@@ -463,6 +504,36 @@ OURS = """
 from d1_signer.errors import MissingExtraError
 raise MissingExtraError.of("sdk", "unit")
 """
+
+
+IMPORTS_FAIL = {
+    "raises": f"raise RuntimeError('{SECRET}') from ValueError('{SECRET}')",
+    "exits its import": f"import os\nos.environ['{SECRET}']",
+    "is no Python": f"def '{SECRET}'",
+    "has an error of its own": f"""
+class Odd(Exception):
+    pin = "{SECRET}"
+    def __str__(self):
+        raise RuntimeError("{SECRET}")
+raise Odd("{SECRET}")
+""",
+}
+
+
+@pytest.mark.parametrize("code", IMPORTS_FAIL.values(), ids=IMPORTS_FAIL)
+@pytest.mark.parametrize("call", [open_signer, generate_key])
+def test_what_an_import_that_fails_says_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, call: Callable[[str], object]
+) -> None:
+    name = install(tmp_path, monkeypatch, {"unit": "{name}"}, code)
+    with pytest.raises(ConfigurationError) as caught:
+        call("unit:a")
+    error = caught.value
+    assert f"The plug-in {name} for unit: cannot be loaded (" in str(error)
+    assert "importing" in str(error.hint)
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    assert_hidden(SECRET, error)
 
 
 @pytest.mark.parametrize(

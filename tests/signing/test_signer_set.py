@@ -578,8 +578,9 @@ def test_rotation(two: SignerSet) -> None:
     two.remove("k0")
     assert (two.kids, backend(old).closed) == (("k2", "k1"), 1)
     for change in (two.promote, two.remove):
-        with pytest.raises(InvalidInputError, match="k0"):
+        with pytest.raises(InvalidInputError, match="that kid") as caught:
             change("k0")
+        assert caught.value.hint == "Known: k2, k1."
     two.remove("k1")
     with pytest.raises(InvalidInputError, match="last"):
         two.remove("k2")

@@ -17,10 +17,18 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from d1_signer import CertificateEvent, LazySigner, SignerSet, TokenRefusedError, open_signer
+from d1_signer import (
+    AuditTrail,
+    CertificateEvent,
+    LazySigner,
+    SignerSet,
+    TokenRefusedError,
+    open_signer,
+)
 from d1_signer.errors import SignerUnavailable
 from d1_signer.otel import OpenTelemetryObserver
 from d1_signer.sandbox import Fault, Sandbox
+from tests.audit.trails import ORIGIN, records, sealing_signer
 from tests.token.conftest import KID, FetcherMaker
 from tests.token.test_fetcher import age, until
 
@@ -94,6 +102,7 @@ def test_a_renewal_is_told_in_spans_and_metrics(
         "d1_signer.use.purpose": "d1-assertion",
         "d1_signer.use.iss": sandbox.requests[0].claims["iss"],
         "d1_signer.use.jti": sandbox.requests[0].claims["jti"],
+        "d1_signer.use.correlation_id": sandbox.requests[0].correlation_id,
     }
     assert dict(request.attributes or {}) == environment | {
         "http.request.method": "POST",
@@ -179,6 +188,40 @@ def test_no_value_of_one_call_becomes_an_attribute_of_a_metric(
     until(lambda: len(telemetry.spans("d1_signer.token.renewal")) == 3)
     for name, points in telemetry.points().items():
         assert len(points) == 1, name
+
+
+def test_the_records_of_the_trail_are_counted(
+    pem_uri: str, tmp_path: Path, telemetry: Telemetry
+) -> None:
+    place = tmp_path / "trail"
+    labels = {"deployment.environment.name": "test"}
+    with AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail:
+        OpenTelemetryObserver(telemetry.meters, telemetry.tracers, attributes=labels, trail=trail)
+
+        def told() -> tuple[int, float]:
+            points = telemetry.points()
+            (number,) = points["d1_signer.audit.records"]
+            (age,) = points["d1_signer.audit.unsealed_age"]
+            assert number.attributes == age.attributes == labels
+            return number.value, age.value
+
+        assert told() == (0, 0)
+        with open_signer(pem_uri, kid=KID, trail=trail) as signer:
+            signer.sign(b"x")
+            number, age = told()
+            assert number == len(records(place))
+            assert 0 < age < 600
+            assert trail.seal()
+            assert told() == (number, 0)
+            signer.sign(b"y")
+            place.rename(tmp_path / "elsewhere")
+            points = telemetry.points()
+            assert points["d1_signer.audit.records"][0].value == number + 2
+            assert "d1_signer.audit.unsealed_age" not in points  # it cannot be read
+            (tmp_path / "elsewhere").rename(place)
+    text = DOCUMENT.read_text()
+    assert "`d1_signer.audit.records`" in text
+    assert "`d1_signer.audit.unsealed_age`" in text
 
 
 def test_the_document_names_what_is_told(

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import certifi
 import pytest
@@ -25,6 +29,7 @@ from d1_signer import (
 from d1_signer.sandbox import Sandbox
 from d1_signer.transport.tls import read_authorities
 from tests.conftest import told_by
+from tests.facts.test_secret import FORMS_OF_A_KEY, OWN_KEY
 from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
 
 PASSPHRASE = b"correct horse battery"
@@ -135,6 +140,58 @@ def test_a_key_put_where_its_path_belongs_is_not_shown(
     assert pem.splitlines()[1] not in "".join(told_by(refused.value))
     hidden = ClientCertificate("c", "k", passphrase="put here by mistake")
     assert "mistake" not in repr(hidden)
+
+
+def _given_as() -> Iterator[tuple[str, object]]:
+    yield from FORMS_OF_A_KEY.items()
+    pem = FORMS_OF_A_KEY["PKCS8, PEM"]
+    der = FORMS_OF_A_KEY["PKCS8, DER"]
+    yield "PEM, lines", pem.splitlines()
+    yield "PEM, lines with their ends", tuple(pem.splitlines(keepends=True))
+    yield "PEM, lines as bytes", pem.encode().splitlines()
+    yield "PEM, several", [pem, pem]
+    yield "PEM, lines without the first", pem.splitlines()[1:-1]
+    yield "PEM, bytes", pem.encode()
+    yield "PEM, a path", Path(pem)
+    yield "DER, bytes", os.fsencode(der)
+    yield "DER, bytearray", bytearray(os.fsencode(der))
+    yield "number, bytes in hexadecimal", FORMS_OF_A_KEY["number"].encode()
+    yield "number", int(FORMS_OF_A_KEY["number"], 16)
+    yield "JWK, a dictionary", json.loads(FORMS_OF_A_KEY["JWK"])
+    yield "JWK, dictionaries", [json.loads(FORMS_OF_A_KEY["JWK"])]
+    yield "JWK, read-only", MappingProxyType(json.loads(FORMS_OF_A_KEY["JWK"]))
+    yield "key", OWN_KEY
+
+
+GIVEN_AS = dict(_given_as())
+
+
+@pytest.mark.parametrize("form", GIVEN_AS)
+@pytest.mark.parametrize("place", ["certificate", "key"])
+def test_a_key_itself_is_neither_taken_nor_told(form: str, place: str) -> None:
+    given = {
+        "certificate": "/etc/d1/client.pem",
+        "key": "/etc/d1/client.key",
+        place: GIVEN_AS[form],
+    }
+    with pytest.raises(ConfigurationError) as refused:
+        ClientCertificate(**given)  # type: ignore[arg-type]
+    told = "".join(told_by(refused.value))
+    pem, hexadecimal = FORMS_OF_A_KEY["PKCS8, PEM"], FORMS_OF_A_KEY["number"]
+    jwk = json.loads(FORMS_OF_A_KEY["JWK"])["d"]
+    for part in (pem[80:110], hexadecimal[20:50], hexadecimal[20:50].upper(), jwk[4:30]):
+        assert part not in told
+    assert str(int(hexadecimal, 16)) not in told
+    if place == "key" and form not in {"key", "number", "DER, bytearray"}:
+        assert "itself" in str(refused.value)
+        assert "replace the key" in str(refused.value.hint)
+    assert "path" in f"{refused.value}{refused.value.hint}"
+
+
+@pytest.mark.parametrize("key", [[], (), ["/etc/d1/client.key"], {7}, 7, None, [None]])
+def test_what_is_neither_a_path_nor_signers_is_refused_at_once(key: object) -> None:
+    with pytest.raises(ConfigurationError, match="neither a path nor a Signer"):
+        ClientCertificate("client.pem", key)  # type: ignore[arg-type]
 
 
 def test_a_context_that_is_weakened_later_is_refused(

@@ -165,6 +165,8 @@ def _client(settings: Settings, credentials: AwsCredentials) -> Client:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 1},
         use_fips_endpoint=settings.fips,
+        # Else botocore may take a bearer token of the environment instead, or no signature.
+        signature_version="v4",
         ignore_configured_endpoint_urls=True,  # type: ignore[call-arg]  # not in its stubs
     )
     with in_hand.making:

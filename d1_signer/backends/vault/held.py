@@ -99,8 +99,12 @@ class Source(Protocol):
         """Seconds between two tokens that are asked for because one was refused."""
         ...
 
-    def prepare(self) -> None:
-        """Read what a person may have to type, before any time limit begins."""
+    def prepare(self, vault: str) -> None:
+        """Read what a person may have to type, before any time limit begins.
+
+        Args:
+            vault: Which one it is for, in words.
+        """
         ...
 
     def obtain(self, http: HttpClient, until: float) -> Held:
@@ -123,9 +127,9 @@ class GivenToken:
         self._owner = trusted_owner
         self._first: Secret | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, vault: str) -> None:
         """Read it; see `Source`."""
-        self._first = self._read()
+        self._first = self._read(vault)
 
     def obtain(self, http: HttpClient, until: float) -> Held:  # noqa: ARG002 (see the protocol)
         """The token as its source gives it now; see `Source`."""
@@ -134,7 +138,7 @@ class GivenToken:
         due = float("inf") if token is None else now + _FIRST_LOOK
         return Held(token=token, obtained=now, due=due, renewable=None)
 
-    def _read(self) -> Secret | None:
+    def _read(self, vault: str = "") -> Secret | None:
         source = self._source
         if source is None:
             names = (f"{prefix}_TOKEN" for prefix in ("BAO", "VAULT"))
@@ -143,7 +147,7 @@ class GivenToken:
             source = _token_of_the_user()
         if source == "none":
             return None
-        return read_secret(source, what="Vault token", trusted_owner=self._owner)
+        return read_secret(source, what="Vault token", of=vault, trusted_owner=self._owner)
 
 
 def _token_of_the_user() -> str:

@@ -53,10 +53,10 @@ class Login:
     _typed: Secret | None = field(default=None, repr=False)
     _denied_at: tuple[bytes, float] | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, vault: str) -> None:
         """Ask for what a person types; see `Source`."""
         if self.source == "prompt" and self._typed is None:
-            self._typed = read_secret("prompt", what=self.what)
+            self._typed = read_secret("prompt", what=self.what, of=vault)
 
     def obtain(self, http: HttpClient, until: float) -> Held:
         """Log in; see `Source`.

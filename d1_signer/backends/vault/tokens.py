@@ -38,11 +38,15 @@ class Tokens:
         self._failed: tuple[float, D1SignerError] | None = None
         self.changed = threading.Event()
 
-    def for_this_process(self) -> Tokens:
-        """The same with a lock of its own: the parent's may have been held when it forked."""
+    def for_this_process(self, vault: str) -> Tokens:
+        """The same with a lock of its own: the parent's may have been held when it forked.
+
+        Args:
+            vault: Which one it is, for who is asked for a secret.
+        """
         held = self._held
         if held is None:
-            self._source.prepare()
+            self._source.prepare(vault)
         # Two processes would each count the uses that are left.
         limited = held is not None and held.uses is not None
         return Tokens(self._source, None if limited else held)
@@ -273,7 +277,7 @@ def clients(settings: Settings, source: Source) -> PerProcess[Client]:
 
     def make() -> Client:
         nonlocal latest
-        latest = latest.for_this_process()
+        latest = latest.for_this_process(f"Vault at {settings.endpoint}")
         return Client(HttpClient(settings), latest)
 
     made = PerProcess(make)

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -565,8 +566,8 @@ def test_a_typed_secret_id_is_asked_for_once(
     role_id, secret_id = server.make_approle("typed")
     asked: list[str] = []
 
-    def prompt(what: str) -> str:
-        asked.append(what)
+    def prompt(what: str, of: str) -> str:
+        asked.append(f"{what} for {of}")
         return secret_id
 
     monkeypatch.setattr("d1_signer.secret._prompt", prompt)
@@ -574,7 +575,7 @@ def test_a_typed_secret_id_is_asked_for_once(
         source = _tokens(signer)._source
         assert isinstance(source, Login)
         source.obtain(signer._backend._clients.get().http, time.monotonic() + 30)  # type: ignore[attr-defined]
-    assert asked == ["AppRole secret id"]
+    assert asked == [f"AppRole secret id for Vault at {urlsplit(server.url).netloc}"]
 
 
 # -- wrapped secret ids ---------------------------------------------------------------------------
@@ -621,6 +622,24 @@ def test_second_signer_on_a_wrapped_secret_id_for_one_use_is_told_so(server: vau
                 open_signer("hashivault://d1", **options)
             assert "stolen" not in refused.value.hint
             assert "each signer" in refused.value.hint
+        signs(signer)
+
+
+def test_what_was_unwrapped_is_not_offered_to_another_vault(
+    server: vault.Vault, proxy: FaultProxy
+) -> None:
+    # It has no way to know that a token is its own: the same source is asked for all of them.
+    role_id, wrapping = server.make_wrapped("elsewhere")
+    options: dict[str, Any] = {"role_id": role_id, "secret_id_source": lambda: wrapping}
+    with open_signer("hashivault://d1", **options):
+        secret_id = list(known.unwrapped.values())[-1].reveal()
+    for other in ({"address": proxy.url}, {"namespace": "other"}, {"auth_mount": "other"}):
+        with pytest.raises(errors.LoginError):
+            open_signer("hashivault://d1", **{"address": proxy.url, **options, **other})
+    assert calls(proxy)
+    assert not [call for call in calls(proxy) if call.endswith("/login")]
+    assert not [sent for sent in proxy.requests if secret_id.encode() in sent.body]
+    with open_signer("hashivault://d1", **options) as signer:  # where it was unwrapped it serves on
         signs(signer)
 
 

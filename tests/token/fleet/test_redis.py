@@ -63,7 +63,7 @@ def test_a_shared_token_says_so_and_renews_at_its_own_time(
     second = fleet(observers=[events.append]).token()
     assert second.value == first.value
     assert second.scope == first.scope
-    assert abs(second.expires_at - first.expires_at) < 0.1
+    assert abs(second.expires_at - first.expires_at) < 5
     (event,) = [event for event in events if not isinstance(event, CertificateEvent)]
     assert isinstance(event, RenewalEvent)
     assert event.shared

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Sphinx is told about this repository: the sidebar, folders as links, the public names.
+
+The pages carry no directive, since they are read on a code host as well; what the site needs beside
+them is added here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from enum import Enum
+from importlib import import_module
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from docutils import nodes
+from pygments.lexers.special import TextLexer
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.domains.python import PythonDomain
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import ExtensionMetadata
+
+import d1_signer
+from d1_signer import D1SignerError
+
+ROOT = "README"
+# The sidebar. What is named nowhere is added: to the README of its folder where there is one, else
+# to the end of the first group.
+SIDEBAR = {
+    "Use": [
+        *("docs/token", "docs/cli", "docs/tls"),
+        *("docs/fleet", "docs/rotation", "docs/observability"),
+    ],
+    "Keys": [
+        *("docs/pkcs11/README", "docs/cloud/README", "softhsm/README"),
+        *("docs/custody/README", "docs/audit/README"),
+        *("docs/backends", "tests/plugin_example/README"),
+    ],
+    "Reference": [
+        f"docs/site/reference/{page}"
+        for page in ("tokens", "keys", "custody", "audit", "events", "errors", "testing")
+    ],
+    "Project": [
+        *("docs/architecture", "docs/adr/README", "docs/releases"),
+        *("CONTRIBUTING", "SECURITY", "CHANGELOG"),
+    ],
+}
+
+
+HOMES: dict[str, list[str]] = d1_signer._HOMES  # noqa: SLF001 (the one list of what is public)
+# Where each public name is defined, which its annotations name, and where users find it.
+PUBLIC = {
+    f"d1_signer.{home}.{name}": f"d1_signer.{name}"
+    for home, names in HOMES.items()
+    for name in names
+}
+
+
+def index_of(page: str) -> str:
+    """Return the README of the folder that a page is in, or of the one above for a README."""
+    folder = PurePosixPath(page).parent
+    if PurePosixPath(page).name == "README":
+        folder = folder.parent
+    return str(folder / "README")
+
+
+def toctree(pages: list[str], *options: str) -> str:
+    lines = ["```{toctree}", ":hidden:", *options, *(f"/{page}" for page in pages), "```"]
+    return "\n".join(["", *lines, ""])
+
+
+def add_sidebar(app: Sphinx, page: str, source: list[str]) -> None:
+    """Give the README of a folder the pages below it, and that of the repository the groups."""
+    if PurePosixPath(page).name != "README":
+        return
+    named = {name for group in SIDEBAR.values() for name in group}
+    found = app.env.found_docs - named - {ROOT}
+    if page == ROOT:
+        left = sorted(name for name in found if index_of(name) not in named)
+        for caption, pages in SIDEBAR.items():
+            source[0] += toctree(pages + left, f":caption: {caption}")
+            left = []
+    elif below := sorted(name for name in found if index_of(name) == page):
+        source[0] += toctree(below)
+
+
+def link_folders(app: Sphinx, doctree: nodes.document) -> None:
+    """Let a link to a folder lead to its README, as a code host does."""
+    folder = Path(doctree["source"]).parent
+    for link in doctree.findall(pending_xref):
+        if link["reftype"] == "myst" and not link.get("refdomain"):
+            path = (folder / link["reftarget"] / "README").resolve()
+            page = path.is_relative_to(app.srcdir) and path.relative_to(app.srcdir).as_posix()
+            if page in app.env.found_docs:
+                link["refdomain"], link["reftarget"], link["reftargetid"] = "doc", page, None
+
+
+def link_homes(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
+) -> nodes.reference | None:
+    """Lead from the module that defines a class, which an annotation names, to its public name."""
+    if node.get("refdomain") != "py" or node["reftarget"] not in PUBLIC:
+        return None
+    target = PUBLIC[node["reftarget"]]
+    domain = env.domains.python_domain
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+
+
+class PublicNames(SphinxDirective):
+    """``.. public-names:: token.fetcher token``: what is offered from these modules and folders.
+
+    In their order; from one module in the order of its source.
+    """
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        names: dict[str, None] = {}
+        for place in self.arguments[0].split():
+            homes = [h for h in HOMES if f"{h}.".startswith(f"{place}.")]
+            if not homes:
+                raise self.error(f"d1_signer.{place} has no public name.")
+            for home in homes:
+                order = list(vars(import_module(f"d1_signer.{home}")))
+                names |= dict.fromkeys(sorted(HOMES[home], key=order.index))
+        return self.parse_text_to_nodes("\n".join(chain.from_iterable(map(entry, names))))
+
+
+def entry(name: str) -> list[str]:
+    """Return what autodoc is told of a public name."""
+    thing = getattr(d1_signer, name)
+    if not inspect.isclass(thing):
+        kind = "function" if inspect.isroutine(thing) else "data"
+        return [f".. auto{kind}:: d1_signer.{name}", ""]
+    kind = "class"
+    if issubclass(thing, D1SignerError):
+        kind = "exception"
+        options = [":show-inheritance:", ":undoc-members:"]  # codes, and whether a retry helps
+    elif issubclass(thing, Enum):
+        options = [":undoc-members:"]
+    elif any(base.__module__.startswith("d1_signer.") for base in thing.__bases__):
+        options = [":inherited-members:"]  # of a class that has no page
+    else:
+        options = []
+    return [f".. auto{kind}:: d1_signer.{name}", *(f"   {option}" for option in options), ""]
+
+
+def keep_first_line(_app: Sphinx, what: str, *rest: Any) -> None:
+    """Keep napoleon from taking ``What it is: more of it`` for ``type: description``."""
+    if what in {"attribute", "data", "property"}:
+        rest[-1][:0] = ["..", ""]
+
+
+def leave_out_arguments(
+    _app: Sphinx, what: str, _name: str, thing: object, *_rest: object
+) -> tuple[str, None] | None:
+    """All errors are made as their root is."""
+    ours = what == "exception" and D1SignerError in getattr(thing, "__mro__", ())
+    return ("", None) if ours and thing is not D1SignerError else None
+
+
+def add_index(app: Sphinx, failure: Exception | None) -> None:
+    """The first page under the name that a web server looks for."""
+    if failure is None and app.builder.name == "html":
+        shutil.copy(Path(app.outdir) / f"{ROOT}.html", Path(app.outdir) / "index.html")
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    app.add_lexer("hcl", TextLexer)  # Pygments knows Terraform's HCL only, not a policy of Vault
+    app.add_directive("public-names", PublicNames)
+    for field in PythonDomain.directives["class"].doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
+    app.connect("source-read", add_sidebar)
+    app.connect("doctree-read", link_folders)
+    app.connect("missing-reference", link_homes)
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)
+    app.connect("autodoc-process-signature", leave_out_arguments)
+    app.connect("build-finished", add_index)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands look like on a terminal, of 60, 80 and 120 columns, with colours and without."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+
+import pytest
+
+from d1_signer.cli._terminal import laid_out
+from d1_signer.testing import SoftHsmToken
+from tests.cli.conftest import COMMAND, Result, run_process
+
+WIDTHS = pytest.mark.parametrize("columns", [60, 80, 120])
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+COLOURS = {"NO_COLOR": "", "TERM": "xterm-256color"}
+COLOURLESS = pytest.mark.parametrize(
+    "setting", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"]
+)
+
+
+def at_terminal(columns: int, *arguments: str, **variables: str) -> Result:
+    """Run a command with a terminal as its output; `out` is all that it shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**environment, **COLOURS, **variables},
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                chunk = os.read(ours, 65536)
+            except OSError:  # the end of a terminal's output on Linux
+                break
+            if not chunk:
+                break
+            shown += chunk
+        status = process.wait(timeout=30)
+    os.close(ours)
+    assert b"Traceback" not in shown
+    return Result(status, shown.decode().replace("\r\n", "\n"), "")
+
+
+def require_fit(shown: str, columns: int) -> None:
+    """No line is longer than the terminal is wide."""
+    assert [line for line in ESCAPE.sub("", shown).splitlines() if len(line) > columns] == []
+
+
+def require_words(shown: str, piped: str, columns: int) -> None:
+    """Every word that fits in a line stands in one, and nothing is lost of the others."""
+    words = set(ESCAPE.sub("", shown).split())
+    room = columns - 6  # the furthest that a word of its own line is moved in
+    assert {word for word in piped.split() if len(word) <= room} - words == set()
+    assert "".join(ESCAPE.sub("", shown).split()) == "".join(piped.split())
+
+
+@pytest.fixture
+def hsm_uri(softhsm_token: SoftHsmToken) -> str:
+    assert run_process("generate-key", D1_SIGNER_KEY=softhsm_token.uri).status == 0
+    return softhsm_token.uri + "#bank-2026"
+
+
+# A failed step, a skipped one and those that are ok; nothing of it depends on the time.
+CHECK = ("check", "--environment", "https://127.0.0.1:1/authz", "--issuer-id", "bank")
+
+
+@WIDTHS
+def test_check(hsm_uri: str, columns: int) -> None:
+    piped = run_process(*CHECK, D1_SIGNER_KEY=hsm_uri)
+    shown = at_terminal(columns, *CHECK, D1_SIGNER_KEY=hsm_uri)
+    assert shown.status == piped.status == 1
+    require_fit(shown.out, columns)
+    without_ids = re.compile(r"check-[0-9a-f]{16}")
+    require_words(without_ids.sub("ID", shown.out), without_ids.sub("ID", piped.out), columns)
+    words = {"32": "ok", "1;31": "failed", "2": "skipped"}
+    for code, word in words.items():
+        assert re.search(rf"^  \x1b\[{code}m{word}\x1b\[0m  ", shown.out, re.MULTILINE)
+    # Groups have a blank line between them, in a terminal only.
+    assert "\n\n\x1b[1mD1 https://127.0.0.1:1/authz\x1b[0m\n" in shown.out
+    assert "\nD1 https://127.0.0.1:1/authz\n" in piped.out
+    assert "\n\nD1 https" not in piped.out
+    if columns == 60:  # what does not fit goes on below its column
+        assert f"\n{' ' * 31}" in shown.out
+
+
+@COLOURLESS
+def test_without_colours_the_words_tell(hsm_uri: str, setting: dict[str, str]) -> None:
+    shown = at_terminal(80, *CHECK, D1_SIGNER_KEY=hsm_uri, **setting)
+    assert "\x1b" not in shown.out
+    assert re.search(r"^  ok       login ", shown.out, re.MULTILINE)
+    assert re.search(r"^  skipped  client-certificate ", shown.out, re.MULTILINE)
+    assert re.search(r"^  failed   endpoint ", shown.out, re.MULTILINE)
+    require_fit(shown.out, 80)
+
+
+@WIDTHS
+def test_custody(hsm_uri: str, columns: int) -> None:
+    piped = run_process("custody", D1_SIGNER_KEY=hsm_uri)
+    shown = at_terminal(columns, "custody", D1_SIGNER_KEY=hsm_uri)
+    require_fit(shown.out, columns)
+    without_time = re.compile(r"Collected .*")
+    require_words(without_time.sub("", shown.out), without_time.sub("", piped.out), columns)
+    assert max(map(len, piped.out.splitlines())) > 150  # the flags of the token
+
+
+@WIDTHS
+@pytest.mark.parametrize("setting", [{}, {"NO_COLOR": "1"}], ids=["colours", "none"])
+@pytest.mark.parametrize("command", ["demo", "token"])
+def test_other_commands(command: str, columns: int, setting: dict[str, str]) -> None:
+    shown = at_terminal(columns, command, **setting)
+    require_fit(shown.out, columns)
+    assert ("\x1b[" in shown.out) == (not setting)
+    if command == "token":
+        told = ESCAPE.sub("", shown.out).splitlines()
+        assert (shown.status, told[0]) == (2, "Error: No key is given.")
+
+
+def test_what_is_to_be_copied_stays_as_it_is(tmp_path: str, key_uri: str) -> None:
+    folder = f"{tmp_path}/{'long' * 20}"
+    told = at_terminal(60, "softhsm", "--folder", folder).out
+    assert re.search(r"^export D1_SIGNER_KEY='pkcs11:\S{100,}'$", told, re.MULTILINE)
+    assert "\x1b" not in told
+    key = at_terminal(60, "public-key", "--key", key_uri).out
+    assert key == run_process("public-key", "--key", key_uri).out
+    assertion = ("assertion", "--show-assertion", "--no-audience", "--issuer-id", "bank")
+    shown = at_terminal(60, *assertion, "--key", key_uri).out.splitlines()
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", shown[-1])
+
+
+@pytest.mark.parametrize("command", [CHECK, ("custody",), ("token",)], ids=lambda words: words[0])
+def test_a_pipe_gets_the_same_whatever_is_set(hsm_uri: str, command: tuple[str, ...]) -> None:
+    def told(**variables: str) -> str:
+        result = run_process(*command, D1_SIGNER_KEY=hsm_uri, **variables)
+        text = re.sub(r"check-[0-9a-f]{16}|Collected .*", "", result.out + result.err)
+        assert "\x1b" not in text
+        return text
+
+    plain = told()
+    assert told(COLUMNS="60", FORCE_COLOR="1", CLICOLOR_FORCE="1", TTY_COMPATIBLE="1") == plain
+    assert told(COLUMNS="200", NO_COLOR="1", TERM="dumb") == plain
+
+
+@WIDTHS
+@pytest.mark.parametrize("command", ["", "check", "sandbox", "audit verify"])
+def test_help_fits(command: str, columns: int) -> None:
+    arguments = (*command.split(), "--help")
+    shown = at_terminal(columns, *arguments)
+    require_fit(shown.out, columns)
+    assert "\x1b" not in shown.out
+    # A name of a fault or of a step is broken at none of its hyphens, and nothing is lost.
+    assert not re.search(r"\w-$", shown.out, re.MULTILINE)
+    assert "".join(shown.out.split()) == "".join(run_process(*arguments).out.split())
+
+
+def test_columns_are_told_by_the_variable_too(key_uri: str) -> None:
+    require_fit(at_terminal(200, "custody", "--key", key_uri, COLUMNS="60").out, 60)
+    require_fit(at_terminal(0, "custody", "--key", key_uri).out, 80)
+
+
+@pytest.mark.parametrize(
+    ("line", "columns", "expected"),
+    [
+        ("", 10, [""]),
+        ("fits in it", 10, ["fits in it"]),
+        ("one two three", 10, ["one two", "  three"]),
+        ("  in  deep words here", 16, ["  in  deep words", "      here"]),
+        ("name  a value that wraps", 16, ["name  a value", "      that wraps"]),
+        ("name  fifteen_letters", 20, ["name", "    fifteen_letters"]),
+        ("Error: what went wrong", 16, ["Error: what went", "       wrong"]),
+        ("uri:a=1;b=22222222?c=3&d=4", 16, ["    uri:a=1;b=", "    22222222?c=", "    3&d=4"]),
+        ("x  0123456789abcdef", 14, ["x", "    0123456789", "    abcdef"]),
+        ("  x  日本語 日本語", 14, ["  x  日本語", "     日本語"]),
+    ],
+)
+def test_layout_of_a_line(line: str, columns: int, expected: list[str]) -> None:
+    assert laid_out(line, columns) == expected
+
+
+def test_rich_is_not_loaded_for_a_pipe(key_uri: str) -> None:
+    code = (
+        "import sys; from d1_signer.cli import main; "
+        f"main(['custody', '--key', {key_uri!r}]); print('rich' in sys.modules)"
+    )
+    done = subprocess.run([COMMAND[0], "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")
