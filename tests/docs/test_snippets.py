@@ -40,9 +40,16 @@ ELSEWHERE = {
     "docs/audit/README.md: head -n 1": (
         "tests/docs/test_audit_page.py::test_the_leaf_of_a_record_as_printed"
     ),
-    "docs/cli.md: d1-signer generate-key\n": (
-        "tests/docs/test_cli_page.py::test_the_walk_without_d1_works_as_typed"
+    "docs/cli.md: d1-signer softhsm -- sh": (
+        "tests/docs/test_cli_page.py::test_a_check_in_softhsm_and_the_sandbox"
     ),
+    "docs/cli.md: d1-signer sandbox -- d1-signer": (
+        "tests/docs/test_cli_page.py::test_a_first_token"
+    ),
+    "docs/cli.md: d1-signer sandbox --fault": (
+        "tests/docs/test_cli_page.py::test_trouble_for_a_client"
+    ),
+    "docs/custody/attestation.md: { printf": "tests/attestation/test_securosys.py",
     "docs/cloud/aws.md: {": (
         "tests/backends/test_docs.py::test_policy_for_aws_is_json_with_the_permissions_that_are_used"
     ),
@@ -85,6 +92,9 @@ _INSTALLS = "installs from an index; tests/project/test_wheel.py installs what i
 _DEVICE = "needs the vendor's device; tests/docs/test_run_books.py takes each up to the module"
 LEFT_OUT = {
     'README.md: pip install "d1-signer[pkcs11,cli]"': _INSTALLS,
+    'README.md: pip install "d1-signer[cli,pkcs11,sandbox]"': (
+        "installs from an index; tests/project/test_installed.py runs its commands from a wheel"
+    ),
     'docs/cli.md: pip install "d1-signer[cli,pkcs11]"': _INSTALLS,
     "docs/audit/README.md: d1-signer audit collect": (
         "needs the trails of two hosts: tests/cli/test_audit_collect.py has them"
@@ -139,7 +149,7 @@ LEFT_OUT = {
     "docs/pkcs11/luna.md: ": _DEVICE,
     "docs/pkcs11/nshield.md: ": _DEVICE,
     "docs/pkcs11/yubihsm.md: ": _DEVICE,
-    "softhsm/README.md: softhsm/with-token COMMAND": "a form with words to put in, no command",
+    "softhsm/README.md: d1-signer softhsm -- COMMAND": "a form with words to put in, no command",
     "d1_signer/audit/folder.py: lock ": "a list of files, no code",
     "d1_signer/backends/pkcs11/module/gate.py: call = ": "three lines of its own code, explained",
     "d1_signer/errors.py: D1SignerError": "the tree; tests/facts/test_errors.py compares it",

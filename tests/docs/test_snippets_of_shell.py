@@ -105,19 +105,6 @@ def bundles(shell: Shell, block: str) -> None:
     assert (shell.folder / "report.html").exists()
 
 
-def faults_of_the_sandbox(shell: Shell, block: str) -> None:
-    """Each line serves until it is ended."""
-    for line in block.splitlines():
-        with subprocess.Popen(
-            line.split(), env=shell.variables, stdout=subprocess.PIPE, text=True
-        ) as serving:
-            assert serving.stdout is not None
-            first = serving.stdout.readline()
-            serving.terminate()
-            assert serving.wait(timeout=50) == 0
-        assert first.startswith("# D1 sandbox until Ctrl-C. Keys: bank-2026.")
-
-
 def screen_of_the_sandbox(shell: Shell, block: str) -> None:
     prompt, *printed = block.splitlines()
     command = prompt.removeprefix("$ ").split()
@@ -268,7 +255,6 @@ RUN: dict[str, Way] = {
     "docs/cli.md: d1-signer check --require": as_it_is,
     "docs/cli.md: curl": curl,
     "docs/cli.md: d1-signer custody --bundle": bundles,
-    "docs/cli.md: d1-signer sandbox --fault": faults_of_the_sandbox,
     "docs/cli.md: $ d1-signer sandbox": screen_of_the_sandbox,
     "docs/cli.md: $ d1-signer check": screen_of_check,
     "docs/cli.md: d1-signer generate-key --key file": client_key,
@@ -279,7 +265,7 @@ RUN: dict[str, Way] = {
     "docs/audit/README.md: cat /var": on_a_trail,
     "docs/custody/attestation.md: openssl x509": anchor,
     "docs/pkcs11/softhsm.md: eval": with_softhsm,
-    "softhsm/README.md: softhsm/with-token sh": with_softhsm,
+    "softhsm/README.md: d1-signer softhsm -- sh": with_softhsm,
     "softhsm/README.md: exports=": with_softhsm,
     "softhsm/README.md: - run:": actions_of_github,
 }
