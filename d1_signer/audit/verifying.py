@@ -9,7 +9,7 @@ as well: two that agree with one list of records are consistent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +70,10 @@ class InstanceReport:
 
 
 def verify(
-    instances: Sequence[Path], keys: Sequence[VerifierKey], since: Sequence[bytes] = ()
+    instances: Sequence[Path],
+    keys: Sequence[VerifierKey],
+    since: Sequence[bytes] = (),
+    taken: Callable[[int], None] = lambda _: None,
 ) -> list[InstanceReport]:
     """Verify instance folders.
 
@@ -78,6 +81,7 @@ def verify(
         instances: The folders.
         keys: Whose checkpoints are believed.
         since: Checkpoints that were kept elsewhere; the instances must hold what they tell.
+        taken: Told how many bytes each record has, as it is read.
 
     Raises:
         AuditError: A checkpoint of ``since`` cannot be read, or none of the keys signed it.
@@ -86,7 +90,7 @@ def verify(
     kept = _kept(since, keys)
     reports: dict[str, InstanceReport] = {}
     for path in instances:
-        report = _Verification(path, keys, kept.pop(path.name, {})).run()
+        report = _Verification(path, keys, kept.pop(path.name, {}), taken).run()
         if path.name in reports:
             report.find(None, "The instance is there twice: one is a copy of the other.")
             report.findings += reports[path.name].findings
@@ -129,8 +133,15 @@ def believed(note: bytes, keys: Sequence[VerifierKey]) -> Checkpoint:
 class _Verification:
     """One instance, read from its first record to its last."""
 
-    def __init__(self, path: Path, keys: Sequence[VerifierKey], kept: Mapping[int, bytes]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[VerifierKey],
+        kept: Mapping[int, bytes],
+        taken: Callable[[int], None],
+    ) -> None:
         self._path = path
+        self._taken = taken
         self._keys = keys
         self._kept = dict(kept)
         self._report = InstanceReport(path.name)
@@ -167,6 +178,7 @@ class _Verification:
     def _take_file(self, file: Path, *, last: bool) -> None:
         size = self._size
         for line, whole in stored.lines(file):
+            self._taken(len(line) + 1)
             if not whole:
                 self._torn(line, last=last)
                 break

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import click
 
 from d1_signer.cli._output import Output, printable, with_output_options
+from d1_signer.cli._paths import FILE
 from d1_signer.cli._trail_files import instances_of, moment_of, unreadable
 
 _PATIENCE = 30.0  # seconds for each question
@@ -20,10 +21,18 @@ _PATIENCE = 30.0  # seconds for each question
 @click.command()
 @click.argument("folder", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--openbao", multiple=True, metavar="FILE", help="Audit file of OpenBao or Vault; repeat it."
+    "--openbao",
+    multiple=True,
+    metavar="FILE",
+    type=FILE,
+    help="Audit file of OpenBao or Vault; repeat it.",
 )
 @click.option(
-    "--cloudtrail", multiple=True, metavar="FILE", help="File of AWS CloudTrail; repeat it."
+    "--cloudtrail",
+    multiple=True,
+    metavar="FILE",
+    type=FILE,
+    help="File of AWS CloudTrail; repeat it.",
 )
 @click.option("--device-key", required=True, metavar="NAME", help="The key's name in that log.")
 @click.option("--kid", metavar="KID", help="The key identifier in the trail. [default: any]")

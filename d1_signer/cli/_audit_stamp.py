@@ -11,6 +11,7 @@ import click
 
 from d1_signer.cli._output import Output, facts, with_output_options
 from d1_signer.cli._output_file import OutputFile, with_output_file
+from d1_signer.cli._paths import FILE
 from d1_signer.cli._trail_files import notes_of, read_file
 from d1_signer.errors import AuditError, ConfigurationError
 from d1_signer.secret import shown_path
@@ -24,15 +25,21 @@ _OK = 200
 @click.command()
 @click.argument("checkpoint", type=click.Path())
 @click.option("--tsa", metavar="URL", help="The time-stamp authority; https, or http on loopback.")
-@click.option("--stamp", "kept", metavar="FILE", help="Verify this stamp instead of asking.")
+@click.option(
+    "--stamp", "kept", metavar="FILE", type=FILE, help="Verify this stamp instead of asking."
+)
 @click.option(
     "--ca-file",
     required=True,
     metavar="FILE",
+    type=FILE,
     help="PEM certificates of those who vouch for the time-stamp authority's signatures.",
 )
 @click.option(
-    "--tls-ca-file", metavar="FILE", help="PEM certificates for https. [default: the system's]"
+    "--tls-ca-file",
+    metavar="FILE",
+    type=FILE,
+    help="PEM certificates for https. [default: the system's]",
 )
 @with_output_file
 @with_output_options

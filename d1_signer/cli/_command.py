@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 import click
+from click.shell_completion import CompletionItem
 
 from d1_signer.cli._output import OptionsOnly
 
@@ -22,6 +23,7 @@ class WithCommand(OptionsOnly):
         """Parse, see `click.Command`."""
         command: list[str] = []
         if _DASHES in args:
+            ctx.meta[_DASHES] = True
             at = args.index(_DASHES)
             args, command = args[:at], args[at + 1 :]
             if not command and not ctx.resilient_parsing:
@@ -29,6 +31,12 @@ class WithCommand(OptionsOnly):
         found = super().parse_args(ctx, args)
         ctx.params["command"] = tuple(command)
         return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completions of an option, or of what stands behind ``--``, see `click.Command`."""
+        if ctx.meta.get(_DASHES):
+            return [CompletionItem(incomplete, type="file")]
+        return super().shell_complete(ctx, incomplete)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """What stands in the usage line, see `click.Command`."""

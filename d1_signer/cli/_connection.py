@@ -12,6 +12,7 @@ import click
 from d1_signer.cli._callbacks import checked_path, checked_path_or_key, checked_proxy
 from d1_signer.cli._options import BackendOptions
 from d1_signer.cli._output import Command, setting
+from d1_signer.cli._paths import FILE
 from d1_signer.cli._settings import Issuer, open_key
 from d1_signer.cli._trail import current_trail
 from d1_signer.errors import ConfigurationError
@@ -145,6 +146,7 @@ def with_connection(command: Command) -> Command:
         "D1_CLIENT_CERT",
         "PEM file of the client certificate.",
         metavar="PATH",
+        type=FILE,
         callback=checked_path,
     )
     @setting(
@@ -152,6 +154,7 @@ def with_connection(command: Command) -> Command:
         "D1_CLIENT_KEY",
         "PEM file of its private key, or a key URI.",
         metavar="PATH|URI",
+        type=FILE,
         callback=checked_path_or_key,
     )
     @click.option(
@@ -165,6 +168,7 @@ def with_connection(command: Command) -> Command:
         "D1_CA_FILE",
         "PEM file of the authorities for D1's certificate, instead of the public ones.",
         metavar="PATH",
+        type=FILE,
         callback=checked_path,
     )
     @click.option(

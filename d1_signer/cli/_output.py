@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -129,6 +129,24 @@ class Output:
                 click.echo(text, err=True)
             else:
                 screen.show(text)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Tell a person how much of a long work is done; on standard error, and not in a pipe.
+
+        Args:
+            what: What is done.
+            total: How many bytes there are.
+
+        Yields:
+            What is told of the bytes of each part that is done.
+        """
+        screen = self._screen(sys.stderr)
+        if screen is None:
+            yield lambda _bytes: None
+        else:
+            with screen.progress(what, total) as advance:
+                yield advance
 
     def failure(self, error: D1SignerError) -> None:
         """Print why the command failed: JSON on standard output, or text on standard error."""

@@ -8,8 +8,11 @@ a pipe gets the text as it is, and a terminal the same words.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.cells import cell_len, chop_cells
@@ -40,6 +43,8 @@ _OF_LINES = {
     "NOT": "bold red",
     "(code:": "dim",
 }
+_SOON = 0.5  # seconds
+_PART = 1 << 18  # bytes that are worth to be shown
 _STEP = 4  # further in, where a column has no room
 # Where a word that is longer than a line is broken: a key URI, a URL, a path.
 _PARTS = re.compile(r"[^;?&,/|=]*[;?&,/|=]+|[^;?&,/|=]+")
@@ -82,6 +87,43 @@ class Screen:
                     at = piece.index(word)
                     shown.stylize(_OF_WORDS[word], at, at + len(word))
                 self._console.print(shown)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar that is gone in the end, unless that comes soon; see `Output.progress`."""
+        # Here, since it takes time, and few commands need it.
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        task = bar.add_task(what, total=total)
+        soon = time.monotonic() + _SOON
+        done = shown = 0
+
+        def advance(more: int) -> None:
+            nonlocal done, shown
+            done += more
+            if done - shown >= _PART and time.monotonic() > soon:
+                shown = done
+                bar.start()  # which does nothing the next time
+                bar.update(task, completed=done)
+
+        try:
+            yield advance
+        finally:
+            bar.stop()
 
 
 def laid_out(line: str, columns: int) -> list[str]:

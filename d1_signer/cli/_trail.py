@@ -14,6 +14,7 @@ import click
 from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._options import HSM_PATIENCE
 from d1_signer.cli._output import Command, setting
+from d1_signer.cli._paths import FOLDER
 from d1_signer.errors import ConfigurationError
 from d1_signer.signing.key_uri import scheme_of
 
@@ -97,7 +98,13 @@ class TrailSettings:
 def with_trail(command: Command) -> Command:
     """Give a command the settings of the audit trail; `current_trail` opens it."""
 
-    @setting("--audit-trail", "D1_AUDIT_TRAIL", "Folder of the audit trail.", metavar="FOLDER")
+    @setting(
+        "--audit-trail",
+        "D1_AUDIT_TRAIL",
+        "Folder of the audit trail.",
+        metavar="FOLDER",
+        type=FOLDER,
+    )
     @setting(
         "--audit-origin",
         "D1_AUDIT_ORIGIN",

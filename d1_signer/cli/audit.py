@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +27,7 @@ from d1_signer.cli._output import (
     with_output_options,
 )
 from d1_signer.cli._output_file import OutputFile, with_output_file
+from d1_signer.cli._paths import FILE, FOLDER
 from d1_signer.cli._trail import TrailSettings
 from d1_signer.cli._trail_files import instances_of, notes_of, unreadable, verifier_keys
 from d1_signer.errors import AuditError, ConfigurationError
@@ -33,7 +35,9 @@ from d1_signer.errors import AuditError, ConfigurationError
 if TYPE_CHECKING:
     from d1_signer.audit import verifying
 
-_folder = setting("--audit-trail", "D1_AUDIT_TRAIL", "Folder of the audit trail.", metavar="FOLDER")
+_folder = setting(
+    "--audit-trail", "D1_AUDIT_TRAIL", "Folder of the audit trail.", metavar="FOLDER", type=FOLDER
+)
 
 
 @click.group()
@@ -65,6 +69,7 @@ audit.add_command(reconcile)
     "--since",
     multiple=True,
     metavar="CHECKPOINT",
+    type=FILE,
     help="File of checkpoints, or a collection, that was kept elsewhere: finds a trail that was "
     "taken back.",
 )
@@ -92,7 +97,8 @@ def verify(
     instances = [instance for name in folder for instance in instances_of(name)]
     try:
         kept = [note for notes in files for note in checkpoints_of(notes, known)]
-        reports = verifying.verify(instances, known, kept)
+        with output.progress("Verifying", _size_of(instances)) as taken:
+            reports = verifying.verify(instances, known, kept, taken)
     except AuditError as error:
         raise ConfigurationError(
             f"A checkpoint of --since cannot be used: {error.message}"
@@ -123,6 +129,13 @@ def verify(
     output.result(document, _told(reports, whole=whole))
     if not whole:
         context.exit(1)
+
+
+def _size_of(instances: Sequence[Path]) -> int:
+    """How many bytes of records there are."""
+    from d1_signer.audit.folder import segments
+
+    return sum(file.stat().st_size for instance in instances for _, file in segments(instance))
 
 
 def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:

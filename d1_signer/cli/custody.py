@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from d1_signer.cli._callbacks import checked_path_or_key
 from d1_signer.cli._output import OptionsOnly, Output, setting, with_output_options
 from d1_signer.cli._output_file import OutputFile
+from d1_signer.cli._paths import FILE
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.cli.custody_files import diff, verify
 
@@ -34,6 +36,15 @@ class _Custody(OptionsOnly):
             return _FILES[name].make_context(f"{info_name} {name}", rest, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completions of an option or of those commands, see `click.Command`."""
+        below = [
+            CompletionItem(name, help=command.get_short_help_str())
+            for name, command in _FILES.items()
+            if name and name.startswith(incomplete)
+        ]
+        return below + super().shell_complete(ctx, incomplete)
+
 
 @click.command(cls=_Custody)
 @with_keys
@@ -42,6 +53,7 @@ class _Custody(OptionsOnly):
     "D1_CLIENT_KEY",
     "Key URI of the TLS client key, which is looked at as well; the path of a file is not.",
     metavar="PATH|URI",
+    type=FILE,
     callback=checked_path_or_key,
 )
 @setting(

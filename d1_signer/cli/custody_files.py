@@ -13,6 +13,7 @@ import click
 
 from d1_signer.cli._custody_text import NAMES, USES, by_whom, evidence_text
 from d1_signer.cli._output import Output, facts, printable, said, table, with_output_options
+from d1_signer.cli._paths import FILE
 from d1_signer.errors import ConfigurationError, CustodyError
 from d1_signer.secret import read_public_file, shown_path, unreadable
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 _anchors = click.option(
     "--anchors",
     metavar="FILE",
+    type=FILE,
     help="Keys that statements may rest on, beside the published ones.",
 )
 
 
 @click.command("verify")
-@click.argument("file", metavar="BUNDLE")
+@click.argument("file", metavar="BUNDLE", type=FILE)
 @click.option("--challenge", metavar="TEXT", help="What it must have been made for.")
 @click.option("--thumbprint", metavar="T", help="RFC 7638 thumbprint of a key that must be in it.")
 @_anchors
@@ -69,8 +71,8 @@ def verify(
 
 
 @click.command("diff")
-@click.argument("old", metavar="OLD")
-@click.argument("new", metavar="NEW")
+@click.argument("old", metavar="OLD", type=FILE)
+@click.argument("new", metavar="NEW", type=FILE)
 @_anchors
 @with_output_options
 def diff(old: str, new: str, *, anchors: str | None, output: Output) -> int:

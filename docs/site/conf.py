@@ -37,5 +37,6 @@ html_title = f"d1_signer {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_use_index = html_domain_indices = False  # the reference is short, and searched
 html_show_sphinx = False
 html_show_copyright = False

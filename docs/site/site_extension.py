@@ -32,8 +32,8 @@ ROOT = "README"
 # to the end of the first group.
 SIDEBAR = {
     "Use": [
-        *("docs/token", "docs/cli", "docs/tls"),
-        *("docs/fleet", "docs/rotation", "docs/observability"),
+        *("docs/token", "docs/cli", "docs/onboarding", "docs/tls"),
+        *("docs/fleet", "docs/rotation", "docs/observability", "docs/runbook"),
     ],
     "Keys": [
         *("docs/pkcs11/README", "docs/cloud/README", "softhsm/README"),

@@ -53,6 +53,10 @@ def test_a_confirmation_right_under_the_root_is_refused() -> None:
     assert "serial number" in refusal(luna({"key": to(issuer=ROOT)}))
 
 
+def test_a_device_right_under_the_root_is_taken() -> None:
+    assert luna({"device": to(issuer=ROOT)}).verify().device == "Thales Luna HSM 521174"
+
+
 def test_a_package_of_another_type_or_of_too_many_is_refused() -> None:
     made = luna()
     data = made.statement.content.replace(b"\x01\x07\x02", b"\x01\x07\x01", 1)

@@ -64,7 +64,9 @@ def test_a_token_has_the_records_of_its_assertion_and_of_its_handshake(place: Pa
     purposes = {record["purpose"]: record for record in begun(place, "sign")}
     assert set(purposes) == {"d1-assertion", "tls-client-handshake"}
     assert purposes["tls-client-handshake"]["references"] == [["server", "127.0.0.1"]]
-    assert [name for name, _ in purposes["d1-assertion"]["references"]] == ["iss", "jti"]  # type: ignore[attr-defined]
+    assert [name for name, _ in purposes["d1-assertion"]["references"]] == [  # type: ignore[attr-defined]
+        *("iss", "jti", "correlation_id")
+    ]
     assert findings(place) == []
 
 

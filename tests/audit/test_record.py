@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from d1_signer.audit import record
+from d1_signer.audit import moments, record
 from d1_signer.errors import AuditError, InvalidInputError
 from d1_signer.events import Recordable
 
@@ -81,3 +82,11 @@ def test_the_longest_record_is_written_and_a_longer_one_is_not() -> None:
         record.encode({"a": "x" * (room + 1)})
     with pytest.raises(InvalidInputError, match="surrogate"):
         record.encode({"a": "\ud800"})
+
+
+def test_the_kernel_is_asked_for_the_state_of_its_clock() -> None:
+    # Linux has the call in every C library; only a sandbox may forbid it.
+    adjtimex = moments._adjtimex()
+    assert adjtimex is not None
+    allowed = adjtimex(ctypes.create_string_buffer(moments._TIMEX_BYTES)) >= 0
+    assert (moments.clock_state() in {"synchronized", "unsynchronized"}) is allowed

@@ -372,6 +372,39 @@ def test_what_repeats_our_secrets_is_masked(
     assert str(refused.value).isprintable()
 
 
+# -- codes that nobody knows ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, errors.SignerError),
+        (429, errors.SignerThrottled),
+        (499, errors.SignerError),
+        (500, errors.SignerUnavailable),
+        (599, errors.SignerUnavailable),
+    ],
+)
+def test_a_code_that_nobody_knows_is_read_by_its_status(
+    status: int, kind: type[errors.SignerError]
+) -> None:
+    from botocore.exceptions import ClientError
+
+    from d1_signer.backends.aws_kms.failures import AWS_KMS
+
+    answer: Any = {
+        "Error": {"Code": "NewException"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+
+    def method() -> None:
+        raise ClientError(answer, "Sign")
+
+    with pytest.raises(kind, match="NewException") as refused:
+        AWS_KMS.ask("to sign", method)
+    assert type(refused.value) is kind
+
+
 # -- an error of ours inside one of botocore's --------------------------------------------------
 
 

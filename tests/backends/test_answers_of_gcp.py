@@ -19,7 +19,7 @@ from google.cloud import kms_v1 as kms
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
 from d1_signer import errors
-from d1_signer.backends.gcp_kms.failures import CLOUD_KMS, REASONS, STATES, STATUSES
+from d1_signer.backends.gcp_kms.failures import CLOUD_KMS, REASONS, STATES, STATUSES, this_call
 from d1_signer.signing.opening import generate_key, open_signer
 from d1_signer.signing.signer import Signer
 from tests.servers import gcp
@@ -283,3 +283,14 @@ def test_forks_under_load_with_each_value_of_grpcs_variable(
         assert ran.stdout.count("GRPC_ENABLE_FORK_SUPPORT is off") == 40, ran.stdout + ran.stderr
     else:
         assert "40 of 40 children signed, 0 threads failed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_no_proxy_is_told_where_there_is_none() -> None:
+    def unreached() -> None:
+        raise sdk.ServiceUnavailable("failed to connect")  # type: ignore[no-untyped-call]
+
+    assert this_call.proxy is None
+    with pytest.raises(errors.SignerUnavailable) as refused:
+        CLOUD_KMS.ask("to sign", unreached)
+    assert "proxy" not in f"{refused.value}{refused.value.hint}"
+    assert refused.value.retryable

@@ -288,3 +288,21 @@ def test_the_audit_file_of_an_openbao_elsewhere() -> None:
     found = reconciling.by_mark(uses[1:], device, lambda digest: str(marks[digest.hex()]))
     assert (found.matched, found.unsigned) == (len(device) - 1, [])
     assert found.unrecorded == [device[0]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_cloudtrail_has_a_largest_size(
+    run: Run,
+    amazon: tuple[Path, list[dict[str, object]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    packed: bool,
+) -> None:
+    content = b'{"Records":[]}'
+    (tmp_path / "file").write_bytes(gzip.compress(content) if packed else content)
+    file = ("--cloudtrail", str(tmp_path / "file"), "--device-key", ARN, "--json")
+    for limit, told in ((len(content), None), (len(content) - 1, "file is larger than 13 bytes.")):
+        monkeypatch.setattr(reconciling, "_LARGEST_FILE", limit)
+        result = run("audit", "reconcile", str(amazon[0]), *file)
+        assert result.document.get("message") == told

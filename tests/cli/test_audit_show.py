@@ -149,3 +149,10 @@ def test_what_a_filter_finds_is_what_fits_record_by_record(place: Path) -> None:
         ends = [members for members in every if members.get("begin") in begun]
         both = [members for members in every if members in fitting or members in ends]
         assert [shown.members for shown in records([instance], each)] == both
+
+
+def test_force_is_for_a_page(run: Run, place: Path) -> None:
+    result = run("audit", "show", str(place), "--force")
+    assert result.status == 2
+    assert "--force needs --html" in result.err
+    assert result.out == ""

@@ -283,6 +283,8 @@ def test_stops_where_the_clock_is_too_wrong_for_any_token(
     stopped = result.document["stopped_at"]
     assert stopped["step"] == "endpoint"
     assert "clock" in stopped["error"]["hint"]
+    side = "behind" if offset > 0 else "ahead of"
+    assert f"seconds {side} D1's" in stopped["error"]["message"]
     assert stopped["error"]["details"]["clock_offset"] == pytest.approx(offset, abs=5)
     assert statuses(result)[-1] == ("access-token", "skipped")
 

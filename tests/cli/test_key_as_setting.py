@@ -44,6 +44,9 @@ FORMS = {
     "PEM in one line": PEM.replace("\n", "\\n"),
     "base64 PKCS#8": base64_of(PrivateFormat.PKCS8),
     "base64 SEC 1": base64_of(PrivateFormat.TraditionalOpenSSL),
+    "number in hexadecimal": D.hex(),
+    "DER in hexadecimal": exported(Encoding.DER).hex(),
+    "JWKs": json.dumps([{"kty": "EC", "d": base64.urlsafe_b64encode(D).decode().rstrip("=")}]),
     "JWK": json.dumps({"kty": "EC", "d": base64.urlsafe_b64encode(D).decode().rstrip("=")}),
 }
 

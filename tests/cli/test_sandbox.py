@@ -170,6 +170,14 @@ def test_wrong_usage_is_told(run: Run, arguments: list[str], told: str) -> None:
     assert result.out == ""
 
 
+def test_a_file_that_is_no_text(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"\xff\xfe")
+    result = run("sandbox", "--json", "--register", f"kid={file}")
+    assert result.status == 2
+    assert result.document["message"].endswith("key cannot be read: not a text file.")
+
+
 @pytest.mark.parametrize("content", ["", "no key", "[]", '"x"', '{"kty": "EC", "crv": "P-384"}'])
 def test_a_file_without_a_public_key(run: Run, tmp_path: Path, content: str) -> None:
     file = tmp_path / "key"

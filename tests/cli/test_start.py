@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +82,43 @@ def test_the_command_alone_lists_the_commands(run: Run) -> None:
     for name, (_, _, does) in _COMMANDS.items():
         assert f"{name} {does}" in told
     assert run("--json").document["code"] == "usage"
+
+
+# CPU seconds of a command line that does nothing, and how often it is tried.
+_BAR, _RUNS = 0.12, 8
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [
+        (["--version"], {}),
+        (["--help"], {}),
+        (["check", "--help"], {}),
+        (["sandbox", "--help"], {}),
+        (
+            [],
+            {
+                "_D1_SIGNER_COMPLETE": "bash_complete",
+                "COMP_WORDS": "d1-signer check --client-cert /et",
+                "COMP_CWORD": "3",
+            },
+        ),
+    ],
+    ids=["version", "help", "help-of-check", "help-of-sandbox", "completion"],
+)
+def test_it_costs_little(arguments: list[str], variables: dict[str, str]) -> None:
+    """The least of several runs: whatever else the machine does only adds to it."""
+    costs = []
+    for _ in range(_RUNS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [Path(sys.executable).with_name("d1-signer"), *arguments],
+            stdout=subprocess.DEVNULL,
+            check=False,
+            timeout=60,
+            env={**os.environ, **variables},
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(costs) <= _BAR, costs

@@ -9,13 +9,14 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 
 import pytest
 
 from d1_signer.cli._terminal import laid_out
-from d1_signer.testing import SoftHsmToken
-from tests.cli.conftest import COMMAND, Result, run_process
+from d1_signer.testing import make_softhsm_token
+from tests.cli.conftest import COMMAND, Result
 
 WIDTHS = pytest.mark.parametrize("columns", [60, 80, 120])
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -27,11 +28,15 @@ COLOURLESS = pytest.mark.parametrize(
 
 def at_terminal(columns: int, *arguments: str, **variables: str) -> Result:
     """Run a command with a terminal as its output; `out` is all that it shows."""
+    return run_at_terminal(columns, [*COMMAND, *arguments], **variables)
+
+
+def run_at_terminal(columns: int, command: list[str], **variables: str) -> Result:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     with subprocess.Popen(
-        [*COMMAND, *arguments],
+        command,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -59,18 +64,44 @@ def require_fit(shown: str, columns: int) -> None:
     assert [line for line in ESCAPE.sub("", shown).splitlines() if len(line) > columns] == []
 
 
-def require_words(shown: str, piped: str, columns: int) -> None:
+def require_words(shown: str, told: str, columns: int) -> None:
     """Every word that fits in a line stands in one, and nothing is lost of the others."""
     words = set(ESCAPE.sub("", shown).split())
     room = columns - 6  # the furthest that a word of its own line is moved in
-    assert {word for word in piped.split() if len(word) <= room} - words == set()
-    assert "".join(ESCAPE.sub("", shown).split()) == "".join(piped.split())
+    assert {word for word in told.split() if len(word) <= room} - words == set()
+    assert "".join(ESCAPE.sub("", shown).split()) == "".join(told.split())
 
 
-@pytest.fixture
-def hsm_uri(softhsm_token: SoftHsmToken) -> str:
-    assert run_process("generate-key", D1_SIGNER_KEY=softhsm_token.uri).status == 0
-    return softhsm_token.uri + "#bank-2026"
+def piped(*arguments: str, **variables: str) -> Result:
+    """Run a command whose output is no terminal; its time limit is for a loaded machine."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env={**os.environ, **variables},
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def hsm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables of a token with a key in it."""
+    token = make_softhsm_token(tmp_path_factory.mktemp("hsm"))
+    variables = {"SOFTHSM2_CONF": str(token.configuration), "D1_SIGNER_KEY": token.uri}
+    assert piped("generate-key", **variables).status == 0
+    return {**variables, "D1_SIGNER_KEY": f"{token.uri}#bank-2026"}
+
+
+@pytest.fixture(scope="module")
+def piped_check(hsm: dict[str, str]) -> Result:
+    return piped(*CHECK, **hsm)
+
+
+@pytest.fixture(scope="module")
+def piped_custody(hsm: dict[str, str]) -> Result:
+    return piped("custody", **hsm)
 
 
 # A failed step, a skipped one and those that are ok; nothing of it depends on the time.
@@ -78,27 +109,26 @@ CHECK = ("check", "--environment", "https://127.0.0.1:1/authz", "--issuer-id", "
 
 
 @WIDTHS
-def test_check(hsm_uri: str, columns: int) -> None:
-    piped = run_process(*CHECK, D1_SIGNER_KEY=hsm_uri)
-    shown = at_terminal(columns, *CHECK, D1_SIGNER_KEY=hsm_uri)
-    assert shown.status == piped.status == 1
+def test_check(hsm: dict[str, str], piped_check: Result, columns: int) -> None:
+    shown = at_terminal(columns, *CHECK, **hsm)
+    assert shown.status == piped_check.status == 1
     require_fit(shown.out, columns)
     without_ids = re.compile(r"check-[0-9a-f]{16}")
-    require_words(without_ids.sub("ID", shown.out), without_ids.sub("ID", piped.out), columns)
+    require_words(without_ids.sub("ID", shown.out), without_ids.sub("ID", piped_check.out), columns)
     words = {"32": "ok", "1;31": "failed", "2": "skipped"}
     for code, word in words.items():
         assert re.search(rf"^  \x1b\[{code}m{word}\x1b\[0m  ", shown.out, re.MULTILINE)
     # Groups have a blank line between them, in a terminal only.
     assert "\n\n\x1b[1mD1 https://127.0.0.1:1/authz\x1b[0m\n" in shown.out
-    assert "\nD1 https://127.0.0.1:1/authz\n" in piped.out
-    assert "\n\nD1 https" not in piped.out
+    assert "\nD1 https://127.0.0.1:1/authz\n" in piped_check.out
+    assert "\n\nD1 https" not in piped_check.out
     if columns == 60:  # what does not fit goes on below its column
         assert f"\n{' ' * 31}" in shown.out
 
 
 @COLOURLESS
-def test_without_colours_the_words_tell(hsm_uri: str, setting: dict[str, str]) -> None:
-    shown = at_terminal(80, *CHECK, D1_SIGNER_KEY=hsm_uri, **setting)
+def test_without_colours_the_words_tell(hsm: dict[str, str], setting: dict[str, str]) -> None:
+    shown = at_terminal(80, *CHECK, **hsm, **setting)
     assert "\x1b" not in shown.out
     assert re.search(r"^  ok       login ", shown.out, re.MULTILINE)
     assert re.search(r"^  skipped  client-certificate ", shown.out, re.MULTILINE)
@@ -107,13 +137,13 @@ def test_without_colours_the_words_tell(hsm_uri: str, setting: dict[str, str]) -
 
 
 @WIDTHS
-def test_custody(hsm_uri: str, columns: int) -> None:
-    piped = run_process("custody", D1_SIGNER_KEY=hsm_uri)
-    shown = at_terminal(columns, "custody", D1_SIGNER_KEY=hsm_uri)
+def test_custody(hsm: dict[str, str], piped_custody: Result, columns: int) -> None:
+    shown = at_terminal(columns, "custody", **hsm)
     require_fit(shown.out, columns)
     without_time = re.compile(r"Collected .*")
-    require_words(without_time.sub("", shown.out), without_time.sub("", piped.out), columns)
-    assert max(map(len, piped.out.splitlines())) > 150  # the flags of the token
+    told = without_time.sub("", piped_custody.out)
+    require_words(without_time.sub("", shown.out), told, columns)
+    assert max(map(len, told.splitlines())) > 150  # the flags of the token
 
 
 @WIDTHS
@@ -134,23 +164,26 @@ def test_what_is_to_be_copied_stays_as_it_is(tmp_path: str, key_uri: str) -> Non
     assert re.search(r"^export D1_SIGNER_KEY='pkcs11:\S{100,}'$", told, re.MULTILINE)
     assert "\x1b" not in told
     key = at_terminal(60, "public-key", "--key", key_uri).out
-    assert key == run_process("public-key", "--key", key_uri).out
+    assert key == piped("public-key", "--key", key_uri).out
     assertion = ("assertion", "--show-assertion", "--no-audience", "--issuer-id", "bank")
     shown = at_terminal(60, *assertion, "--key", key_uri).out.splitlines()
     assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", shown[-1])
 
 
-@pytest.mark.parametrize("command", [CHECK, ("custody",), ("token",)], ids=lambda words: words[0])
-def test_a_pipe_gets_the_same_whatever_is_set(hsm_uri: str, command: tuple[str, ...]) -> None:
-    def told(**variables: str) -> str:
-        result = run_process(*command, D1_SIGNER_KEY=hsm_uri, **variables)
-        text = re.sub(r"check-[0-9a-f]{16}|Collected .*", "", result.out + result.err)
-        assert "\x1b" not in text
-        return text
+@pytest.mark.parametrize(
+    "setting",
+    [{"COLUMNS": "60", "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}, {"COLUMNS": "200"}],
+    ids=["narrow", "wide"],
+)
+def test_a_pipe_gets_the_same_whatever_is_set(
+    hsm: dict[str, str], piped_check: Result, setting: dict[str, str]
+) -> None:
+    def without_ids(told: Result) -> str:
+        return re.sub(r"check-[0-9a-f]{16}", "", told.out + told.err)
 
-    plain = told()
-    assert told(COLUMNS="60", FORCE_COLOR="1", CLICOLOR_FORCE="1", TTY_COMPATIBLE="1") == plain
-    assert told(COLUMNS="200", NO_COLOR="1", TERM="dumb") == plain
+    told = without_ids(piped(*CHECK, **hsm, **setting))
+    assert "\x1b" not in told
+    assert told == without_ids(piped_check)
 
 
 @WIDTHS
@@ -162,7 +195,7 @@ def test_help_fits(command: str, columns: int) -> None:
     assert "\x1b" not in shown.out
     # A name of a fault or of a step is broken at none of its hyphens, and nothing is lost.
     assert not re.search(r"\w-$", shown.out, re.MULTILINE)
-    assert "".join(shown.out.split()) == "".join(run_process(*arguments).out.split())
+    assert "".join(shown.out.split()) == "".join(piped(*arguments).out.split())
 
 
 def test_columns_are_told_by_the_variable_too(key_uri: str) -> None:
@@ -187,6 +220,34 @@ def test_columns_are_told_by_the_variable_too(key_uri: str) -> None:
 )
 def test_layout_of_a_line(line: str, columns: int, expected: list[str]) -> None:
     assert laid_out(line, columns) == expected
+
+
+_LONG_WORK = """
+import sys, time
+from d1_signer.cli._output import Output
+end = time.monotonic() + float(sys.argv[1])
+with Output().progress("Verifying", 1 << 40) as advance:
+    while time.monotonic() < end:
+        advance(1 << 20)
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [("1.5", True), ("0", False)])
+def test_progress_is_shown_where_it_takes_long(seconds: str, *, shown: bool) -> None:
+    told = run_at_terminal(80, [sys.executable, "-c", _LONG_WORK, seconds]).out
+    assert ("Verifying" in told) == shown
+    assert told.endswith("done\n")
+    if shown:  # the line of the bar is empty again
+        assert "%" in told
+        assert told.removesuffix("done\n").endswith("\x1b[2K")
+
+
+def test_a_pipe_gets_no_progress() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LONG_WORK, "1"], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 def test_rich_is_not_loaded_for_a_pipe(key_uri: str) -> None:

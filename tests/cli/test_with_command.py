@@ -44,12 +44,16 @@ os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
-# Makes standard input the terminal of its session, then becomes the rest of its arguments.
-AT_TERMINAL = (
-    "import fcntl, os, sys, termios\n"
-    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    "os.execv(sys.argv[1], sys.argv[1:])\n"
-)
+# Becomes the rest of its arguments, ignoring no signal: the tests may run in the background, where
+# interrupts are ignored.
+ATTENTIVE = """
+import os, signal, sys
+for number in (1, 2, 3, 10, 12, 15):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+# Makes standard input the terminal of its session first.
+AT_TERMINAL = f"import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{ATTENTIVE}"
 
 
 def ran(*command: str, **variables: str) -> Result:
@@ -75,7 +79,7 @@ def listening(
     *before: str, session: bool = False, **variables: str
 ) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [*before, sys.executable, "-c", LISTEN],
+        [sys.executable, "-c", ATTENTIVE, *before, sys.executable, "-c", LISTEN],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **variables},
@@ -196,7 +200,7 @@ def test_a_signal_before_the_command_starts_leaves_nothing(
     before: tuple[str, ...], tmp_path: Path
 ) -> None:
     with subprocess.Popen(
-        [*before, "sleep", "60"],
+        [sys.executable, "-c", ATTENTIVE, *before, "sleep", "60"],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stderr=subprocess.DEVNULL,
     ) as process:
@@ -216,9 +220,7 @@ def test_the_sandbox_gives_a_command_all_that_a_token_needs(tmp_path: Path) -> N
     assert check.out.endswith("All steps passed.\n")
 
 
-def test_the_commands_environment_has_the_sandboxs_settings_alone(
-    key_uri: str, other_uri: str, tmp_path: Path
-) -> None:
+def test_the_commands_environment_has_the_sandboxs_settings_alone() -> None:
     stale = {"D1_CLIENT_CERT": "/none/a", "D1_CLIENT_KEY": "/none/b", "D1_CA_FILE": "/none/c"}
     options = {"D1_SIGNER_OPTIONS": "locking=lock", "D1_ENVIRONMENT": "production"}
     given = environment_of("sandbox", **stale, **options)
@@ -229,6 +231,9 @@ def test_the_commands_environment_has_the_sandboxs_settings_alone(
     plain = environment_of("sandbox", "--http", **stale)
     assert plain["D1_ENVIRONMENT"].startswith("http://127.0.0.1:")
     assert not stale.keys() & plain.keys()
+
+
+def test_keys_that_are_given_are_the_commands_too(other_uri: str, tmp_path: Path) -> None:
     passphrase = tmp_path / "a b"
     passphrase.touch(mode=0o600)
     passphrase.write_text("for a key in a test")
@@ -238,6 +243,9 @@ def test_the_commands_environment_has_the_sandboxs_settings_alone(
     named = environment_of("sandbox", *flags, D1_SIGNER_KEY=other_uri)
     assert (named["D1_SIGNER_KEY"], named["D1_SIGNER_KID"]) == (uri, "other")
     assert shlex.split(named["D1_SIGNER_OPTIONS"]) == [option]
+
+
+def test_no_key_is_made_where_one_is_registered(key_uri: str, tmp_path: Path) -> None:
     pem = tmp_path / "public.pem"
     run_process("public-key", "--key", key_uri, "-o", str(pem))
     registered = environment_of("sandbox", "--register", f"k={pem}", D1_SIGNER_KID="k")

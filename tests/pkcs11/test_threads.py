@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from d1_signer.backends.pkcs11.session.handoff import Handoff
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.conftest import Run
 
@@ -53,3 +56,14 @@ def test_16_threads_in_20_processes(token: SoftHsmToken, run_python: Run) -> Non
     for _ in range(20):
         ran = run_python(_SIGN, token.uri, "16", "200", "os")
         assert (ran.returncode, ran.stdout) == (0, "3200\n"), ran.stderr
+
+
+def test_a_thread_that_is_ready_is_enough() -> None:
+    handoff = Handoff("d1-signer-ready")
+    for _ in range(3):
+        handoff.prepare()
+    try:
+        assert [each.name for each in threading.enumerate()].count("d1-signer-ready") == 1
+        assert handoff.run(threading.get_ident, None) != threading.get_ident()
+    finally:
+        handoff.close()

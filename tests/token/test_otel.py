@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -21,6 +22,7 @@ from d1_signer import (
     AuditTrail,
     CertificateEvent,
     LazySigner,
+    Signer,
     SignerSet,
     TokenRefusedError,
     open_signer,
@@ -29,6 +31,7 @@ from d1_signer.errors import SignerUnavailable
 from d1_signer.otel import OpenTelemetryObserver
 from d1_signer.sandbox import Fault, Sandbox
 from tests.audit.trails import ORIGIN, records, sealing_signer
+from tests.signing.backends import KeyBackend
 from tests.token.conftest import KID, FetcherMaker
 from tests.token.test_fetcher import age, until
 
@@ -236,3 +239,20 @@ def test_the_document_names_what_is_told(
         told |= {span.name, *(span.attributes or {})}
     told -= {"deployment.environment.name"}
     assert {name for name in told if f"`{name}`" not in text} == set()
+
+
+def test_a_pool_of_which_all_is_in_use_is_told_from_one_that_is_nearly_so(
+    telemetry: Telemetry,
+) -> None:
+    class Pool(KeyBackend):
+        in_use = 0
+
+        def pool_use(self) -> tuple[int, int]:
+            return self.in_use, 100
+
+    backend = Pool(ec.derive_private_key(11, ec.SECP256R1()))
+    with Signer(backend, observers=[telemetry.observer]) as signer:
+        for backend.in_use in (0, 25, 50, 75, 99, 100):
+            signer.sign(b"m")
+    (point,) = telemetry.points()["d1_signer.sign.sessions_in_use"]
+    assert tuple(point.bucket_counts) == (1, 1, 1, 1, 1, 1)

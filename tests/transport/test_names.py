@@ -330,3 +330,16 @@ def test_a_signals_exception_amid_connecting_leaves_no_socket(
     with pytest.raises(Stop):
         reach([place_of(first, port)], limit=1.0, until=None, options=(), claim=refuse)
     assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_a_place_that_does_not_answer_leaves_time_to_the_next(dead: tuple[list[str], int]) -> None:
+    (first, *_), port = dead
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        places = [place_of(first, port), place_of(*listener.getsockname())]
+        began = time.monotonic()
+        sock = reach(places, limit=60.0, until=began + 6.0, options=(), claim=lambda _: None)
+        with sock:
+            assert sock.getpeername() == listener.getsockname()
+            assert time.monotonic() - began < 6.0
