@@ -304,17 +304,16 @@ class _Verification:
 
     def _tell_altered(self, told: Checkpoint) -> None:
         """Name what differs between the newest checkpoint that holds and one that does not."""
-        start = self._report.sealed
+        start, size = self._report.sealed, told.size
         altered = _altered(self._path, start, told)
         for number in altered:
-            self._report.find(
-                number, f"It is not the record that the checkpoint over {told.size} was made of."
-            )
+            text = f"It is not the record that the checkpoint over {size} was made of."
+            self._report.find(number, text)
         if not altered:
             self._report.find(
                 start,
-                f"One or more of the records {start} to {told.size - 1} are not those that the "
-                f"checkpoint over {told.size} was made of.",
+                f"One or more of the records {start} to {size - 1} are not those that the "
+                f"checkpoint over {size} was made of.",
             )
         self._broken = True
 
@@ -387,7 +386,9 @@ def _altered(path: Path, start: int, told: Checkpoint) -> list[int]:
             if merkle.root(merkle.range_of(told.size, hashes.subtree)) != told.root:
                 return []
             altered: list[int] = []
-            for number, line in enumerate(_lines(path)):
+            pieces = (stored.lines(file) for _, file in folder.segments(path))
+            whole = (line for piece in pieces for line, ended in piece if ended)
+            for number, line in enumerate(whole):
                 if number >= told.size or len(altered) >= MOST_FINDINGS:
                     break
                 if number >= start and hashes.leaves(number, number + 1) != [
@@ -397,10 +398,3 @@ def _altered(path: Path, start: int, told: Checkpoint) -> list[int]:
             return altered
     except OSError:
         return []
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    for _, file in folder.segments(path):
-        for line, whole in stored.lines(file):
-            if whole:
-                yield line

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [*(DOCS / "cloud" / f"{service}.md" for service in ("aws", "gcp", "vault")), DOCS / "backends.md"]
+PAGES = [
+    *(DOCS / "cloud" / f"{service}.md" for service in ("aws", "gcp", "vault")),
+    DOCS / "backends.md",
+]
 CODES = {
     error.code
     for error in vars(errors).values()
