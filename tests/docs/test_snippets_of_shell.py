@@ -26,6 +26,7 @@ from tests.servers.certificates import self_signed
 
 BIN = Path(sys.executable).parent
 # Installed already; a test has no network.
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PROLOGUE = "pip() { :; }\n"
 
 
@@ -182,7 +183,7 @@ def on_vault(shell: Shell, block: str) -> None:
 
 def on_a_trail(shell: Shell, block: str) -> None:
     place = shell.folder / "trail"
-    use = Use(purpose="d1-assertion", references=(("jti", "5f0c"),))
+    use = Use(purpose="d1-assertion", references=(("jti", "5f0c"), ("trace_id", TRACE)))
     with AuditTrail(place, origin=ORIGIN, checkpoint_signer=sealing_signer()) as trail:
         with watched_signer(trail) as signer:
             signer.sign(b"x", use=use)
@@ -199,7 +200,9 @@ def on_a_trail(shell: Shell, block: str) -> None:
     }.items():
         block = block.replace(old, new)
     told = shell.run(others + block)
-    if "--json" in block:
+    if TRACE in block:
+        assert TRACE in told
+    elif "--json" in block:
         assert len(re.findall(r'"?[0-9a-f]{64}', told)) >= 1
         assert (shell.folder / "trail.html").exists()
     else:
@@ -261,7 +264,8 @@ RUN: dict[str, Way] = {
     "docs/cloud/aws.md: pip": on_aws,
     "docs/cloud/vault.md: pip": on_vault,
     "docs/audit/README.md: d1-signer audit verify": on_a_trail,
-    "docs/audit/README.md: d1-signer audit show": on_a_trail,
+    "docs/audit/README.md: d1-signer audit show /var/lib/d1/audit --jti": on_a_trail,
+    "docs/audit/README.md: d1-signer audit show /var/lib/d1/audit --json": on_a_trail,
     "docs/audit/README.md: cat /var": on_a_trail,
     "docs/custody/attestation.md: openssl x509": anchor,
     "docs/pkcs11/softhsm.md: eval": with_softhsm,
