@@ -163,7 +163,9 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
         ) from None
     except OSError as error:
         raise SecretSourceError(
-            f"The key file cannot be written: {shown_path(path)}: {error.strerror}."
+            f"The key file cannot be written: {shown_path(path)}: {error.strerror}.",
+            hint="Check that its folder is there, that this process's user may write to it, and "
+            "that the disk has room; no part of a key is left.",
         ) from None
     return GeneratedKey(uri=uri, public_key=PublicKey(key.public_key()))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shlex
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,8 +291,26 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing/key.pem", "x" * 300, "key.pem/x"])
 def test_unwritable_place(tmp_path: Path, name: str) -> None:
     (tmp_path / "key.pem").write_text("")
-    with pytest.raises(SecretSourceError, match="cannot be written"):
+    with pytest.raises(SecretSourceError, match="cannot be written") as caught:
         generate_key(f"file://{tmp_path}/{name}", passphrase_source=right)
+    assert "the disk has room" in caught.value.hint
+
+
+def test_a_file_that_cannot_take_all_of_a_key_is_not_left(tmp_path: Path) -> None:
+    """A limit on the size of files, as a full disk or a quota is one; in a process of its own."""
+    path = tmp_path / "key.pem"
+    limited = (
+        "import resource; from d1_signer import D1SignerError, generate_key\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))\n"
+        f"try: generate_key({path.as_uri()!r})\n"
+        "except D1SignerError as error: print(error.code, error)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert ran.stdout.startswith("secret_source The key file cannot be written"), ran.stderr
+    assert "the disk has room" in ran.stdout
+    assert not path.exists()
 
 
 def test_passphrase_is_bounded(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -138,3 +140,43 @@ def anchors(page: str) -> set[str]:
         plain = re.sub(r"[^\w\- ]", "", title.lower())
         found.add(plain.strip().replace(" ", "-"))
     return found
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """What is printed to be run: a fenced block of a page, a literal one of a docstring."""
+
+    page: str
+    language: str
+    text: str
+
+    @property
+    def key(self) -> str:
+        """Page and first line, which is unique there."""
+        return f"{self.page}: {self.text.strip().splitlines()[0]}"
+
+
+_LITERAL = re.compile(r"^( *)(?:\S.*)?::\n\n((?:\1 +\S.*\n|\n)+)", re.MULTILINE)
+
+
+@cache
+def snippets() -> tuple[Snippet, ...]:
+    """Every snippet of the pages and of the package's docstrings, whatever it holds."""
+    found = []
+    for path in sorted(ROOT.rglob("*.md")):
+        page = str(path.relative_to(ROOT))
+        if page.startswith((".", "build/", "dist/", "shared/")):
+            continue
+        text = path.read_text(encoding="utf-8")
+        fenced = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        found += [Snippet(page, language, block) for language, block in fenced]
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                told = (ast.get_docstring(node) or "") + "\n"
+                page = str(path.relative_to(ROOT))
+                found += [
+                    Snippet(page, "docstring", textwrap.dedent(block))
+                    for _, block in _LITERAL.findall(told)
+                ]
+    return tuple(found)

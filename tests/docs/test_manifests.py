@@ -175,7 +175,7 @@ def test_what_the_container_is_made_of_is_there() -> None:
         for named in re.findall(r"d1-signer\[([\w,]+)\]", " ".join(words)):
             assert set(named.split(",")) <= set(extras)
             checked += 1
-    assert checked == 3
+    assert checked == 2
     assert set(stages()) == {"service", "softhsm"}
     assert stages()["softhsm"][0][1] == "service"
 
@@ -265,7 +265,6 @@ def test_the_pod_works_as_its_commands_say(d1: Sandbox, folder: Path) -> None:
     data = of_kind("ConfigMap")["data"]
     (pin,) = (m for m in containers()["service"]["volumeMounts"] if "subPath" in m)
     places = {
-        "/opt/softhsm": str(ROOT / "softhsm"),
         "/token": str(folder / "token"),
         "/run/hsm": str(folder / "hsm"),
         pin["mountPath"]: str(folder / pin["name"] / pin["subPath"]),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 
@@ -18,6 +19,7 @@ from tests.docs.reading import (
     anchors,
     error_kinds,
     log_lines,
+    modules,
     rows,
     section,
 )
@@ -173,3 +175,44 @@ def test_links_to_headings_lead_there(name: str) -> None:
             file, _, anchor = target.partition("#")
             there = page if not file else page.parent / file
             assert anchor in anchors(there.read_text(encoding="utf-8")), target
+
+
+def test_words_that_are_seen_are_those_of_the_code() -> None:
+    """What stands in quotation marks: a text of the package, or of the table of tls.md, whose
+    test provokes each of its rows.
+    """
+    texts = " ".join(
+        node.value
+        for _, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    texts += (ROOT / "docs" / "tls.md").read_text(encoding="utf-8")
+    phrases = [
+        part.strip()
+        for seen, _, _ in ADVICE
+        for phrase in re.findall(r'"([^"]+)"', seen)
+        for part in phrase.split("…")
+    ]
+    assert len(phrases) > 8
+    assert [phrase for phrase in phrases if phrase not in texts] == []
+
+
+def test_the_twelve_faults_of_a_night_are_there() -> None:
+    """What an exercise plants; each is found by what the log or the status shows."""
+    seen = " ".join(cell for row in ADVICE for cell in row)
+    for sign in (
+        "expired",  # the client certificate
+        "invalid_grant",  # kid, key or issuer id
+        "clock_offset",
+        "pkcs11.away",
+        "busy_sessions",  # the HSM hangs
+        "pkcs11.pin_refused_after_it_worked",
+        "status=503",
+        "HTTP 407",
+        "fleet.store_unavailable",  # Redis hangs
+        "fleet.token_unreadable",  # another store key
+        "key_disabled",
+        "issuer id",
+    ):
+        assert sign in seen, sign

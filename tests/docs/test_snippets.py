@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every snippet of every page and docstring: run here as printed, run by another test, or left out
+with the reason.
+
+Put in are only what nobody else has: paths, the URLs of servers, the token's module and PIN file,
+and names that the text around a snippet says the reader has.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.docs.reading import ROOT, Snippet, snippets
+from tests.docs.test_snippets_of_python import RUN as PYTHON
+from tests.docs.test_snippets_of_shell import RUN as SHELL
+
+# The beginning of a snippet's key, and the test that takes it from its page.
+ELSEWHERE = {
+    "README.md: export D1_SIGNER_KEY=": (
+        "tests/docs/test_readme.py::test_the_commands_run_in_the_order_of_the_page"
+    ),
+    **{
+        f"README.md: {first}": (
+            "tests/docs/test_readme.py::test_the_python_examples_run_in_the_order_of_the_page"
+        )
+        for first in (
+            "from d1_signer",
+            "token = ",
+            "import httpx",
+            "tls_signer = ",
+            "signature = ",
+        )
+    },
+    "docs/audit/README.md: tail -n 6": (
+        "tests/docs/test_audit_page.py::test_openssl_verifies_a_checkpoint_as_printed"
+    ),
+    "docs/audit/README.md: head -n 1": (
+        "tests/docs/test_audit_page.py::test_the_leaf_of_a_record_as_printed"
+    ),
+    "docs/cli.md: d1-signer softhsm -- sh": (
+        "tests/docs/test_cli_page.py::test_a_check_in_softhsm_and_the_sandbox"
+    ),
+    "docs/cli.md: d1-signer sandbox -- d1-signer": (
+        "tests/docs/test_cli_page.py::test_a_first_token"
+    ),
+    "docs/cli.md: d1-signer sandbox --fault": (
+        "tests/docs/test_cli_page.py::test_trouble_for_a_client"
+    ),
+    "docs/custody/attestation.md: { printf": "tests/attestation/test_securosys.py",
+    "docs/cloud/aws.md: {": (
+        "tests/backends/test_docs.py::test_policy_for_aws_is_json_with_the_permissions_that_are_used"
+    ),
+    "docs/cloud/vault.md: bao": "tests/docs/test_snippets_of_shell.py::test_it_runs",
+    "docs/custody/attestation.md: tpm2_createek": (
+        "tests/attestation/test_tpm_tools.py::test_a_statement_as_the_page_says"
+    ),
+    "docs/custody/format.md: ": (
+        "tests/custody/test_bundle.py::test_openssl_verifies_it_as_the_page_prints"
+    ),
+    "docs/custody/tpm.md: ": "tests/pkcs11/test_tpm_custody.py",
+    "docs/fleet.md: from __future__": (
+        "tests/token/fleet/test_examples.py::test_the_pages_show_the_examples_as_they_are"
+    ),
+    "docs/observability.md: def health": (
+        "tests/token/fleet/test_examples.py::test_the_pages_show_the_examples_as_they_are"
+    ),
+    "docs/rotation.md: def ": (
+        "tests/token/fleet/test_examples.py::test_the_pages_show_the_examples_as_they_are"
+    ),
+    "docs/onboarding.md: ": ("tests/docs/test_onboarding.py::test_the_whole_way_works_as_printed"),
+    "docs/pkcs11/operation.md: from d1_signer": (
+        "tests/pkcs11/test_pin_files.py::test_status_that_a_supervisor_gives_up_on"
+    ),
+    "docs/pkcs11/operation.md: # /etc/systemd": (
+        "tests/pkcs11/test_pin_files.py::test_status_that_a_supervisor_gives_up_on"
+    ),
+    "docs/pkcs11/tpm.md: export TPM2TOOLS": (
+        "tests/pkcs11/test_tpm.py::test_set_up_as_the_page_says"
+    ),
+    "docs/pkcs11/tpm.md: tpm2_": "tests/pkcs11/test_tpm.py",
+    "docs/releases.md: ": "tests/project/test_release.py::test_verified_as_the_documents_say",
+    "docs/tls.md: d1-signer": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
+    "docs/tls.md: export": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
+    "docs/tls.md: import os": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
+    "docs/tls.md: import asyncio": "tests/docs/test_tls_page.py::test_the_example_of_asyncio_runs",
+}
+
+_INSTALLS = "installs from an index; tests/project/test_wheel.py installs what is built here"
+_DEVICE = "needs the vendor's device; tests/docs/test_run_books.py takes each up to the module"
+LEFT_OUT = {
+    'README.md: pip install "d1-signer[pkcs11,cli]"': _INSTALLS,
+    'README.md: pip install "d1-signer[cli,pkcs11,sandbox]"': (
+        "installs from an index; tests/project/test_installed.py runs its commands from a wheel"
+    ),
+    'docs/cli.md: pip install "d1-signer[cli,pkcs11]"': _INSTALLS,
+    "docs/audit/README.md: d1-signer audit collect": (
+        "needs the trails of two hosts: tests/cli/test_audit_collect.py has them"
+    ),
+    "docs/audit/README.md: d1-signer audit stamp": (
+        "needs a time-stamping authority: tests/cli/test_audit_stamp.py has one on loopback"
+    ),
+    "docs/audit/README.md: openssl ts": (
+        "needs that stamp: run by tests/cli/test_audit_stamp.py, over its own files"
+    ),
+    "docs/audit/README.md: d1-signer audit reconcile": (
+        "needs logs of OpenBao and AWS: tests/cli/test_audit_reconcile.py has them"
+    ),
+    "docs/backends.md: [project.entry-points": (
+        "goes into a distribution: tests/plugin_example is one with these lines"
+    ),
+    "docs/cli.md: d1-signer check --option": (
+        "a device each; tests/cli/test_options.py gives such options to commands"
+    ),
+    "docs/cli.md: d1-signer custody --key": (
+        "asks at a terminal: tests/pkcs11/test_pin_files.py types a PIN"
+    ),
+    "docs/cli.md: d1-signer custody --require": (
+        "its second line needs a statement of Luna's: tests/cli/test_custody.py tries the words"
+    ),
+    "docs/cloud/gcp.md: pip": (
+        "Google's cloud has no server of others; tests/backends/test_docs.py runs the lines "
+        "against a double, whose endpoint stands in the URI"
+    ),
+    "docs/cloud/vault.md: from pathlib": (
+        "needs a key in an HSM behind Vault: tests/backends/vault has one that stands for it"
+    ),
+    "docs/cloud/vault.md: path ": "a policy; tests/servers/vault.py gives its tokens the same",
+    "d1_signer/backends/vault/__init__.py: path ": (
+        "a policy; tests/servers/vault.py gives its tokens the same"
+    ),
+    "docs/custody/README.md: from d1_signer": (
+        "needs a Luna that has signed a statement; tests/custody has statements of its own"
+    ),
+    "docs/custody/attestation.md: import time": "needs a statement under the vendor's root",
+    "d1_signer/attestation/__init__.py: import time": "needs a statement under the vendor's root",
+    "docs/custody/attestation.md: gcloud": "needs Google's cloud, and its command",
+    "docs/custody/attestation.md: cmu": "needs a Luna, and its command",
+    "docs/custody/attestation.md: ykman": "needs a YubiKey",
+    "docs/fleet.md: [uwsgi]": (
+        "lines of a configuration; tests/token/fleet/test_servers.py gives them to uWSGI"
+    ),
+    "docs/fleet.md: from gevent": (
+        "patches the process; tests/token/fleet/test_servers.py gives these lines to gunicorn"
+    ),
+    "docs/pkcs11/cloudhsm.md: ": _DEVICE,
+    "docs/pkcs11/luna.md: ": _DEVICE,
+    "docs/pkcs11/nshield.md: ": _DEVICE,
+    "docs/pkcs11/yubihsm.md: ": _DEVICE,
+    "softhsm/README.md: d1-signer softhsm -- COMMAND": "a form with words to put in, no command",
+    "d1_signer/audit/folder.py: lock ": "a list of files, no code",
+    "d1_signer/backends/pkcs11/module/gate.py: call = ": "three lines of its own code, explained",
+    "d1_signer/errors.py: D1SignerError": "the tree; tests/facts/test_errors.py compares it",
+}
+ALL = snippets()
+
+
+def places(snippet: Snippet) -> list[str]:
+    """Where a snippet is dealt with; a snippet of one line only may be meant by its end."""
+    begins = f"{snippet.key}\n"
+    return [
+        first
+        for table in (PYTHON, SHELL, ELSEWHERE, LEFT_OUT)
+        for first in table
+        if begins.startswith(first)
+    ]
+
+
+@pytest.mark.parametrize("snippet", ALL, ids=lambda snippet: snippet.key[:70])
+def test_it_runs_or_there_is_a_reason(snippet: Snippet) -> None:
+    assert len(places(snippet)) == 1
+
+
+def test_nothing_is_told_of_snippets_that_are_gone() -> None:
+    keys = [f"{snippet.key}\n" for snippet in ALL]
+    for table in (PYTHON, SHELL, ELSEWHERE, LEFT_OUT):
+        for first in table:
+            assert any(key.startswith(first) for key in keys), first
+
+
+@pytest.mark.parametrize("first", ELSEWHERE)
+def test_the_other_test_is_there_and_reads_the_page(first: str) -> None:
+    path, _, function = ELSEWHERE[first].partition("::")
+    source = (ROOT / path).read_text(encoding="utf-8")
+    defined = {n.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)}
+    assert not function or function in defined
+    page = first.partition(": ")[0]
+    assert page.rpartition("/")[2].removesuffix(".md") in source
+
+
+@pytest.mark.parametrize("first", LEFT_OUT)
+def test_tests_that_a_reason_names_are_there(first: str) -> None:
+    for path in re.findall(r"tests/[\w/]+(?:\.py)?", LEFT_OUT[first]):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    "snippet", [each for each in ALL if each.language == "python"], ids=lambda each: each.key[:70]
+)
+def test_python_is_python(snippet: Snippet) -> None:
+    compile(snippet.text, snippet.key, "exec")
