@@ -21,7 +21,7 @@ from rich.text import Text
 
 from d1_signer.cli._tty import columns_of
 
-# By the first word of a line: the style of that word,
+# By the first word of a line: the style of that word;
 _OF_WORDS = {
     "ok": "green",
     "ok:": "green",
@@ -33,15 +33,17 @@ _OF_WORDS = {
     "WRONG:": "bold red",
     "skipped": "dim",
 }
-# or of the whole line.
+# by how a line begins, one blank for many: the style of that line.
 _OF_LINES = {
-    "All": "green",
-    "Passed;": "green",
-    "Whole:": "green",
-    "Stopped": "bold red",
-    "Not": "bold red",
-    "NOT": "bold red",
-    "(code:": "dim",
+    "All steps passed.": "green",
+    "Passed; ": "green",
+    "Whole: ": "green",
+    "Verdict holds": "green",
+    "Stopped at ": "bold red",
+    "Not whole: ": "bold red",
+    "Verdict DOES NOT HOLD": "bold red",
+    "NOT SHOWN TO BE: ": "bold red",
+    "(code: ": "dim",
 }
 _SOON = 0.5  # seconds
 _PART = 1 << 18  # bytes that are worth to be shown
@@ -80,7 +82,7 @@ class Screen:
             self._in_group = indented
             word = _first_word(line)
             bold = heading or line.isupper()  # the head of a table is in capitals
-            style = "bold" if bold else _OF_LINES.get(word, "")
+            style = "bold" if bold else _style_of(line)
             for number, piece in enumerate(laid_out(line, self._columns)):
                 shown = Text(piece, style=style)
                 if number == 0 and not style and word in _OF_WORDS:
@@ -124,6 +126,11 @@ class Screen:
             yield advance
         finally:
             bar.stop()
+
+
+def _style_of(line: str) -> str:
+    told = " ".join(line.split())
+    return next((style for start, style in _OF_LINES.items() if told.startswith(start)), "")
 
 
 def laid_out(line: str, columns: int) -> list[str]:

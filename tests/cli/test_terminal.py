@@ -222,6 +222,36 @@ def test_layout_of_a_line(line: str, columns: int, expected: list[str]) -> None:
     assert laid_out(line, columns) == expected
 
 
+_LINES = """
+from d1_signer.cli._output import Output
+output = Output()
+for line in (
+    "Verdict           holds",
+    "Verdict           DOES NOT HOLD",
+    "All steps passed.",
+    "All of it is foreign text, which has no colour",
+    "  NOT SHOWN TO BE: hardware",
+    "  FINDING  Record 3: [red]text[/red] of others",
+    "ANSWER  BY WHOM",
+):
+    output.line(line)
+"""
+
+
+def test_what_is_coloured() -> None:
+    shown = run_at_terminal(80, [sys.executable, "-c", _LINES]).out
+    assert shown.splitlines() == [
+        "\x1b[32mVerdict           holds\x1b[0m",
+        "\x1b[1;31mVerdict           DOES NOT HOLD\x1b[0m",
+        "\x1b[32mAll steps passed.\x1b[0m",
+        "All of it is foreign text, which has no colour",
+        "\x1b[1;31m  NOT SHOWN TO BE: hardware\x1b[0m",
+        "  \x1b[1;31mFINDING\x1b[0m  Record 3: [red]text[/red] of others",
+        "",
+        "\x1b[1mANSWER  BY WHOM\x1b[0m",
+    ]
+
+
 _LONG_WORK = """
 import sys, time
 from d1_signer.cli._output import Output
