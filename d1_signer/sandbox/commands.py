@@ -63,7 +63,8 @@ class HeldSignals:
             )
             return self._pass_on_to(process)
         except OSError as error:
-            sys.stderr.write(f"Error: {command[0]} cannot be run: {error.strerror}.\n")
+            with contextlib.suppress(OSError, AttributeError):  # it is closed
+                sys.stderr.write(f"Error: {command[0]} cannot be run: {error.strerror}.\n")
             missing = isinstance(error, FileNotFoundError)
             return _NO_SUCH_COMMAND if missing else _NOT_EXECUTABLE
         finally:

@@ -136,6 +136,15 @@ def test_how_it_ends_as_shells_have_it(
 
 
 @ALL
+def test_without_standard_error_the_status_tells(before: tuple[str, ...]) -> None:
+    script = 'exec 2>&-; exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *before, "/none/such"], check=False, timeout=50
+    )
+    assert done.returncode == 127
+
+
+@ALL
 def test_signals_are_passed_on_once_and_the_end_is_awaited(
     before: tuple[str, ...], tmp_path: Path
 ) -> None:
