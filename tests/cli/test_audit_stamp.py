@@ -18,7 +18,7 @@ from d1_signer.audit.trail import AuditTrail
 from d1_signer.errors import AuditError
 from tests.audit.trails import ORIGIN, sealing_signer, watched_signer
 from tests.cli.conftest import Run
-from tests.servers.process import free_port
+from tests.servers.process import closed_port
 from tests.servers.tsa import Tsa, tsa
 
 PAGE = Path(__file__).parents[2] / "docs" / "audit" / "README.md"
@@ -180,9 +180,10 @@ def test_what_is_no_answer(run: Run, checkpoints: Path, authority: Tsa) -> None:
 
 
 def test_nobody_there_and_wrong_places(run: Run, checkpoints: Path, authority: Tsa) -> None:
-    gone = f"http://127.0.0.1:{free_port()}"
     asking = ("-o", str(checkpoints.with_suffix(".tsr")), "--json")
-    result = run(*arguments(checkpoints, authority, "--tsa", gone, *asking))
+    with closed_port() as port:
+        gone = f"http://127.0.0.1:{port}"
+        result = run(*arguments(checkpoints, authority, "--tsa", gone, *asking))
     assert (result.status, result.document["retryable"]) == (1, True)
     plain = run(*arguments(checkpoints, authority, "--tsa", "http://tsa.example/", *asking))
     assert (plain.status, plain.document["code"]) == (2, "configuration")

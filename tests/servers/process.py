@@ -11,11 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """One that this process has not been given before: what was may not listen yet."""
+    while True:
+        with closed_port() as port:
+            if port not in _given:
+                _given.add(port)
+                return port
+
+
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """One at which nobody listens, and nobody else can meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from tests.leaks.known import known
 from tests.servers.certificates import Authority
 from tests.servers.connect_proxy import ConnectProxy
 from tests.servers.nginx import Nginx
-from tests.servers.process import free_port
+from tests.servers.process import closed_port
 from tests.token.conftest import ISSUER, KID
 
 __all__ = ["no_settings", "run"]  # fixtures
@@ -116,9 +116,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory, pem_uri: str) -> Iterator[Sc
             "403": gateway.serve(page(403), tls=here),
             "503": gateway.serve(page(503), tls=here),
             "redirect": gateway.serve("return 302 https://login.example/;", tls=here),
-            "closed": free_port(),
         }
         with gateway.running(), ExitStack() as stack:
+            ports["closed"] = stack.enter_context(closed_port())
             for name, proxy in PROXIES.items():
                 ports[name] = stack.enter_context(proxy.running()).port
             yield Scene(

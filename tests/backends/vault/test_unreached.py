@@ -7,15 +7,15 @@ import pytest
 
 from d1_signer import errors
 from d1_signer.signing.opening import open_signer
-from tests.servers.process import free_port
+from tests.servers.process import closed_port
 
 
 @pytest.mark.parametrize("kind", ["refused", "unknown host"])
 def test_an_address_where_no_vault_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = f"127.0.0.1:{free_port()}" if kind == "refused" else "no-vault.invalid:8200"
-    monkeypatch.setenv("VAULT_ADDR", f"https://{host}")
     monkeypatch.setenv("VAULT_TOKEN", "unused")
-    with pytest.raises(errors.SignerUnavailable) as raised:
+    with closed_port() as port, pytest.raises(errors.SignerUnavailable) as raised:
+        host = f"127.0.0.1:{port}" if kind == "refused" else "no-vault.invalid:8200"
+        monkeypatch.setenv("VAULT_ADDR", f"https://{host}")
         open_signer("hashivault://d1", timeout=1.0)
     error = raised.value
     assert (error.code, error.retryable) == ("signer_unavailable", True)
