@@ -15,27 +15,21 @@ import click
 from click.core import ParameterSource
 
 from d1_signer.errors import ConfigurationError, KeyUriError
-from d1_signer.signing.key_uri import scheme_of, split_fragment
+from d1_signer.signing.key_uri import (
+    holds_key_itself,
+    holds_pin_itself,
+    scheme_of,
+    split_fragment,
+)
 
 if TYPE_CHECKING:
     from cryptography import x509
 
-# PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
-# (RFC 5958 section 2, RFC 5915 section 3).
-_KEY_ITSELF = re.compile(
-    r"-----BEGIN|^\s*\{|M[A-Za-z0-9+/]{2,5}(?:AgE|CAQ|IBA)[A-Za-z0-9+/=_-]{40}"
-)
 _KEY_HINT = (
     "Put the key into a file of its own (chmod 600) and give {form}; replace the key if others may "
     "have seen it."
 )
-_PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
 _PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
-
-
-def holds_key_itself(value: str) -> bool:
-    """Whether a setting holds a key: in PEM, as a JWK, or as base64 of DER."""
-    return _KEY_ITSELF.search(value) is not None
 
 
 def checked_keys(
@@ -59,7 +53,7 @@ def checked_keys(
             hint="It begins with pkcs11:, awskms:, gcpkms:, hashivault: or file:.",
         )
     on_command_line = _source(context, parameter) is ParameterSource.COMMANDLINE
-    if on_command_line and any(_PIN_VALUE.search(unquote(uri)) for uri in value):
+    if on_command_line and any(map(holds_pin_itself, value)):
         raise click.UsageError(
             "A key URI with pin-value is not taken from the command line, which every user of "
             "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."

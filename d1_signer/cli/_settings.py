@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d1_signer.cli._callbacks import checked_keys
-from d1_signer.cli._options import HSM_PATIENCE, BackendOptions, with_options
+from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.signing.key_uri import scheme_of
 from d1_signer.token.d1 import AssertionProfile, Environment
 
 if TYPE_CHECKING:
@@ -38,15 +37,12 @@ def open_key(
     """Open a key, whose uses the trail records; the caller closes it."""
     from d1_signer.signing.opening import open_signer
 
-    # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
-    # as well.
-    limit: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme_of(uri) == "pkcs11" else {}
     return open_signer(
         uri,
         kid=kid,
         custody_policy=policy,
         trail=trail,
-        **limit | options.for_key(uri),
+        **options.for_opening(uri),
     )
 
 
