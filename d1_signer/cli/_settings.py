@@ -16,14 +16,13 @@ from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.token.d1 import AssertionProfile, Environment
+from d1_signer.token.d1 import AssertionProfile, Audience, Environment
 
 if TYPE_CHECKING:
     from d1_signer.audit.trail import AuditTrail
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
-    from d1_signer.token.fetcher import Audience
 
 
 def open_key(
@@ -197,11 +196,9 @@ class Issuer:
         Raises:
             ConfigurationError: A setting is missing.
         """
-        from d1_signer.token.fetcher import Audience
-
         audience = self.audience
         if audience is Audience.TOKEN_ENDPOINT:
-            audience = self.required_environment().token_endpoint
+            audience = Audience.of(audience, self.required_environment())
         return AssertionProfile(issuer_id=self.required_id(), audience=audience, lifetime=lifetime)
 
 
@@ -251,8 +248,6 @@ def with_issuer(command: Command) -> Command:
         no_audience: bool,
         **options: Any,
     ) -> Any:
-        from d1_signer.token.fetcher import Audience
-
         if no_audience and audience is not None:
             raise click.UsageError("--audience and --no-audience exclude each other.")
         wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT

@@ -78,8 +78,7 @@ class FleetRenewal:
         self._sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
         self._clock = clock
         self._wall = wall
-        self._turn = limits.total * _TURN
-        self._lease_life = limits.total * _LEASE
+        self._total = limits.total
         # A store is often shared with others, who need not read who our issuer is.
         whose = f"{VERSION}\0{issuer_id}\0{environment.base_url}"
         self._name = f"d1-signer:{{{hashlib.sha256(whose.encode()).hexdigest()[:32]}}}"
@@ -90,6 +89,11 @@ class FleetRenewal:
         self.whose = renewal.whose
         self.store_state = StoreState.UNUSED
         self.lease_state = LeaseState.NONE
+
+    def change(self, *, limits: Limits, audience: str | None) -> None:
+        """See `Renewal.change`."""
+        self._total = limits.total
+        self._renewal.change(limits=limits, audience=audience)
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -113,7 +117,7 @@ class FleetRenewal:
                 if shared is not None:
                     return shared
                 # Counted from before the lease, so that the lease outlives it.
-                turn = min(deadline, time.monotonic() + self._turn)
+                turn = min(deadline, time.monotonic() + self._total * _TURN)
                 with self._leased(deadline) as mine:
                     # Between the look and the lease another may have renewed and gone.
                     shared = self._shared(deadline) if mine else None
@@ -190,7 +194,8 @@ class FleetRenewal:
 
     @contextmanager
     def _leased(self, deadline: float) -> Iterator[bool]:
-        lease = self._store.lease(self._name, life=self._lease_life, deadline=deadline)
+        life = self._total * _LEASE
+        lease = self._store.lease(self._name, life=life, deadline=deadline)
         self.lease_state = LeaseState.ANOTHERS if lease is None else LeaseState.OURS
         try:
             yield lease is not None

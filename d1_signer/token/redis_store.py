@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from d1_signer.errors import ConfigurationError, MissingExtraError, StoreUnavailable
 from d1_signer.frames import without_locals
+from d1_signer.secret import Secret
 from d1_signer.token.stores import MAX_SEALED, Lease
 from d1_signer.transport.processes import PerProcess
 
@@ -89,6 +90,37 @@ class RedisTokenStore:
         else:
             _checked(client)
             self._clients = PerProcess(lambda: client)
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        username: str | None = None,
+        password: Secret | None = None,
+        ca_file: str | None = None,
+        cluster: bool = False,
+    ) -> Self:
+        """A store over a client of its own, with `CLIENT_SETTINGS`.
+
+        Args:
+            url: ``redis://``, ``rediss://`` or ``unix://``.
+            username: Whom Redis knows us as.
+            password: That user's.
+            ca_file: PEM file of the authorities for Redis' certificate; None: the system's.
+            cluster: Whether it is a cluster.
+        """
+        settings: dict[str, Any] = {**cls.CLIENT_SETTINGS, "username": username}
+        if url.startswith("rediss://"):
+            settings |= {"ssl_check_hostname": True, "ssl_ca_certs": ca_file}
+        kind: type[Any] = RedisCluster if cluster else Redis
+
+        def client() -> Client:
+            secret = None if password is None else password.reveal()
+            made: Client = kind.from_url(url, **settings, password=secret)
+            return made
+
+        return cls(client)
 
     def load(self, name: str) -> tuple[bytes, float] | None:
         """See `TokenStore.load`."""

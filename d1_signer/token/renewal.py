@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d1_signer.errors import (
     AuditError,
@@ -144,6 +144,11 @@ class Renewal:
         self._clock_offset = 0.0
         self.store_state, self.lease_state = StoreState.NONE, LeaseState.NONE
         self.whose = {"host": endpoint.address, "issuer": profile.issuer_id}
+
+    def change(self, *, limits: Limits, audience: str | None) -> None:
+        """Have the next attempts keep other limits, and say another ``aud``."""
+        self._limits = limits
+        self._profile = replace(self._profile, audience=audience)
 
     def obtain(
         self,
