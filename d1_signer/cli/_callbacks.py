@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import click
 from click.core import ParameterSource
 
+from d1_signer.cli._config import settings_in
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.signing.key_uri import (
     holds_key_itself,
@@ -69,7 +70,9 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
         click.UsageError: As for `checked_keys`; or it is a key that signs assertions.
     """
     (uri,) = checked_keys(context, parameter, (value,))
-    if _place(uri) in map(_place, os.environ.get("D1_SIGNER_KEY", "").split()):
+    settings = settings_in(context)
+    signing = [*os.environ.get("D1_SIGNER_KEY", "").split(), *(settings.key if settings else ())]
+    if _place(uri) in map(_place, signing):
         raise click.UsageError(
             "This key signs assertions (D1_SIGNER_KEY). The client certificate needs a key of its "
             "own; make one with generate-key."
@@ -162,7 +165,9 @@ def _source(context: click.Context, parameter: click.Parameter) -> ParameterSour
 
 
 def _name(context: click.Context, parameter: click.Parameter) -> str:
-    """The flag or the variable, whichever the value came from."""
+    """The flag, the variable or the name in the file, whichever the value came from."""
     if _source(context, parameter) is ParameterSource.ENVIRONMENT:
         return str(parameter.envvar)
+    if _source(context, parameter) is ParameterSource.DEFAULT_MAP:
+        return f"{parameter.name} of the settings"
     return parameter.opts[0]

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from d1_signer.cli._config import settings_in, with_config
 from d1_signer.cli._output import Command
 from d1_signer.errors import ConfigurationError
 from d1_signer.signing.key_uri import holds_key_itself
@@ -83,6 +85,7 @@ def _as_usage(advice: str = "") -> Iterator[None]:
 def with_options(command: Command) -> Command:
     """Give a command ``--option`` and ``--timeout``, as its ``options``."""
 
+    @with_config
     @click.option(
         "--option",
         "options",
@@ -129,16 +132,23 @@ def _split(text: str) -> list[str]:
 def _read_options(
     context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
 ) -> dict[str, str]:
-    """Names and texts, as a callback of click; a flag wins over the variable, name by name."""
+    """Names and texts, as a callback of click.
+
+    Name by name, a flag wins over the variable, and that over the file of settings.
+    """
     source = context.get_parameter_source(parameter.name or "")
-    if source is not click.core.ParameterSource.COMMANDLINE:
-        return _pairs(value, VARIABLE)
-    if any(map(_USER_IN_URL.search, value)):
+    if source is ParameterSource.COMMANDLINE and any(map(_USER_IN_URL.search, value)):
         raise click.UsageError(
             "A URL with a user name or password is not taken from the command line, which every "
             "user of this machine can read."
         )
-    return _pairs(_split(os.environ.get(VARIABLE, "")), VARIABLE) | _pairs(value, "--option")
+    settings = settings_in(context)
+    pairs = {} if settings is None else dict(settings.option)
+    if source in {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}:
+        pairs |= _pairs(_split(os.environ.get(VARIABLE, "")), VARIABLE)
+    if source is ParameterSource.COMMANDLINE:
+        pairs |= _pairs(value, "--option")
+    return pairs
 
 
 def _pairs(texts: Iterable[str], where: str) -> dict[str, str]:

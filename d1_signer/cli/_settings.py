@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from d1_signer.cli._callbacks import checked_keys
+from d1_signer.cli._config import policy_in
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._trail import current_trail, with_trail
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
+
+DEFAULT_MAP = ParameterSource.DEFAULT_MAP
 
 
 def open_key(
@@ -39,7 +43,7 @@ def open_key(
     return open_signer(
         uri,
         kid=kid,
-        custody_policy=policy,
+        custody_policy=policy or policy_in(click.get_current_context()),
         trail=trail,
         **options.for_opening(uri),
     )
@@ -249,7 +253,12 @@ def with_issuer(command: Command) -> Command:
         **options: Any,
     ) -> Any:
         if no_audience and audience is not None:
-            raise click.UsageError("--audience and --no-audience exclude each other.")
+            # One of them may be the file's, over which the other wins.
+            source = click.get_current_context().get_parameter_source
+            given = {n for n in ("audience", "no_audience") if source(n) is not DEFAULT_MAP}
+            if len(given) != 1:
+                raise click.UsageError("--audience and --no-audience exclude each other.")
+            no_audience = given == {"no_audience"}
         wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT
         issuer = Issuer(issuer_id=issuer_id, environment=environment, audience=wanted)
         return command(*args, issuer=issuer, **options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d1_signer.cli._callbacks import checked_keys
+from d1_signer.cli._config import policy_in
 from d1_signer.cli._output import Command, setting
 from d1_signer.errors import ConfigurationError
 
@@ -57,8 +58,10 @@ class TrailSettings:
         from d1_signer.signing.opening import open_signer
         from d1_signer.signing.options import KeyOptions
 
+        context = click.get_current_context()
         options = KeyOptions().for_opening(self.key)
-        return click.get_current_context().with_resource(open_signer(self.key, **options))
+        signer = open_signer(self.key, custody_policy=policy_in(context), **options)
+        return context.with_resource(signer)
 
     def name(self) -> str:
         """The origin; this host's name where none is given."""

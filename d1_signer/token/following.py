@@ -201,6 +201,8 @@ class Following:
         before = self.settings
         # Those that were away at the start may still be; what is named anew must be there.
         keys = self._opening.keys(settings, some=settings.key == before.key)
+        if settings == before and keys.away == self._away:
+            return False
         try:
             take(settings, keys)
         except BaseException:

@@ -73,6 +73,7 @@ class Opening:
         """Open the audit trail, if there is one; nothing else so far."""
         self._observers = tuple(observers)
         self._open: dict[_Place, Signer] = {}
+        self._told: set[_Place] = set()
         self._left: list[tuple[float, Signer]] = []
         with ExitStack() as stack:
             self._trail: AuditTrail | None = None
@@ -113,7 +114,9 @@ class Opening:
                 self._require(client, opened)
             opened.pop_all()
         for place, why in away.items():
-            _log.warning("settings.key_away key=%s: %s", place.shown, why)
+            if place not in self._told:
+                _log.warning("settings.key_away key=%s: %s", place.shown, why)
+        self._told = {*away}
         return Keys(
             signers=tuple(self._open[place] for place in places if place in self._open),
             client=None if client is None else self._open[client],

@@ -78,7 +78,12 @@ def _refuse_name(name: str, readers: Mapping[str, Reader], path: str) -> NoRetur
     where = f" in [{path}]" if path else ""
     told = f"The name {name}" if _PLAIN_NAME.fullmatch(name) else "A name"
     meant = name.lower().replace("-", "_").removeprefix("d1_").removeprefix("signer_")
-    here = {known: known if not path else f"{path}.{known}" for known in readers}
+    secret = _LIKE_A_SECRET.search(name)
+    here = {
+        known: known if not path else f"{path}.{known}"
+        for known in readers
+        if not secret or known.endswith("_source")
+    }
     elsewhere = {known.rpartition(".")[2]: known for known in _ALL}
     near = difflib.get_close_matches(meant, here, n=1, cutoff=0.5)
     hint = f"Known here: {', '.join(readers)}."
@@ -86,7 +91,7 @@ def _refuse_name(name: str, readers: Mapping[str, Reader], path: str) -> NoRetur
         hint = f"Did you mean {elsewhere[meant]}?"
     elif near:
         hint = f"Did you mean {here[near[0]]}?"
-    if _LIKE_A_SECRET.search(name):
+    if secret:
         hint = f"{hint} {_NO_SECRET}"
     raise ConfigurationError(f"{told}{where} is not known.", hint=hint)
 
