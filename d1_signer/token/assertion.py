@@ -10,6 +10,7 @@ from d1_signer import jose
 from d1_signer.events import Use
 from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
+from d1_signer.signing.steps import Step
 from d1_signer.token import jwt
 from d1_signer.token.d1 import MAX_ASSERTION_LIFETIME, AssertionProfile
 
@@ -51,4 +52,6 @@ def sign_assertion(
     claims["exp"] = min(profile.expiry(now + clock_offset), int(now) + MAX_ASSERTION_LIFETIME)
     unsigned = jwt.signing_input(signer.kid, claims)
     use = Use(purpose=PURPOSE, references=(("iss", profile.issuer_id), ("jti", jti)))
-    return Secret(jose.compact(unsigned, signer.sign(unsigned, timeout=timeout, use=use)))
+    with Step(f"a signature of kid {signer.kid}"):
+        signature = signer.sign(unsigned, timeout=timeout, use=use)
+    return Secret(jose.compact(unsigned, signature))

@@ -18,6 +18,7 @@ from functools import partial
 
 from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
 from d1_signer.secret import Secret
+from d1_signer.signing.steps import Step
 from d1_signer.token.access_token import HeldToken, hold
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
@@ -138,7 +139,9 @@ class FleetRenewal:
                     "Another process renews the token and has not ended in time.",
                     hint="It is tried again by itself.",
                 )
-            if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
+            with Step("another process, which renews the token"):
+                stopped.wait(look * (0.5 + random.random()))  # noqa: S311 (spreads load)
+            if stopped.is_set():
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
 
     def _shared(self, deadline: float) -> HeldToken | None:
