@@ -58,6 +58,10 @@ class BoundedStore:
         """See `Lease.release`."""
         self._call(lambda _: lease.release(), deadline)
 
+    def use(self, work: Callable[[], _T], *, deadline: float) -> _T:
+        """Call the store for something else, as the others are called."""
+        return self._call(lambda _: work(), deadline)
+
     def _call(self, work: Callable[[float], _T], deadline: float) -> _T:
         now = time.monotonic()
         if now < self._rests_until:

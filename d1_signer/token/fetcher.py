@@ -191,6 +191,7 @@ class TokenFetcher(TokenKeeper):
                 limits=limits,
                 clock=clock,
                 wall=wall,
+                about=self._about,
             )
         super().__init__(
             shared or alone,
@@ -240,11 +241,24 @@ class TokenFetcher(TokenKeeper):
 
     def _follow(self, following: Following, keys: Keys) -> None:
         self._following, self._looks_every = following, LOOK_INTERVAL
-        following.begin(keys, self._take)
+        following.begin(keys, self._take, self._announce)
 
     def _look(self) -> None:
         if self._following is not None:
             self._following.look()
+
+    def _about(self) -> dict[str, object]:
+        """What the fleet is told of this process."""
+        certificate = CertificateStatus.of(self._tls.certificate)
+        return {
+            "settings": self._following and self._following.settings.digest,
+            "kids": list(self._signers.kids),
+            "certificate": certificate and certificate.fingerprint,
+        }
+
+    def _announce(self) -> None:
+        if isinstance(self._renewal, FleetRenewal):
+            self._renewal.announcer.tell()
 
     def _take(self, settings: Settings, keys: Keys) -> None:
         """Have settings serve from now on, all of them; or raise, and change nothing."""

@@ -24,11 +24,11 @@ from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
 from d1_signer.token.journal import told
+from d1_signer.token.register import About, Announcer, name_of
 from d1_signer.token.renewal import Limits, Renewal
 from d1_signer.token.status import LeaseState, StoreState
 from d1_signer.token.stores import (
     MAX_SEALED,
-    VERSION,
     Lease,
     Sealer,
     SharedToken,
@@ -68,6 +68,7 @@ class FleetRenewal:
         limits: Limits,
         clock: Clock,
         wall: Clock,
+        about: About,
     ) -> None:
         """Put a store in front of a renewal.
 
@@ -80,9 +81,8 @@ class FleetRenewal:
         self._clock = clock
         self._wall = wall
         self._total = limits.total
-        # A store is often shared with others, who need not read who our issuer is.
-        whose = f"{VERSION}\0{issuer_id}\0{environment.base_url}"
-        self._name = f"d1-signer:{{{hashlib.sha256(whose.encode()).hexdigest()[:32]}}}"
+        self._name = name_of(issuer_id, environment)
+        self.announcer = Announcer(store, self._sealer, self._name, about)
         self._kept: Lease | None = None
         # Whoever can write to the store can put back what it held before.
         self._generation = 0
@@ -110,6 +110,12 @@ class FleetRenewal:
         if refused is not None:
             self._remember(refused)
             refused = None  # the frame of an error shows its local variables
+        held = self._obtain(deadline, stopped)
+        if self.store_state is not StoreState.AWAY:
+            self.announcer.tell()
+        return held
+
+    def _obtain(self, deadline: float, stopped: threading.Event) -> HeldToken:
         began = time.monotonic()
         while True:
             try:

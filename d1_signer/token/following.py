@@ -83,6 +83,7 @@ class Following:
         self._error: D1SignerError | None = None
         self._next_look = self._next_try = 0.0
         self._take: Take | None = None
+        self._announce: Callable[[], None] = lambda: None
         self.begin_without_thread()
         _all.add(self)
 
@@ -91,14 +92,15 @@ class Following:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def begin(self, keys: Keys, take: Take) -> None:
+    def begin(self, keys: Keys, take: Take, announce: Callable[[], None]) -> None:
         """Look from now on.
 
         Args:
             keys: What was opened first.
+            announce: Tells others what is used now.
             take: Has settings serve from now on, all of them; or raises and changes nothing.
         """
-        self._away, self._take = keys.away, take
+        self._away, self._take, self._announce = keys.away, take, announce
         self._told()
 
     def status(self) -> SettingsStatus:
@@ -173,6 +175,7 @@ class Following:
             if changed or known is not None:
                 self._taken_at = time.time()
                 self._told()
+                self._announce()
 
     def _failed(self, error: D1SignerError, known: D1SignerError | None) -> None:
         self._error = error

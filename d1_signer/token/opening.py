@@ -209,13 +209,13 @@ def arguments_of(settings: Settings, keys: Keys, given: TokenStore | None) -> di
                 hint="Name store.key_source in them.",
             )
         return arguments
-    named = _store(settings.store)
+    named = store_of(settings.store)
     if (named is None) == (given is None):
         raise ConfigurationError(
             "The settings have a key for a store, and no store, or one is given twice.",
             hint="Name store.url in them, or give store=, and not both.",
         )
-    key = bytes.fromhex(_store_key(settings.store).reveal())
+    key = bytes.fromhex(store_key_of(settings.store).reveal())
     return {**arguments, "store": named or given, "store_key": key}
 
 
@@ -235,7 +235,7 @@ def certificate(settings: Settings, client: Signer | None) -> ClientCertificate 
     )
 
 
-def _store(settings: StoreSettings) -> TokenStore | None:
+def store_of(settings: StoreSettings) -> TokenStore | None:
     """The store that settings name; None where they name none.
 
     Raises:
@@ -259,7 +259,7 @@ def _store(settings: StoreSettings) -> TokenStore | None:
     )
 
 
-def _store_key(settings: StoreSettings) -> Secret:
+def store_key_of(settings: StoreSettings) -> Secret:
     """The key that seals the fleet's tokens, in hexadecimal.
 
     Raises:

@@ -54,7 +54,7 @@ class Load:
     def _call(self) -> None:
         while not self._over.is_set():
             try:
-                self.statuses.append(requests.get(self._url, timeout=30).status_code)
+                self.statuses.append(requests.get(self._url, timeout=120).status_code)
             except requests.RequestException as error:
                 self.statuses.append(repr(error))
 
@@ -75,11 +75,11 @@ def told(url: str, workers: int) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
 
     def all_asked() -> bool:
-        document = json.loads(requests.get(f"{url}healthz", timeout=30).content)
+        document = json.loads(requests.get(f"{url}healthz", timeout=120).content)
         found[document["pid"]] = document
         return len(found) == workers
 
-    until(all_asked, seconds=120)
+    until(all_asked, seconds=240)
     return found
 
 
@@ -120,7 +120,7 @@ def rotated_under_load(
                     assert set(now) == set(before)  # no worker was started anew
                     return {each["settings"]["digest"] for each in now.values()} == {digest}
 
-                until(everywhere, seconds=120)
+                until(everywhere, seconds=300)
                 now = told(url, workers).values()
                 assert {each["members"][0]["kid"] for each in now} == {f"key-{number}"}
                 assert len({each["client_certificate"]["fingerprint"] for each in now}) == 1
