@@ -35,8 +35,8 @@ def status(context: click.Context, issuer: Issuer, *, output: Output) -> None:
 
     It tells the life that is left of the shared token, who holds the lease, what cannot be read
     with this store key, and which settings, keys and certificate each process has that has renewed
-    or reloaded within half an hour. No key is opened, and D1 is not asked. The exit status is 0
-    where all can be read and every process has the settings of the file.
+    or reloaded within a quarter of an hour. No key is opened, and D1 is not asked. The exit status
+    is 0 where all can be read and every process has the settings of the file.
     """
     from d1_signer.token.opening import store_key_of, store_of
     from d1_signer.token.register import Fleet, name_of
@@ -114,7 +114,7 @@ def _text(document: dict[str, Any]) -> str:
         for each in document["processes"]
     ]
     if not rows:
-        return f"{told}\n\nNo process has told of itself within half an hour."
+        return f"{told}\n\nNo process has told of itself within a quarter of an hour."
     head = ("PROCESS", "SETTINGS", "AS THE FILE", "KIDS", "CERTIFICATE", "TOLD")
     return f"{told}\n\n{table(head, rows)}"
 

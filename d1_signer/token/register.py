@@ -14,11 +14,11 @@ from typing import Any
 
 from d1_signer.errors import StoreUnavailable
 from d1_signer.token.bounded import BoundedStore
-from d1_signer.token.d1 import Environment
+from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
 from d1_signer.token.stores import VERSION, Register, Sealer, SharedToken, TokenStore
 
-# Seconds: longer than from one renewal of a process to its next.
-_LIFE = 1800.0
+# Seconds: a process that is called renews, or takes another's token, before a token's life is over.
+_LIFE = float(MAX_TOKEN_LIFETIME)
 _LONGEST = 2.0
 
 About = Callable[[], Mapping[str, object]]
