@@ -91,6 +91,10 @@ class FleetRenewal:
         self.store_state = StoreState.UNUSED
         self.lease_state = LeaseState.NONE
 
+    def close(self) -> None:
+        """End what goes on beside renewals."""
+        self.announcer.close()
+
     def change(self, *, limits: Limits, audience: str | None) -> None:
         """See `Renewal.change`."""
         self._total = limits.total
@@ -111,8 +115,7 @@ class FleetRenewal:
             self._remember(refused)
             refused = None  # the frame of an error shows its local variables
         held = self._obtain(deadline, stopped)
-        if self.store_state is not StoreState.AWAY:
-            self.announcer.tell()
+        self.announcer.begin()
         return held
 
     def _obtain(self, deadline: float, stopped: threading.Event) -> HeldToken:

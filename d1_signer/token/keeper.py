@@ -199,6 +199,7 @@ class TokenKeeper:
             flight.stopped.set()
             flight.end(FetcherClosedError("The token fetcher was closed during a renewal."))
         self._endpoint.close()
+        self._renewal.close()
         if worker is not None and worker is not threading.current_thread():
             # Bounded: a signer that hangs in a vendor's library cannot be called back.
             worker.join(_EXIT_GRACE)

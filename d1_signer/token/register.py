@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from d1_signer.token.stores import VERSION, Register, Sealer, SharedToken, Token
 # Seconds: a process that is called renews, or takes another's token, before a token's life is over.
 _LIFE = float(MAX_TOKEN_LIFETIME)
 _LONGEST = 2.0
+_GRACE = 1.0
 
 About = Callable[[], Mapping[str, object]]
 
@@ -46,6 +48,22 @@ class Announcer:
         self._register = store if isinstance(store, Register) else None
         self._store = BoundedStore(store)
         self._sealer, self._name, self._about = sealer, name, about
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Tell it in a thread of its own, for which no renewal waits."""
+        if self._register is None:
+            return
+        thread = threading.Thread(target=self.tell, name="d1-signer-announcing", daemon=True)
+        with contextlib.suppress(RuntimeError):  # the limit of threads; the next renewal tells it
+            thread.start()
+        self._thread = thread
+
+    def close(self) -> None:
+        """Wait for what is being told, a second at most."""
+        thread, self._thread = self._thread, None
+        if thread is not None and thread.ident is not None:
+            thread.join(_GRACE)
 
     def tell(self) -> None:
         """Tell it; a store that cannot take it now is told at the next renewal."""

@@ -146,6 +146,9 @@ class Renewal:
         self.store_state, self.lease_state = StoreState.NONE, LeaseState.NONE
         self.whose = {"host": endpoint.address, "issuer": profile.issuer_id}
 
+    def close(self) -> None:
+        """There is nothing that goes on beside renewals."""
+
     def change(self, *, limits: Limits, audience: str | None) -> None:
         """Have the next attempts keep other limits, and say another ``aud``."""
         self._limits = limits

@@ -17,6 +17,7 @@ from d1_signer.token.settings import Settings
 from tests.cli.conftest import ISSUER, Run
 from tests.servers.redis_server import RedisServer
 from tests.token.fleet.conftest import redis_server
+from tests.token.test_fetcher import until
 
 __all__ = ["redis_server"]  # a fixture
 
@@ -61,6 +62,15 @@ def opened(file: Path) -> Iterator[TokenFetcher]:
         yield fetcher
 
 
+def announced(*fetchers: TokenFetcher) -> None:
+    """Have each get a token, and wait until the store has been told of each."""
+    for fetcher in fetchers:
+        fetcher.token()
+    renewal: Any = fetchers[0]._renewal
+    register = renewal.announcer._register
+    until(lambda: len(register.members(renewal._name)) == len(fetchers), seconds=20)
+
+
 def test_nothing_has_happened(run: Run, file: Path) -> None:
     result = run("status", "--json", "--config", str(file))
     assert result.status == 0
@@ -71,9 +81,8 @@ def test_nothing_has_happened(run: Run, file: Path) -> None:
 
 
 def test_token_and_processes(run: Run, file: Path, opened: TokenFetcher, sandbox: Sandbox) -> None:
-    opened.token()
     with TokenFetcher.from_settings(file) as other:
-        other.token()
+        announced(opened, other)
         result = run("status", "--json", "--config", str(file))
     assert result.status == 0, result.out
     found = result.document
@@ -92,9 +101,8 @@ def test_token_and_processes(run: Run, file: Path, opened: TokenFetcher, sandbox
 def test_a_rotation_is_seen_when_all_have_it(
     run: Run, file: Path, opened: TokenFetcher, lines: Lines, tmp_path: Path
 ) -> None:
-    opened.token()
     with TokenFetcher.from_settings(file) as other:
-        other.token()
+        announced(opened, other)
         written(tmp_path, {**lines, "limits.total": 12})
         assert run("status", "--json", "--config", str(file)).status == 1
         opened.reload()
@@ -107,7 +115,7 @@ def test_a_rotation_is_seen_when_all_have_it(
 
 
 def test_who_holds_the_lease(run: Run, file: Path, opened: TokenFetcher) -> None:
-    opened.token()
+    announced(opened)
     fleet: Any = opened._renewal
     lease = fleet.announcer._register.lease(fleet._name, life=20.0)
     found = run("status", "--json", "--config", str(file)).document["lease"]
@@ -121,7 +129,7 @@ def test_who_holds_the_lease(run: Run, file: Path, opened: TokenFetcher) -> None
 def test_what_another_store_key_sealed_cannot_be_read(
     run: Run, file: Path, opened: TokenFetcher, tmp_path: Path
 ) -> None:
-    opened.token()
+    announced(opened)
     (tmp_path / "store-key").write_text(os.urandom(32).hex())
     result = run("status", "--json", "--config", str(file))
     assert (result.status, result.document["unreadable"]) == (1, 2)
@@ -143,7 +151,7 @@ def test_without_a_store_or_a_file(run: Run, lines: Lines, file: Path, tmp_path:
 
 
 def test_more_processes_than_there_is_room_for(opened: TokenFetcher) -> None:
-    opened.token()
+    announced(opened)
     fleet: Any = opened._renewal
     announcer = fleet.announcer
     store = announcer._register
