@@ -105,6 +105,10 @@ if TYPE_CHECKING:
     from d1_signer.signing.lazy_signer import (
         LazySigner as LazySigner,
     )
+    from d1_signer.signing.member import (
+        Health as Health,
+        MemberHealth as MemberHealth,
+    )
     from d1_signer.signing.opening import (
         generate_key as generate_key,
         open_signer as open_signer,
@@ -113,8 +117,6 @@ if TYPE_CHECKING:
         Signer as Signer,
     )
     from d1_signer.signing.signer_set import (
-        Health as Health,
-        MemberHealth as MemberHealth,
         SignerSet as SignerSet,
     )
     from d1_signer.token.access_token import (
@@ -124,10 +126,10 @@ if TYPE_CHECKING:
         D1Auth as D1Auth,
     )
     from d1_signer.token.d1 import (
+        Audience as Audience,
         Environment as Environment,
     )
     from d1_signer.token.fetcher import (
-        Audience as Audience,
         TokenFetcher as TokenFetcher,
     )
     from d1_signer.token.httpx_auth import (
@@ -162,7 +164,7 @@ _HOMES = {
     "custody.evidence": ["Assurance", "Evidence", "Fact"],
     "custody.policy": ["CustodyPolicy"],
     "custody.report": ["CustodyReport"],
-    "token.d1": ["Environment"],
+    "token.d1": ["Audience", "Environment"],
     "errors": [
         "AccessDeniedError",
         "AmbiguousKeyError",
@@ -213,7 +215,8 @@ _HOMES = {
     "signing.opening": ["generate_key", "open_signer"],
     "signing.signer": ["Signer"],
     "signing.lazy_signer": ["LazySigner"],
-    "signing.signer_set": ["Health", "MemberHealth", "SignerSet"],
+    "signing.member": ["Health", "MemberHealth"],
+    "signing.signer_set": ["SignerSet"],
     "secret": ["Secret", "SecretSource", "read_secret"],
     "signing.key_uri": ["KeyUri"],
     "token.redis_store": ["RedisTokenStore"],
@@ -221,7 +224,7 @@ _HOMES = {
     "token.stores": ["Lease", "TokenStore"],
     "transport.processes": ["PerProcess"],
     "transport.credentials": ["ClientCertificate"],
-    "token.fetcher": ["Audience", "TokenFetcher"],
+    "token.fetcher": ["TokenFetcher"],
 }
 __version__: str
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn, final
 from urllib.parse import unquote
@@ -22,6 +23,9 @@ from d1_signer.frames import of_signal_handler, without_locals
 
 SecretSource = str | Callable[[], str | bytes]
 """``file:PATH``, ``env:NAME``, ``prompt``, or a callable that returns the secret."""
+
+being_asked = threading.Event()
+"""Set while a person is asked for a secret, on a terminal that is to show nothing else."""
 
 _MAX_FILE_SIZE = 1 << 20
 _FORBIDDEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
@@ -239,9 +243,12 @@ def _prompt(what: str, of: str) -> str:
         )
     try:
         named = f"{what} for {of}" if of and of.isprintable() else what
+        being_asked.set()
         return getpass.getpass(f"{named}: ", stream=sys.stderr)
     except EOFError:
         raise SecretSourceError(f"No {what} was given at the prompt.") from None
+    finally:
+        being_asked.clear()
 
 
 def _from_environment(name: str, what: str) -> str:

@@ -41,6 +41,7 @@ _COMMANDS = {
     "custody": ("custody", "custody", "Print where each private key lives."),
     "check": ("check", "check", "Check keys, TLS and D1 step by step."),
     "token": ("tokens", "token", "Get an access token from D1."),
+    "status": ("status", "status", "Ask the fleet's store how the fleet is."),
     "assertion": ("tokens", "assertion", "Sign an assertion and print what it says."),
     "audit": (
         "audit",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from d1_signer.cli._config import with_config
 from d1_signer.cli._output import Output, setting, to_stdout, with_output_options
 from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._trail import TrailSettings
@@ -35,6 +36,7 @@ from d1_signer.errors import AuditError, ConfigurationError
     "--audit-key", "D1_AUDIT_KEY", "Key URI of the key that signs the collection.", metavar="URI"
 )
 @with_output_file
+@with_config
 @with_output_options
 def collect(
     *,

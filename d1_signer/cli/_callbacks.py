@@ -14,9 +14,10 @@ from urllib.parse import unquote
 import click
 from click.core import ParameterSource
 
+from d1_signer.cli._config import settings_in
 from d1_signer.errors import ConfigurationError, KeyUriError
 from d1_signer.secret import holds_key
-from d1_signer.signing.key_uri import scheme_of, split_fragment
+from d1_signer.signing.key_uri import holds_pin_itself, scheme_of, split_fragment
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -25,7 +26,6 @@ _KEY_HINT = (
     "Put the key into a file of its own (chmod 600) and give {form}; replace the key if others may "
     "have seen it."
 )
-_PIN_VALUE = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
 _PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})/?")
 
 
@@ -50,7 +50,7 @@ def checked_keys(
             hint="It begins with pkcs11:, awskms:, gcpkms:, hashivault: or file:.",
         )
     on_command_line = _source(context, parameter) is ParameterSource.COMMANDLINE
-    if on_command_line and any(_PIN_VALUE.search(unquote(uri)) for uri in value):
+    if on_command_line and any(map(holds_pin_itself, value)):
         raise click.UsageError(
             "A key URI with pin-value is not taken from the command line, which every user of "
             "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."
@@ -66,7 +66,9 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
         click.UsageError: As for `checked_keys`; or it is a key that signs assertions.
     """
     (uri,) = checked_keys(context, parameter, (value,))
-    if _place(uri) in map(_place, os.environ.get("D1_SIGNER_KEY", "").split()):
+    settings = settings_in(context)
+    signing = [*os.environ.get("D1_SIGNER_KEY", "").split(), *(settings.key if settings else ())]
+    if _place(uri) in map(_place, signing):
         raise click.UsageError(
             "This key signs assertions (D1_SIGNER_KEY). The client certificate needs a key of its "
             "own; make one with generate-key."
@@ -159,7 +161,9 @@ def _source(context: click.Context, parameter: click.Parameter) -> ParameterSour
 
 
 def _name(context: click.Context, parameter: click.Parameter) -> str:
-    """The flag or the variable, whichever the value came from."""
+    """The flag, the variable or the name in the file, whichever the value came from."""
     if _source(context, parameter) is ParameterSource.ENVIRONMENT:
         return str(parameter.envvar)
+    if _source(context, parameter) is ParameterSource.DEFAULT_MAP:
+        return f"{parameter.name} of the settings"
     return parameter.opts[0]

@@ -36,6 +36,7 @@ from d1_signer.secret import Secret
 from d1_signer.signing.key_uri import scheme_of, split_fragment, without_secrets
 from d1_signer.signing.registry import load_backend_module
 from d1_signer.signing.signer import Signer
+from d1_signer.signing.steps import Step
 from d1_signer.token.d1 import Environment, origin
 from d1_signer.token.endpoint import Reply, RequestFormat, TokenEndpoint
 from d1_signer.token.renewal import MOST_SKEW, Limits
@@ -145,7 +146,8 @@ def _tell_steps(checklist: Checklist, names: Sequence[str], not_taken: Mapping[s
 def _verify_with_cryptography(signer: Signer) -> None:
     """Sign and verify by another implementation than ours, from the PEM that is registered."""
     message = b"d1-signer check " + secrets.token_bytes(32)
-    signature = signer.sign(message)
+    with Step(f"a signature of kid {signer.kid}"):
+        signature = signer.sign(message)
     key = load_pem_public_key(signer.public_key.pem().encode())
     r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
     try:

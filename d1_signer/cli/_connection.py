@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from d1_signer.cli._callbacks import checked_path, checked_path_or_key, checked_proxy
+from d1_signer.cli._config import settings_in
 from d1_signer.cli._options import BackendOptions
 from d1_signer.cli._output import Command, setting
 from d1_signer.cli._paths import FILE
@@ -116,6 +117,7 @@ class Connection:
         from d1_signer.token.fetcher import TokenFetcher
 
         environment = issuer.required_environment()
+        settings = settings_in(click.get_current_context())
         return TokenFetcher(
             signers,
             issuer_id=issuer.required_id(),
@@ -127,6 +129,7 @@ class Connection:
             proxy_adds_certificate=self.proxy_adds_certificate,
             audience=issuer.audience,
             request_format=self.request_format,
+            limits=None if settings is None else settings.limits,
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from d1_signer.cli._tty import is_terminal
+from d1_signer.cli._waiting import telling_of_waits
 from d1_signer.errors import D1SignerError
 
 if TYPE_CHECKING:
@@ -148,6 +149,10 @@ class Output:
             with screen.progress(what, total) as advance:
                 yield advance
 
+    def waiting(self, what: str, seconds: float) -> None:
+        """Tell a person what is waited for."""
+        self.note(f"Waiting for {printable(what)}: {seconds:.0f} s so far.")
+
     def failure(self, error: D1SignerError) -> None:
         """Print why the command failed: JSON on standard output, or text on standard error."""
         if self.json:
@@ -249,6 +254,10 @@ def with_output_options(command: Command) -> Command:
         output.verbosity = max(output.verbosity, verbose)
         # Our own loggers only: those of an SDK may tell what ours keep to themselves.
         _log.setLevel(_LEVELS[min(output.verbosity, len(_LEVELS) - 1)])
-        return command(*args, output=output, **options)
+        with contextlib.ExitStack() as stack:
+            # Elsewhere than on a terminal only for who asks: a log that nobody wants is none.
+            if output.verbosity or (sys.stderr is not None and sys.stderr.isatty()):
+                stack.enter_context(telling_of_waits(output.waiting))
+            return command(*args, output=output, **options)
 
     return wrapper

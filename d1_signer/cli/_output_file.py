@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import click
 
+from d1_signer.cli._config import texts_in
 from d1_signer.cli._output import Command, Output, is_full
 from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.secret import shown_path
@@ -178,7 +179,8 @@ def _name_once(temporary: Path, target: Path) -> None:
 
 def _files_of_settings() -> Iterator[os.stat_result]:
     """Every file that an option or a variable of d1-signer names, wherever it stands in there."""
-    values = [*click.get_current_context().params.values()]
+    context = click.get_current_context()
+    values = [*context.params.values(), *texts_in(context)]
     values += [value for name, value in os.environ.items() if name.startswith("D1_")]
     for text in _texts(values):
         parts = [text, *_PARTS.split(text)]

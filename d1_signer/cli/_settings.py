@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from d1_signer.cli._callbacks import checked_keys
-from d1_signer.cli._options import HSM_PATIENCE, BackendOptions, with_options
+from d1_signer.cli._config import policy_in
+from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.signing.key_uri import scheme_of
-from d1_signer.token.d1 import AssertionProfile, Environment
+from d1_signer.token.d1 import AssertionProfile, Audience, Environment
 
 if TYPE_CHECKING:
     from d1_signer.audit.trail import AuditTrail
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
-    from d1_signer.token.fetcher import Audience
+
+DEFAULT_MAP = ParameterSource.DEFAULT_MAP
 
 
 def open_key(
@@ -38,15 +40,12 @@ def open_key(
     """Open a key, whose uses the trail records; the caller closes it."""
     from d1_signer.signing.opening import open_signer
 
-    # The others have time limits by default. A vendor's library that hangs would be deaf to Ctrl-C
-    # as well.
-    limit: dict[str, Any] = {"timeout": HSM_PATIENCE} if scheme_of(uri) == "pkcs11" else {}
     return open_signer(
         uri,
         kid=kid,
-        custody_policy=policy,
+        custody_policy=policy or policy_in(click.get_current_context()),
         trail=trail,
-        **limit | options.for_key(uri),
+        **options.for_opening(uri),
     )
 
 
@@ -201,11 +200,9 @@ class Issuer:
         Raises:
             ConfigurationError: A setting is missing.
         """
-        from d1_signer.token.fetcher import Audience
-
         audience = self.audience
         if audience is Audience.TOKEN_ENDPOINT:
-            audience = self.required_environment().token_endpoint
+            audience = Audience.of(audience, self.required_environment())
         return AssertionProfile(issuer_id=self.required_id(), audience=audience, lifetime=lifetime)
 
 
@@ -255,10 +252,13 @@ def with_issuer(command: Command) -> Command:
         no_audience: bool,
         **options: Any,
     ) -> Any:
-        from d1_signer.token.fetcher import Audience
-
         if no_audience and audience is not None:
-            raise click.UsageError("--audience and --no-audience exclude each other.")
+            # One of them may be the file's, over which the other wins.
+            source = click.get_current_context().get_parameter_source
+            given = {n for n in ("audience", "no_audience") if source(n) is not DEFAULT_MAP}
+            if len(given) != 1:
+                raise click.UsageError("--audience and --no-audience exclude each other.")
+            no_audience = given == {"no_audience"}
         wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT
         issuer = Issuer(issuer_id=issuer_id, environment=environment, audience=wanted)
         return command(*args, issuer=issuer, **options)

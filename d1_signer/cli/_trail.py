@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d1_signer.cli._callbacks import checked_keys
-from d1_signer.cli._options import HSM_PATIENCE
+from d1_signer.cli._config import policy_in
 from d1_signer.cli._output import Command, setting
 from d1_signer.cli._paths import FOLDER
 from d1_signer.errors import ConfigurationError
-from d1_signer.signing.key_uri import scheme_of
 
 if TYPE_CHECKING:
     from d1_signer.audit.trail import AuditTrail
@@ -58,11 +57,12 @@ class TrailSettings:
         if self.key is None:
             return None
         from d1_signer.signing.opening import open_signer
+        from d1_signer.signing.options import KeyOptions
 
-        options: dict[str, Any] = {}
-        if scheme_of(self.key) == "pkcs11":
-            options["timeout"] = HSM_PATIENCE
-        return click.get_current_context().with_resource(open_signer(self.key, **options))
+        context = click.get_current_context()
+        options = KeyOptions().for_opening(self.key)
+        signer = open_signer(self.key, custody_policy=policy_in(context), **options)
+        return context.with_resource(signer)
 
     def name(self) -> str:
         """The origin; this host's name where none is given."""

@@ -17,7 +17,9 @@ from d1_signer.cli._audit_collect import collect
 from d1_signer.cli._audit_reconcile import reconcile
 from d1_signer.cli._audit_show import show
 from d1_signer.cli._audit_stamp import stamp
+from d1_signer.cli._config import with_config
 from d1_signer.cli._output import (
+    Command,
     OptionsOnly,
     Output,
     printable,
@@ -35,9 +37,12 @@ from d1_signer.errors import AuditError, ConfigurationError
 if TYPE_CHECKING:
     from d1_signer.audit import verifying
 
-_folder = setting(
-    "--audit-trail", "D1_AUDIT_TRAIL", "Folder of the audit trail.", metavar="FOLDER", type=FOLDER
-)
+
+def _folder(command: Command) -> Command:
+    name, text = "D1_AUDIT_TRAIL", "Folder of the audit trail."
+    return with_config(
+        setting("--audit-trail", name, text, metavar="FOLDER", type=FOLDER)(command)
+    )
 
 
 @click.group()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from d1_signer.errors import KeyUriError
 from d1_signer.frames import without_locals
@@ -17,6 +17,9 @@ from d1_signer.secret import holds_key
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _PIN_VALUE = re.compile(r"((?:p|%70)(?:i|%69)(?:n|%6e)(?:-|%2d)[^=;]*=)[^;&]*", re.IGNORECASE)
 _USER = re.compile(r"//[^/]*@")
+_PIN_ITSELF = re.compile(r"[?&;]pin-value=", re.IGNORECASE)
+# PEM, a JWK, or base64 of DER: a SEQUENCE that begins with the INTEGER 0 or 1, at any alignment
+# (RFC 5958 section 2, RFC 5915 section 3).
 _LONGEST_SHOWN = 512
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -37,6 +40,11 @@ def without_secrets(uri: str) -> str:
         return "(not a key URI)"
     shown = re.split(r"[?#]", uri, maxsplit=1)[0]
     return _USER.sub("//****@", _PIN_VALUE.sub(r"\1****", shown))
+
+
+def holds_pin_itself(uri: str) -> bool:
+    """Whether a key URI has a PIN in it, and not where it comes from."""
+    return _PIN_ITSELF.search(unquote(uri)) is not None
 
 
 def split_fragment(uri: str) -> tuple[str, str | None]:

@@ -37,8 +37,9 @@ from d1_signer.signing.key_uri import (
     without_secrets,
 )
 from d1_signer.signing.recording import checked_trail, recorded
-from d1_signer.signing.registry import call_backend, load_backend_module
+from d1_signer.signing.registry import call_backend, load_backend_module, plug_in_of
 from d1_signer.signing.signer import Signer
+from d1_signer.signing.steps import Step
 
 
 @without_locals
@@ -87,7 +88,8 @@ def open_signer(
     rest, query = taken_from_query(rest, ("attestation", "attestation-anchors"))
     module = load_backend_module(rest)
     checked_trail(trail)
-    with recorded(trail, "open", {"key": without_secrets(uri)}) as found:
+    shown = without_secrets(uri)
+    with Step(f"the key {shown}") as step, recorded(trail, "open", {"key": shown}) as found:
         backend = call_backend(module, "open_backend", rest, options)
         try:
             signer = Signer(
@@ -106,6 +108,7 @@ def open_signer(
                 backend.close()
             raise
         found["thumbprint"] = signer.public_key.thumbprint()
+        step.facts |= {"kid": signer.kid, "backend": backend.name, "plug_in": plug_in_of(backend)}
     return signer
 
 
@@ -128,7 +131,8 @@ def generate_key(uri: str, *, trail: Trail | None = None, **options: Any) -> Gen
     if not hasattr(module, "generate_key"):
         raise KeyUriError(f"The scheme {scheme_of(uri)}: does not make keys.")
     checked_trail(trail)
-    with recorded(trail, "generate-key", {"key": without_secrets(uri)}) as found:
+    shown = without_secrets(uri)
+    with Step(f"a new key {shown}"), recorded(trail, "generate-key", {"key": shown}) as found:
         generated: GeneratedKey = call_backend(module, "generate_key", rest, options)
         found["thumbprint"] = generated.public_key.thumbprint()
     return generated

@@ -13,13 +13,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import NoReturn, TypeVar, final
 
 from d1_signer.errors import (
     ConfigurationError,
-    D1SignerError,
     InvalidInputError,
     SignerClosedError,
     SignerError,
@@ -30,123 +27,13 @@ from d1_signer.events import FailoverEvent, Observer, checked, notify
 from d1_signer.frames import without_locals
 from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
+from d1_signer.signing.member import Member, MemberHealth
 from d1_signer.signing.signer import Signer
 
 _log = logging.getLogger("d1_signer.signer_set")
 _T = TypeVar("_T")
 
-_FIRST_REST = 1.0
-_LONGEST_REST = 30.0
-
-
-class Health(StrEnum):
-    """Whether a member is asked for signatures (the states of a circuit breaker)."""
-
-    WORKING = "working"  # circuit closed
-    RESTING = "resting"  # circuit open: not asked until the rest is over
-    PROBING = "probing"  # half-open: one caller tries whether it works again
-
-
-@final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemberHealth:
-    """The state of one member at one moment.
-
-    Attributes:
-        kid: Key identifier.
-        health: Whether it is asked.
-        failures: Failures since the last signature.
-        last_error: Code of the last error since then; None where there was none.
-        rests_for: Seconds until it is probed; 0 where it does not rest.
-    """
-
-    kid: str
-    health: Health
-    failures: int
-    last_error: str | None
-    rests_for: float
-
-
-_with_locks: weakref.WeakSet[_Member | SignerSet] = weakref.WeakSet()
-
-
-class _Member:
-    """One signer and its circuit breaker."""
-
-    def __init__(self, source: Signer | LazySigner) -> None:
-        self.source = source
-        self.kid = source.kid
-        self._lock = threading.Lock()
-        self._failures = 0
-        self._rests = 0
-        self._last_error: str | None = None
-        self._rests_until = 0.0
-        self._prober: object | None = None
-        _with_locks.add(self)
-
-    def signer(self, timeout: float | None) -> Signer:
-        if isinstance(self.source, Signer):
-            return self.source
-        return self.source.signer(timeout=timeout)
-
-    def admit(self, now: float) -> object | None:
-        """A ticket where a caller may try now; after a rest, one caller at a time."""
-        ticket = object()
-        with self._lock:
-            if not self._ready(now):
-                return None
-            if self._failures:
-                self._prober = ticket
-        return ticket
-
-    def ready(self, now: float) -> bool:
-        """Whether a caller would be admitted now."""
-        with self._lock:
-            return self._ready(now)
-
-    def _ready(self, now: float) -> bool:
-        return not self._failures or (self._prober is None and now >= self._rests_until)
-
-    def succeeded(self) -> None:
-        with self._lock:
-            recovered = self._failures > 0
-            self._failures, self._rests, self._last_error, self._prober = 0, 0, None, None
-        if recovered:
-            _log.info("signer_set.recovered kid=%s", self.kid)
-
-    def failed(self, ticket: object, error: D1SignerError, now: float) -> None:
-        with self._lock:
-            self._failures += 1
-            self._last_error = error.code
-            # Calls that were under way when the first of them failed saw the same outage: they do
-            # not lengthen the rest, nor do they end another caller's probe.
-            if self._failures == 1 or self._prober is ticket:
-                self._prober = None
-                # A refused PIN or a missing key does not mend itself soon: no eager probes.
-                exponent = min(self._rests, 10) if error.retryable else 10
-                self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
-                self._rests += 1
-        _log.warning("signer_set.failed kid=%s error=%s", self.kid, error.code)
-
-    def released(self, ticket: object) -> None:
-        """The caller stopped for a reason that says nothing about this member."""
-        with self._lock:
-            if self._prober is ticket:
-                self._prober = None
-
-    def health(self, now: float) -> MemberHealth:
-        with self._lock:
-            resting = max(0.0, self._rests_until - now) if self._failures else 0.0
-            health = Health.WORKING if not self._failures else Health.RESTING
-            if self._prober is not None:
-                health = Health.PROBING
-            return MemberHealth(
-                kid=self.kid,
-                health=health,
-                failures=self._failures,
-                last_error=self._last_error,
-                rests_for=resting,
-            )
+_sets: weakref.WeakSet[SignerSet] = weakref.WeakSet()
 
 
 @final
@@ -175,15 +62,13 @@ class SignerSet:
             ConfigurationError: No member, or two different keys under one kid.
         """
         self._clock = clock
-        self._members: tuple[_Member, ...] = ()  # for the repr, should a step below fail
+        self._members: tuple[Member, ...] = ()  # for the repr, should a step below fail
         self._observers = checked(observers)
         self._lock = threading.Lock()
         self._closed = False
-        _with_locks.add(self)
+        _sets.add(self)
         self._members = _members_of(members)
-        if not self._members:
-            raise ConfigurationError("A SignerSet needs at least one signer.")
-        _require_one_key_a_kid(self._members)
+        _require_members(self._members)
 
     @property
     def kids(self) -> tuple[str, ...]:
@@ -265,7 +150,7 @@ class SignerSet:
                 return result
         raise first.fresh() if first else self._all_resting(without)
 
-    def _can_follow(self, members: tuple[_Member, ...], without: frozenset[str]) -> bool:
+    def _can_follow(self, members: tuple[Member, ...], without: frozenset[str]) -> bool:
         now = self._clock()
         return any(member.kid not in without and member.ready(now) for member in members)
 
@@ -295,7 +180,7 @@ class SignerSet:
         with self._lock:
             self._require_open()
             members = (*self._members, *_members_of([member]))
-            _require_one_key_a_kid(members)
+            _require_members(members)
             self._members = members
 
     @without_locals
@@ -327,7 +212,27 @@ class SignerSet:
         for member in chosen:
             member.source.close()
 
-    def _of(self, kid: str) -> tuple[_Member, ...]:
+    def replace(self, members: Iterable[Signer | LazySigner]) -> tuple[Signer | LazySigner, ...]:
+        """Have others be the members, in their order; one that was there keeps its state.
+
+        Returns:
+            The members from before. None of them is closed: a call under way may be using it.
+
+        Raises:
+            ConfigurationError: No member, or two different keys under one kid.
+            SignerClosedError: The set is closed.
+        """
+        forks.notice()
+        with self._lock:
+            self._require_open()
+            before = self._members
+            known = {id(member.source): member for member in before}
+            fresh = _members_of(members)
+            _require_members(fresh)
+            self._members = tuple(known.get(id(member.source), member) for member in fresh)
+        return tuple(member.source for member in before)
+
+    def _of(self, kid: str) -> tuple[Member, ...]:
         chosen = tuple(member for member in self._members if member.kid == kid)
         if not chosen:
             raise InvalidInputError(
@@ -361,17 +266,19 @@ class SignerSet:
         raise TypeError(msg)
 
 
-def _members_of(sources: Iterable[Signer | LazySigner]) -> tuple[_Member, ...]:
+def _members_of(sources: Iterable[Signer | LazySigner]) -> tuple[Member, ...]:
     sources = tuple(sources) if isinstance(sources, Iterable) else (sources,)
     if not all(isinstance(source, Signer | LazySigner) for source in sources):
         raise ConfigurationError(
             "A member of a SignerSet is neither a Signer nor a LazySigner.",
             hint="Write SignerSet([open_signer(uri, kid=…), …]).",
         )
-    return tuple(_Member(source) for source in sources)
+    return tuple(Member(source) for source in sources)
 
 
-def _require_one_key_a_kid(members: tuple[_Member, ...]) -> None:
+def _require_members(members: tuple[Member, ...]) -> None:
+    if not members:
+        raise ConfigurationError("A SignerSet needs at least one signer.")
     keys: dict[str, PublicKey] = {}
     for member in members:
         key = member.source.public_key
@@ -383,11 +290,9 @@ def _require_one_key_a_kid(members: tuple[_Member, ...]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # The threads that held a lock or probed a member are not here.
-    for holder in list(_with_locks):
-        holder._lock = threading.Lock()  # noqa: SLF001 (this module's own classes)
-        if isinstance(holder, _Member):
-            holder._prober = None  # noqa: SLF001
+    # The threads that held a lock are not here.
+    for signers in list(_sets):
+        signers._lock = threading.Lock()  # noqa: SLF001 (this module's own class)
 
 
 forks.in_child(_after_fork_in_child)

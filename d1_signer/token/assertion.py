@@ -10,6 +10,7 @@ from d1_signer import jose
 from d1_signer.events import Use
 from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
+from d1_signer.signing.steps import Step
 from d1_signer.token import jwt
 from d1_signer.token.d1 import MAX_ASSERTION_LIFETIME, AssertionProfile
 
@@ -56,4 +57,6 @@ def sign_assertion(
     if correlation_id is not None:
         references.append(("correlation_id", correlation_id))
     use = Use(purpose=PURPOSE, references=tuple(references))
-    return Secret(jose.compact(unsigned, signer.sign(unsigned, timeout=timeout, use=use)))
+    with Step(f"a signature of kid {signer.kid}"):
+        signature = signer.sign(unsigned, timeout=timeout, use=use)
+    return Secret(jose.compact(unsigned, signature))

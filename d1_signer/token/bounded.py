@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from d1_signer.errors import StoreUnavailable
+from d1_signer.signing.steps import Step
 from d1_signer.token.stores import Abortable, Lease, TokenStore
 from d1_signer.transport.deadlines import run_until
 from d1_signer.transport.processes import PerProcess
@@ -57,6 +58,10 @@ class BoundedStore:
         """See `Lease.release`."""
         self._call(lambda _: lease.release(), deadline)
 
+    def use(self, work: Callable[[], _T], *, deadline: float) -> _T:
+        """Call the store for something else, as the others are called."""
+        return self._call(lambda _: work(), deadline)
+
     def _call(self, work: Callable[[float], _T], deadline: float) -> _T:
         now = time.monotonic()
         if now < self._rests_until:
@@ -70,7 +75,8 @@ class BoundedStore:
         def run() -> _T:
             under_way.add(call)
             try:
-                return work(until)
+                with Step(f"the token store {self._kind}"):
+                    return work(until)
             finally:
                 under_way.discard(call)
 

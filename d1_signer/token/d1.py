@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar, final
 from urllib.parse import SplitResult, urlsplit
 
@@ -180,6 +181,17 @@ Environment.__init__ = without_locals(Environment.__init__)  # type: ignore[meth
 Environment.PRODUCTION = Environment("https://api.d1.thalescloud.io/authz/v1")
 Environment.STAGING = Environment("https://api.d1-stg.thalescloud.io/authz/v1")
 Environment.DEVELOP = Environment("https://develop-api.d1-dev.thalescloud.io/authz/v1")
+
+
+class Audience(Enum):
+    """What ``aud`` says when the caller says nothing."""
+
+    TOKEN_ENDPOINT = "the token endpoint's URL"  # RFC 7523 section 3  # noqa: S105
+
+    @staticmethod
+    def of(audience: str | Audience | None, environment: Environment) -> str | None:
+        """The claim for an environment; None leaves it out."""
+        return environment.token_endpoint if isinstance(audience, Audience) else audience
 
 
 @final

@@ -128,6 +128,10 @@ class TokenEndpoint:
         self._session = new_session(self._adapter)
         self._peer = Peer(environment=environment, proxy=proxy, tls=tls)
 
+    def change(self, *, timeouts: tuple[float, float], request_format: RequestFormat) -> None:
+        """Have the next requests keep other time limits, and be of another format."""
+        self._timeouts, self._format = timeouts, request_format
+
     @property
     def address(self) -> str:
         """Host and port."""

@@ -21,15 +21,12 @@ import functools
 import os
 import ssl
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from enum import Enum
 from types import TracebackType
-from typing import Literal, NoReturn, Self, final
+from typing import Literal, NoReturn, Self, Unpack, final
 
 import requests
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.events import Observer, checked
@@ -39,13 +36,22 @@ from d1_signer.signing import forks
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.auth import D1Auth
+from d1_signer.token.certificates import require_another_key, require_certificate
 from d1_signer.token.clock import token_clock
-from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Environment
+from d1_signer.token.d1 import (
+    DEFAULT_ASSERTION_LIFETIME,
+    AssertionProfile,
+    Audience,
+    Environment,
+)
 from d1_signer.token.endpoint import RequestFormat, TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
+from d1_signer.token.following import LOOK_INTERVAL, Following, opened, reload_on
 from d1_signer.token.keeper import TokenKeeper
+from d1_signer.token.opening import InCode, Keys, arguments_of, audience_in, certificate
 from d1_signer.token.renewal import Limits, Renewal, seconds
-from d1_signer.token.status import FetcherStatus
+from d1_signer.token.settings import Settings
+from d1_signer.token.status import CertificateStatus, FetcherStatus
 from d1_signer.token.stores import TokenStore
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.credentials import ClientCertificate
@@ -53,12 +59,6 @@ from d1_signer.transport.proxies import optional_proxy
 from d1_signer.transport.session import TlsAdapter, new_session
 
 _LEAST_INTERVAL = 0.01
-
-
-class Audience(Enum):
-    """What ``aud`` says when the caller says nothing."""
-
-    TOKEN_ENDPOINT = "the token endpoint's URL"  # RFC 7523 section 3  # noqa: S105
 
 
 @final
@@ -134,16 +134,9 @@ class TokenFetcher(TokenKeeper):
         proxy_url = Secret(proxy) if isinstance(proxy, str) and "@" in proxy else proxy
         proxy = None
         self._environment = Environment.of(environment)
-        if (
-            self._environment.is_thales
-            and client_certificate is None
-            and not proxy_adds_certificate
-        ):
-            raise ConfigurationError(
-                "D1 needs a client certificate (mutual TLS) and none is given.",
-                hint="Give client_certificate, or proxy_adds_certificate=True where an outgoing "
-                "proxy adds it.",
-            )
+        self._following: Following | None = None
+        if not proxy_adds_certificate:
+            require_certificate(self._environment, client_certificate)
         if limits is not None and not isinstance(limits, Limits):
             raise ConfigurationError("limits is not a Limits.", hint="Write Limits(total=20.0).")
         if store is None and store_key_given:
@@ -153,11 +146,12 @@ class TokenFetcher(TokenKeeper):
         observers = checked(observers)
         signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
         self._signers = signers
+        self._adapters: weakref.WeakSet[TlsAdapter] = weakref.WeakSet()
         self._tls = ClientTls(
             client_certificate,
             ca_file,
             observers,
-            accept=functools.partial(_require_another_key, signers),
+            accept=functools.partial(require_another_key, signers),
         )
         self._proxy = optional_proxy(proxy_url, proxy_credentials_source)
         limits = Limits() if limits is None else limits
@@ -170,13 +164,11 @@ class TokenFetcher(TokenKeeper):
             read_timeout=limits.read,
             request_format=RequestFormat.of(request_format),
         )
-        if audience is Audience.TOKEN_ENDPOINT:
-            audience = self._environment.token_endpoint
         alone = Renewal(
             signers,
             AssertionProfile(
                 issuer_id=issuer_id,
-                audience=audience,
+                audience=Audience.of(audience, self._environment),
                 lifetime=assertion_lifetime,
                 issued_at=issued_at,
                 jwt_id=jwt_id,
@@ -199,6 +191,7 @@ class TokenFetcher(TokenKeeper):
                 limits=limits,
                 clock=clock,
                 wall=wall,
+                about=self._about,
             )
         super().__init__(
             shared or alone,
@@ -209,6 +202,84 @@ class TokenFetcher(TokenKeeper):
             wall=wall,
             observers=observers,
         )
+
+    @classmethod
+    @without_locals
+    def from_settings(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        observers: Sequence[Observer] = (),
+        store: TokenStore | None = None,
+        **options: Unpack[InCode],
+    ) -> Self:
+        """A fetcher by a file of settings, which it follows, and closes what it opened.
+
+        The file is looked at every few seconds when a token is asked for, or the `status`. Keys and
+        their order, the client certificate, authorities, limits, ``aud`` and the request format
+        change in place, all of it or nothing; for anything else a new fetcher is needed. A file
+        that cannot be used keeps what was good last. See `Settings` for the names in it.
+
+        Args:
+            file: Path of the file, in TOML.
+            observers: Told of each signature, failover, request and renewal.
+            store: Shares tokens, where the file names the ``key_source`` of a store and no URL.
+            **options: As for `TokenFetcher`: ``assertion_lifetime``, ``issued_at``, ``jwt_id``,
+                ``correlation_id``, ``retry_interval``.
+
+        Raises:
+            ConfigurationError: The file cannot be used, or something that it names.
+            SignerError: No key can be opened. One of several that is away is left out, and tried
+                again.
+        """
+        with opened(file, observers) as (following, keys):
+            arguments = arguments_of(following.settings, keys, store)
+            signers = SignerSet(keys.signers, observers=observers)
+            fetcher = cls(signers, **arguments, **options, observers=observers)
+            fetcher._follow(following, keys)
+        return fetcher
+
+    def _follow(self, following: Following, keys: Keys) -> None:
+        self._following, self._looks_every = following, LOOK_INTERVAL
+        following.begin(keys, self._take, self._announce)
+
+    def _look(self) -> None:
+        if self._following is not None:
+            self._following.look()
+
+    def _about(self) -> dict[str, object]:
+        """What the fleet is told of this process."""
+        certificate = CertificateStatus.of(self._tls.certificate)
+        return {
+            "settings": self._following and self._following.settings.digest,
+            "kids": list(self._signers.kids),
+            "certificate": certificate and certificate.fingerprint,
+        }
+
+    def _announce(self) -> None:
+        if isinstance(self._renewal, FleetRenewal):
+            self._renewal.announcer.tell()
+
+    def _take(self, settings: Settings, keys: Keys) -> None:
+        """Have settings serve from now on, all of them; or raise, and change nothing."""
+        audience = Audience.of(audience_in(settings), self._environment)
+        shown = certificate(settings, keys.client)
+        if not settings.proxy_adds_certificate:
+            require_certificate(self._environment, shown)
+        before = self._signers.replace(keys.signers)
+        try:
+            self._tls.change(shown, settings.ca_file)
+        except BaseException:
+            self._signers.replace(before)
+            raise
+        limits = settings.limits
+        timeouts = (limits.connect, limits.read)
+        self._limits = limits
+        self._renewal.change(limits=limits, audience=audience)
+        request_format = RequestFormat.of(settings.request_format)
+        self._endpoint.change(timeouts=timeouts, request_format=request_format)
+        for adapter in list(self._adapters):
+            adapter.timeouts = timeouts
 
     @property
     def environment(self) -> Environment:
@@ -228,22 +299,45 @@ class TokenFetcher(TokenKeeper):
         return self._tls.context()
 
     def reload(self) -> None:
-        """Take what the files of the client certificate, its key and the authorities hold now.
+        """Take what the file of settings, of the client certificate, its key and authorities hold.
 
         They are looked at by themselves when a connection is made, and every few seconds when a
-        call begins; so this is for a program that wants the error. What a proxy has refused is
-        asked of it again.
+        call begins; so this is for a program that wants the error, or does not want to wait. What a
+        proxy has refused is asked of it again.
 
         Raises:
             D1SignerError: They cannot be used; the last good ones are used on.
         """
+        if self._following is not None:
+            self._following.reload()
         if self._proxy is not None:
             self._proxy.forget_refusals()
         self._tls.reload()
 
+    def reload_on(self, number: int) -> None:
+        """Reload at a signal, such as ``SIGHUP``, from now on; in the main thread of each worker.
+
+        What cannot be used is told by the log and by `status`.
+
+        Raises:
+            ValueError: This is not the main thread.
+        """
+        reload_on(number, self.reload)
+
+    def close(self) -> None:
+        """Forget the token, end a renewal under way, close the connections.
+
+        Those who wait for the renewal get a `FetcherClosedError`. The signer stays open, but for
+        those that a file of settings named.
+        """
+        super().close()
+        if self._following is not None:
+            self._following.close()
+
     def status(self) -> FetcherStatus:
         """How this fetcher is now, from memory: nothing is asked of D1, a signer or the store."""
         forks.notice()
+        self._look()
         members = self._signers.health()
         with self._lock:
             now, held, journal = self._clock(), self._held, self._journal
@@ -264,6 +358,8 @@ class TokenFetcher(TokenKeeper):
                 members=members,
                 store=self._renewal.store_state,
                 lease=self._renewal.lease_state,
+                settings=None if self._following is None else self._following.status(),
+                client_certificate=CertificateStatus.of(self._tls.certificate),
                 closed=self._closed,
             )
 
@@ -276,6 +372,7 @@ class TokenFetcher(TokenKeeper):
         """
         timeouts = (self._limits.connect, self._limits.read)
         adapter = TlsAdapter(self._tls, timeouts=timeouts, proxy=self._proxy)
+        self._adapters.add(adapter)
         session = new_session(adapter, for_callers=True)
         session.auth = D1Auth(self)
         return session
@@ -299,17 +396,3 @@ class TokenFetcher(TokenKeeper):
     def __reduce__(self) -> NoReturn:
         msg = "a TokenFetcher cannot be pickled: make one in each process"
         raise TypeError(msg)
-
-
-def _require_another_key(signers: SignerSet, certificate: x509.Certificate) -> None:
-    """Refuse a client certificate of a key that signs assertions: D1 wants two keys."""
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    try:
-        key = certificate.public_key().public_bytes(*form)
-    except (ValueError, UnsupportedAlgorithm):
-        return  # no key of ES256
-    if any(key == public_key.der() for public_key in signers.public_keys()):
-        raise ConfigurationError(
-            "The client certificate is for the key that signs assertions.",
-            hint="Make another key for mutual TLS (generate-key, csr) and have Thales sign that.",
-        )

@@ -18,16 +18,17 @@ from functools import partial
 
 from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
 from d1_signer.secret import Secret
+from d1_signer.signing.steps import Step
 from d1_signer.token.access_token import HeldToken, hold
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
 from d1_signer.token.journal import told
+from d1_signer.token.register import About, Announcer, name_of
 from d1_signer.token.renewal import Limits, Renewal
 from d1_signer.token.status import LeaseState, StoreState
 from d1_signer.token.stores import (
     MAX_SEALED,
-    VERSION,
     Lease,
     Sealer,
     SharedToken,
@@ -67,6 +68,7 @@ class FleetRenewal:
         limits: Limits,
         clock: Clock,
         wall: Clock,
+        about: About,
     ) -> None:
         """Put a store in front of a renewal.
 
@@ -78,11 +80,9 @@ class FleetRenewal:
         self._sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
         self._clock = clock
         self._wall = wall
-        self._turn = limits.total * _TURN
-        self._lease_life = limits.total * _LEASE
-        # A store is often shared with others, who need not read who our issuer is.
-        whose = f"{VERSION}\0{issuer_id}\0{environment.base_url}"
-        self._name = f"d1-signer:{{{hashlib.sha256(whose.encode()).hexdigest()[:32]}}}"
+        self._total = limits.total
+        self._name = name_of(issuer_id, environment)
+        self.announcer = Announcer(store, self._sealer, self._name, about)
         self._kept: Lease | None = None
         # Whoever can write to the store can put back what it held before.
         self._generation = 0
@@ -90,6 +90,15 @@ class FleetRenewal:
         self.whose = renewal.whose
         self.store_state = StoreState.UNUSED
         self.lease_state = LeaseState.NONE
+
+    def close(self) -> None:
+        """End what goes on beside renewals."""
+        self.announcer.close()
+
+    def change(self, *, limits: Limits, audience: str | None) -> None:
+        """See `Renewal.change`."""
+        self._total = limits.total
+        self._renewal.change(limits=limits, audience=audience)
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None
@@ -105,6 +114,11 @@ class FleetRenewal:
         if refused is not None:
             self._remember(refused)
             refused = None  # the frame of an error shows its local variables
+        held = self._obtain(deadline, stopped)
+        self.announcer.begin()
+        return held
+
+    def _obtain(self, deadline: float, stopped: threading.Event) -> HeldToken:
         began = time.monotonic()
         while True:
             try:
@@ -113,7 +127,7 @@ class FleetRenewal:
                 if shared is not None:
                     return shared
                 # Counted from before the lease, so that the lease outlives it.
-                turn = min(deadline, time.monotonic() + self._turn)
+                turn = min(deadline, time.monotonic() + self._total * _TURN)
                 with self._leased(deadline) as mine:
                     # Between the look and the lease another may have renewed and gone.
                     shared = self._shared(deadline) if mine else None
@@ -134,7 +148,9 @@ class FleetRenewal:
                     "Another process renews the token and has not ended in time.",
                     hint="It is tried again by itself.",
                 )
-            if stopped.wait(look * (0.5 + random.random())):  # noqa: S311 (spreads load)
+            with Step("another process, which renews the token"):
+                stopped.wait(look * (0.5 + random.random()))  # noqa: S311 (spreads load)
+            if stopped.is_set():
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
 
     def _shared(self, deadline: float) -> HeldToken | None:
@@ -190,7 +206,8 @@ class FleetRenewal:
 
     @contextmanager
     def _leased(self, deadline: float) -> Iterator[bool]:
-        lease = self._store.lease(self._name, life=self._lease_life, deadline=deadline)
+        life = self._total * _LEASE
+        lease = self._store.lease(self._name, life=life, deadline=deadline)
         self.lease_state = LeaseState.ANOTHERS if lease is None else LeaseState.OURS
         try:
             yield lease is not None

@@ -54,6 +54,9 @@ _keepers: weakref.WeakSet[TokenKeeper] = weakref.WeakSet()
 class TokenKeeper:
     """What `d1_signer.TokenFetcher` is beneath its settings. Safe in threads and after fork."""
 
+    # Seconds for which a fresh token is handed out without a `_look`.
+    _looks_every = float("inf")
+
     def __init__(
         self,
         renewal: Renewal | FleetRenewal,
@@ -127,13 +130,26 @@ class TokenKeeper:
         Like `token` it begins to renew a stale one in the background. For callers that must not
         block, such as an event loop.
         """
+        self._look()
         held = self._held
         state = self._state(held)
         if held is None or state is State.EXPIRED:
             return None
         if state is State.STALE:
             self._renew_in_background()
+        elif self._clock() >= self._fresh[0] and self._lock.acquire(blocking=False):
+            if self._held is held:  # and not invalidated just now
+                self._hand_out(held)
+            self._lock.release()
         return held.token
+
+    def _look(self) -> None:
+        """Look at what may have changed; waits for nothing."""
+
+    def _hand_out(self, held: HeldToken) -> None:
+        """Have the fast path give a token. The lock is held."""
+        until = min(held.renew_at, self._clock() + self._looks_every)
+        self._fresh = (until, held.token.expires_at, held.token)
 
     def invalidate(self, token: AccessToken) -> None:
         """Forget a token that D1 has refused; another one that came meanwhile is kept.
@@ -184,12 +200,13 @@ class TokenKeeper:
             flight.stopped.set()
             flight.end(FetcherClosedError("The token fetcher was closed during a renewal."))
         self._endpoint.close()
+        self._renewal.close()
         if worker is not None and worker is not threading.current_thread():
             # Bounded: a signer that hangs in a vendor's library cannot be called back.
             worker.join(_EXIT_GRACE)
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
-        patience = self._patience(timeout)
+        patience = self._limits.total if timeout is None else seconds(timeout, "timeout", least=0)
         require_patched_first()
         forks.notice()
         until = time.monotonic() + patience
@@ -224,9 +241,6 @@ class TokenKeeper:
                     f"No token that still lives within {patience:g} seconds.",
                     hint="D1's tokens live too short, or this machine's clock is being set.",
                 )
-
-    def _patience(self, timeout: float | None) -> float:
-        return self._limits.total if timeout is None else seconds(timeout, "timeout", least=0)
 
     def _awaited(self, until: float) -> Flight | AccessToken:
         """The flight to wait for; or a token that came just now."""
@@ -358,7 +372,7 @@ class TokenKeeper:
 
     def _note_success(self, held: HeldToken, duration: float) -> None:
         self._held = held
-        self._fresh = (held.renew_at, held.token.expires_at, held.token)
+        self._hand_out(held)
         self._last_failure = None
         self._young_until = self._clock() + _YOUNG
         # Tokens that live for a moment only must not become a loop of requests.
@@ -387,7 +401,7 @@ def _after_fork_in_child() -> None:
 def _at_exit() -> None:
     # A worker inside a PKCS#11 module while the interpreter goes away can crash the process.
     for keeper in list(_keepers):
-        keeper.close()
+        TokenKeeper.close(keeper)  # and not what is below it: keys have an end of their own
 
 
 forks.in_child(_after_fork_in_child)

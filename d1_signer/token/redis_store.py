@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import inspect
 import logging
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from d1_signer.errors import ConfigurationError, MissingExtraError, StoreUnavailable
 from d1_signer.frames import without_locals
-from d1_signer.token.stores import MAX_SEALED, Lease
+from d1_signer.secret import Secret
+from d1_signer.token.stores import MAX_SEALED, MEMBER, Lease
 from d1_signer.transport.processes import PerProcess
 
 try:
@@ -46,11 +48,15 @@ Client = Redis | RedisCluster
 # first, so that one which its asker never heard of does not hold up the fleet.
 _CLAIM = 2000  # milliseconds
 _OWNER = 32  # characters
+# Of processes whose announcements are kept: a larger fleet shows a part of itself.
+_PLACES = 256
 
 
 @final
 class RedisTokenStore:
     """Keeps sealed tokens under ``d1-signer:{…}:token`` and leases under ``d1-signer:{…}:lease``.
+
+    What processes tell of themselves is under ``d1-signer:{…}:member:N``.
 
     Its user needs the commands GETRANGE, SET, PTTL and DEL on these keys.
     """
@@ -83,12 +89,45 @@ class RedisTokenStore:
         # in another thread while a process forks would be locked in the child for ever.
         with suppress(metadata.PackageNotFoundError):
             metadata.version("redis")
+        self._member: PerProcess[str] = PerProcess(lambda: secrets.token_hex(MEMBER // 2))
+        self._place: PerProcess[list[int]] = PerProcess(list)
         if callable(client) and not isinstance(client, type):
             make = client
             self._clients: PerProcess[Any] = PerProcess(lambda: _checked(make()))
         else:
             _checked(client)
             self._clients = PerProcess(lambda: client)
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        username: str | None = None,
+        password: Secret | None = None,
+        ca_file: str | None = None,
+        cluster: bool = False,
+    ) -> Self:
+        """A store over a client of its own, with `CLIENT_SETTINGS`.
+
+        Args:
+            url: ``redis://``, ``rediss://`` or ``unix://``.
+            username: Whom Redis knows us as.
+            password: That user's.
+            ca_file: PEM file of the authorities for Redis' certificate; None: the system's.
+            cluster: Whether it is a cluster.
+        """
+        settings: dict[str, Any] = {**cls.CLIENT_SETTINGS, "username": username}
+        if url.startswith("rediss://"):
+            settings |= {"ssl_check_hostname": True, "ssl_ca_certs": ca_file}
+        kind: type[Any] = RedisCluster if cluster else Redis
+
+        def client() -> Client:
+            secret = None if password is None else password.reveal()
+            made: Client = kind.from_url(url, **settings, password=secret)
+            return made
+
+        return cls(client)
 
     def load(self, name: str) -> tuple[bytes, float] | None:
         """See `TokenStore.load`."""
@@ -113,7 +152,8 @@ class RedisTokenStore:
 
     def lease(self, name: str, *, life: float) -> Lease | None:
         """See `TokenStore.lease`."""
-        key, owner, milliseconds = f"{name}:lease", secrets.token_hex(_OWNER // 2), int(life * 1000)
+        key, milliseconds = f"{name}:lease", int(life * 1000)
+        owner = self.member + secrets.token_hex((_OWNER - MEMBER) // 2)
         asked = time.monotonic()
         with self._asked() as client:
             with client.pipeline(transaction=False) as pipe:
@@ -136,6 +176,42 @@ class RedisTokenStore:
         with self._asked() as client:
             if _bytes(client.getrange(key, 0, _OWNER)) == owner.encode():
                 client.delete(key)
+
+    @property
+    def member(self) -> str:
+        """See `Register.member`."""
+        return self._member.get()
+
+    def announce(self, name: str, sealed: bytes, *, life: float) -> None:
+        """See `Register.announce`."""
+        content, place = self.member.encode() + sealed, self._place.get()
+        milliseconds = max(1, int(life * 1000))
+        with self._asked() as client:
+            if place:
+                key = f"{name}:member:{place[0]}"
+                if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
+                    client.set(key, content, px=milliseconds)
+                    return
+            for number in random.sample(range(_PLACES), 4):
+                if client.set(f"{name}:member:{number}", content, nx=True, px=milliseconds):
+                    place[:] = [number]
+                    return
+
+    def members(self, name: str) -> list[bytes]:
+        """See `Register.members`."""
+        with self._asked() as client, client.pipeline(transaction=False) as pipe:
+            for number in range(_PLACES):
+                pipe.getrange(f"{name}:member:{number}", 0, MAX_SEALED)
+            return [_bytes(found)[MEMBER:] for found in pipe.execute() if found]
+
+    def holder(self, name: str) -> tuple[str, float] | None:
+        """See `Register.holder`."""
+        key = f"{name}:lease"
+        with self._asked() as client, client.pipeline(transaction=False) as pipe:
+            pipe.getrange(key, 0, MEMBER - 1)
+            pipe.pttl(key)
+            owner, left = pipe.execute()
+        return (_bytes(owner).decode("ascii", "replace"), max(left, 0) / 1000) if owner else None
 
     def abort(self) -> None:
         """End the calls under way by closing the client's connections."""

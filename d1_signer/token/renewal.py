@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d1_signer.errors import (
     AuditError,
@@ -32,6 +32,7 @@ from d1_signer.events import Observer, RequestEvent, notify
 from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
+from d1_signer.signing.steps import Step
 from d1_signer.token.access_token import HeldToken, hold
 from d1_signer.token.assertion import new_jti, sign_assertion
 from d1_signer.token.attempt import Attempt
@@ -145,6 +146,14 @@ class Renewal:
         self.store_state, self.lease_state = StoreState.NONE, LeaseState.NONE
         self.whose = {"host": endpoint.address, "issuer": profile.issuer_id}
 
+    def close(self) -> None:
+        """There is nothing that goes on beside renewals."""
+
+    def change(self, *, limits: Limits, audience: str | None) -> None:
+        """Have the next attempts keep other limits, and say another ``aud``."""
+        self._limits = limits
+        self._profile = replace(self._profile, audience=audience)
+
     def obtain(
         self,
         *,
@@ -223,7 +232,9 @@ class Renewal:
                 raise reply.outcome
             facts = {**self.whose, **tried.details(), "seconds": round(tried.seconds, 3)}
             _log.info("token.retry %s pause=%.3f: %s", told(facts), pause, reply.outcome.code)
-            if stopped.wait(pause):
+            with Step(f"the end of a pause after {reply.outcome.code}"):
+                stopped.wait(pause)
+            if stopped.is_set():
                 raise FetcherClosedError("The token fetcher was closed during a renewal.")
 
     def _try_once(
@@ -265,7 +276,9 @@ class Renewal:
             raise FetcherClosedError("The token fetcher was closed during a renewal.")
         left_to("the request to D1")
         started = time.perf_counter()
-        reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
+        with Step(f"the answer of {self.whose['host']}") as step:
+            reply = self._endpoint.post(assertion, correlation_id=correlation_id, deadline=deadline)
+            step.facts |= {"status": reply.status, "correlation_id": correlation_id, "kid": kid}
         tried = Attempt(
             number=number,
             kid=kid,

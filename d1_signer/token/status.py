@@ -5,8 +5,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Self
 
-from d1_signer.signing.signer_set import MemberHealth
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+
+from d1_signer.signing.member import MemberHealth
 from d1_signer.token.access_token import State
 from d1_signer.token.attempt import Attempt
 
@@ -68,6 +72,50 @@ class LeaseState(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SettingsStatus:
+    """The file of settings that a fetcher follows.
+
+    Attributes:
+        file: Its path.
+        digest: Of the settings that are used: the same wherever the same are used.
+        taken_at: Since when, in seconds since the epoch.
+        error: Code of why the file cannot be used now; None where it is what is used.
+        message: The same as text.
+        keys_away: Keys of it that could not be opened so far.
+    """
+
+    file: str
+    digest: str
+    taken_at: float
+    error: str | None
+    message: str | None
+    keys_away: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CertificateStatus:
+    """The client certificate that serves new connections.
+
+    Attributes:
+        fingerprint: SHA-256 of it, in hexadecimal.
+        not_after: Its end, in seconds since the epoch.
+    """
+
+    fingerprint: str
+    not_after: float
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate | None) -> Self | None:
+        """What is told of a certificate; None for none."""
+        if certificate is None:
+            return None
+        return cls(
+            fingerprint=certificate.fingerprint(SHA256()).hex(),
+            not_after=certificate.not_valid_after_utc.timestamp(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FetcherStatus:
     """How a `d1_signer.TokenFetcher` is; moments are in seconds since the epoch.
 
@@ -85,6 +133,8 @@ class FetcherStatus:
         members: The signers, in order.
         store: The fleet's store.
         lease: The right to renew for the fleet.
+        settings: The file of settings; None where the fetcher was made without one.
+        client_certificate: None where there is none, or the caller's own context has it.
         closed: Whether the fetcher is closed.
     """
 
@@ -100,6 +150,8 @@ class FetcherStatus:
     members: tuple[MemberHealth, ...]
     store: StoreState
     lease: LeaseState
+    settings: SettingsStatus | None
+    client_certificate: CertificateStatus | None
     closed: bool
 
     @property

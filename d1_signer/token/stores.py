@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -63,6 +64,32 @@ class Abortable(Protocol):
 
     def abort(self) -> None:
         """End them; returns at once."""
+        ...
+
+
+MEMBER = 16
+"""Characters that name a process of the fleet, which a lease begins with."""
+
+
+@runtime_checkable
+class Register(Protocol):
+    """A store that also keeps what each process of the fleet tells of itself."""
+
+    def announce(self, name: str, sealed: bytes, *, life: float) -> None:
+        """Keep ``sealed`` for this process, for ``life`` seconds."""
+        ...
+
+    def members(self, name: str) -> list[bytes]:
+        """What was announced and is still kept."""
+        ...
+
+    def holder(self, name: str) -> tuple[str, float] | None:
+        """Who holds the lease, and the seconds for which it is kept; None for nobody."""
+        ...
+
+    @property
+    def member(self) -> str:
+        """The name of this process, of `MEMBER` characters."""
         ...
 
 
@@ -145,6 +172,23 @@ class Sealer:
             )
         except (InvalidTag, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+
+    def seal_member(self, facts: Mapping[str, object]) -> bytes:
+        """Encrypt what a process tells of itself."""
+        nonce = os.urandom(_NONCE_LENGTH)
+        return nonce + self._cipher.encrypt(nonce, jose.compact_json(facts), self._of_members())
+
+    def open_member(self, sealed: bytes) -> dict[str, Any] | None:
+        """Decrypt that; None for what this key did not seal for this binding."""
+        nonce, box = sealed[:_NONCE_LENGTH], sealed[_NONCE_LENGTH:]
+        try:
+            facts = json.loads(self._cipher.decrypt(nonce, box, self._of_members()))
+        except (InvalidTag, ValueError, RecursionError):
+            return None
+        return facts if isinstance(facts, dict) else None
+
+    def _of_members(self) -> bytes:
+        return jose.compact_json({**self._binding, "of": "members"})
 
     def _bound(self, scope: str, generation: int) -> bytes:
         return jose.compact_json({**self._binding, "scope": scope, "generation": generation})

@@ -99,9 +99,7 @@ class ClientTls:
                 hint="Give ClientCertificate(certificate, key).",
             )
         self._client = certificate and _asking_once(certificate)
-        if not isinstance(ca_file, Authorities):
-            ca_file = Authorities(file=certifi.where() if ca_file is None else as_path(ca_file))
-        self._authorities = ca_file
+        self._authorities = ca_file if isinstance(ca_file, Authorities) else _authorities(ca_file)
         self._unusable: tuple[object, ...] | None = None
         self._tried_at = self._looked_at
         self._credentials = self._tried(patience)
@@ -202,6 +200,25 @@ class ClientTls:
         with self._lock:
             self._renew(self._patience)
 
+    def change(
+        self, certificate: ClientCertificate | None, ca_file: str | os.PathLike[str] | None
+    ) -> None:
+        """Be made of other files from now on, in all contexts that were given out.
+
+        Raises:
+            D1SignerError: They cannot be used; the others are used on.
+        """
+        forks.notice()
+        with self._lock:
+            before = self._client, self._authorities
+            self._client = certificate and _asking_once(certificate)
+            self._authorities = _authorities(ca_file)
+            try:
+                self._renew(self._patience)
+            except BaseException:
+                self._client, self._authorities = before
+                raise
+
     def _renew(self, patience: float) -> None:
         fresh = self._tried(patience)
         # A child of a fork has no thread that would go on here.
@@ -269,6 +286,10 @@ class ClientTls:
                 self.certificate.not_valid_after_utc,
                 self._hints.expiry,
             )
+
+
+def _authorities(ca_file: str | os.PathLike[str] | None) -> Authorities:
+    return Authorities(file=certifi.where() if ca_file is None else as_path(ca_file))
 
 
 _all: weakref.WeakSet[ClientTls] = weakref.WeakSet()

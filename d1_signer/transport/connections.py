@@ -31,6 +31,7 @@ from urllib3.exceptions import (
     ProxyError,
 )
 
+from d1_signer.signing.steps import Step
 from d1_signer.transport.hosts import is_address, shown_address
 from d1_signer.transport.names import addresses_of
 from d1_signer.transport.processes import fork_gate
@@ -279,7 +280,19 @@ class _Connection(HTTPConnection):
                 gate.enter_context(fork_gate.call(self._until()))
             except TimeoutError:
                 raise self._out_of_time() from None
-            super().connect()
+            with Step(f"a connection to {shown_address(self.host, self.port)}") as step:
+                super().connect()
+                step.facts |= self._facts()
+
+    def _facts(self) -> dict[str, object]:
+        """What stands at the other end, and how it is spoken to; in detail only."""
+        facts: dict[str, object] = {}
+        with contextlib.suppress(OSError):
+            facts["peer"] = self.sock.getpeername()
+        if isinstance(self.sock, ssl.SSLSocket):
+            suite = self.sock.cipher()
+            facts |= {"tls": self.sock.version(), "cipher": suite and suite[0]}
+        return facts
 
     def _until(self) -> float:
         bounds = _bounds.get()

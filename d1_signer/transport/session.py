@@ -39,6 +39,10 @@ class TlsAdapter(HTTPAdapter):
 
     The usual recipe (``init_poolmanager(ssl_context=…)``) lets requests add certifi's authorities
     to the context at the first call; here nothing is added.
+
+    Attributes:
+        timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
+            nothing else.
     """
 
     def __init__(
@@ -54,8 +58,7 @@ class TlsAdapter(HTTPAdapter):
 
         Args:
             tls: Gives the context of every https connection.
-            timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
-                nothing else.
+            timeouts: See the attribute.
             pool_size: Connections to keep.
             idle: Seconds without a call after which a connection is not used again.
             proxy: On the way of https, or None.
@@ -63,7 +66,7 @@ class TlsAdapter(HTTPAdapter):
         self._tls: Final = tls
         self._context = tls.context()
         self._generation = tls.generation
-        self._timeouts: Final = timeouts
+        self.timeouts = timeouts
         self.proxy: Final = proxy
         self._idle: Final = idle
         self._connections = Connections(proxy=proxy, idle=idle, rest=_REST)
@@ -79,7 +82,7 @@ class TlsAdapter(HTTPAdapter):
         self._tls.look()
         self._notice_new_files()
         if kwargs.get("timeout") is None:
-            kwargs["timeout"] = self._timeouts
+            kwargs["timeout"] = self.timeouts
         return super().send(request, *args, **kwargs)
 
     def build_connection_pool_key_attributes(

@@ -294,16 +294,16 @@ def test_a_key_itself_is_not_taken(run: Run, uri: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", sorted(registry.BUILT_IN))
 def test_every_option_of_our_backends_has_a_text_form(scheme: str) -> None:
     """But for the client objects: an option of a type that is not known here would be refused."""
-    from d1_signer.cli import _options
+    from d1_signer.signing import options
 
     for name in ("open_backend", "generate_key"):
-        function = _options._function(f"{scheme}:x", name)
+        function = options._function(f"{scheme}:x", name)
         assert function is not None
         for option in registry.option_names(function):
-            parameter = _options._parameter(function, option)
+            parameter = options._parameter(function, option)
             assert parameter is not None
-            kind = _options._type_of(function, parameter)
-            readable = _options.reader_for(kind) is not None
+            kind = options._type_of(function, parameter)
+            readable = options.reader_for(kind) is not None
             assert readable is (option != "client"), f"{scheme}: {name}({option})"
 
 

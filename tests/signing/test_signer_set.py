@@ -35,8 +35,9 @@ from d1_signer.errors import (
 )
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.lazy_signer import LazySigner
+from d1_signer.signing.member import Health
 from d1_signer.signing.signer import Signer
-from d1_signer.signing.signer_set import Health, SignerSet
+from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token import jwt
 
 from .backends import KeyBackend

@@ -28,6 +28,7 @@ from d1_signer.backends.pkcs11.tokens import find_token
 from d1_signer.custody.evidence import Evidence
 from d1_signer.errors import KeyNotFoundError
 from d1_signer.es256 import PublicKey
+from d1_signer.signing.steps import Step
 
 
 class Access:
@@ -83,7 +84,8 @@ class Access:
         if login is None:
             login = Login.shared(self._module, token, self._settings.user_type)
             try:
-                login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=False)
+                with Step(f"the login at token {token.label!r}, slot {token.slot_id}"):
+                    login.ensure(self._pin.kept, pin_pad=self._settings.pin_pad, known=False)
             except BaseException:
                 login.release()
                 raise

@@ -35,7 +35,12 @@ def find_token(cryptoki: Cryptoki, uri: Pkcs11Uri) -> Token:
     if uri.library_version is not None or _library_texts(uri):
         fitting = fitting if _library_fits(cryptoki, uri) else []
     if len(fitting) == 1:
-        return fitting[0]
+        found = fitting[0]
+        _log.debug(
+            "pkcs11.token_found token=%r serial=%r slot=%d model=%r",
+            *(found.label, found.serial, found.slot_id, found.model),
+        )
+        return found
     if fitting:
         raise AmbiguousKeyError(
             f"More than one token fits {uri.token_location()}; seen: {_listed(fitting)}.",

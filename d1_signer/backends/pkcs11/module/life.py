@@ -26,6 +26,7 @@ from d1_signer.backends.pkcs11.module.gate import Gate, remaining
 from d1_signer.backends.pkcs11.module.initialization import Initialization, Locking
 from d1_signer.errors import ConfigurationError, SignerClosedError, SignerUnavailable
 from d1_signer.secret import shown_path
+from d1_signer.signing.steps import Step
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -231,7 +232,8 @@ class Module:
         if not self._stale and not kept:
             self._end()
         try:
-            self._initialization.begin(self.cryptoki, kept=kept)
+            with Step(f"the PKCS#11 module {self.path}"):
+                self._initialization.begin(self.cryptoki, kept=kept)
         finally:
             self._tpm.noted()
         if kept:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`d1-signer status`: what the fleet's store holds, and what each process tells of itself."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from d1_signer.cli._config import settings_in, with_config
+from d1_signer.cli._output import (
+    OptionsOnly,
+    Output,
+    facts,
+    moment,
+    table,
+    with_output_options,
+)
+from d1_signer.cli._settings import Issuer, with_issuer
+from d1_signer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from d1_signer.token.register import Fleet
+    from d1_signer.token.settings import Settings
+
+
+@click.command(cls=OptionsOnly)
+@with_config
+@with_issuer
+@with_output_options
+@click.pass_context
+def status(context: click.Context, issuer: Issuer, *, output: Output) -> None:
+    """Ask the fleet's store how the fleet is.
+
+    It tells the life that is left of the shared token, who holds the lease, what cannot be read
+    with this store key, and which settings, keys and certificate each process has that has renewed
+    or reloaded within a quarter of an hour. No key is opened, and D1 is not asked. The exit status
+    is 0 where all can be read and every process has the settings of the file.
+    """
+    from d1_signer.token.opening import store_key_of, store_of
+    from d1_signer.token.register import Fleet, name_of
+    from d1_signer.token.stores import Sealer
+
+    settings = settings_in(context)
+    store = None if settings is None or settings.store is None else store_of(settings.store)
+    if settings is None or settings.store is None or store is None:
+        raise ConfigurationError(
+            "No store is given that could be asked.",
+            hint="Give --config FILE, whose table [store] names it.",
+        )
+    issuer_id, environment = issuer.required_id(), issuer.required_environment()
+    key = store_key_of(settings.store)
+    sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
+    fleet = Fleet.read(store, sealer, name_of(issuer_id, environment))
+    document = {
+        "environment": environment.base_url,
+        "issuer_id": issuer_id,
+        **_document(fleet, settings),
+    }
+    output.result(document, _text(document))
+    if not document["rotated"] or document["unreadable"]:
+        context.exit(1)
+
+
+def _document(fleet: Fleet, settings: Settings) -> dict[str, Any]:
+    names = {each["member"]: each for each in fleet.processes}
+    token, lease = fleet.token, fleet.lease
+    return {
+        "token": token
+        and {
+            "expires_at": token.expires_at,
+            "expires_in": max(0, int(token.expires_at - time.time())),
+            "scope": token.scope,
+        },
+        "lease": lease
+        and {
+            "holder": names.get(lease[0]) and _who(names[lease[0]]),
+            "member": lease[0],
+            "expires_in": round(lease[1], 1),
+        },
+        "unreadable": fleet.unreadable,
+        "settings": settings.digest,
+        "rotated": all(each["settings"] == settings.digest for each in fleet.processes),
+        "processes": list(fleet.processes),
+    }
+
+
+def _who(process: dict[str, Any]) -> str:
+    return f"{process['host']}:{process['pid']}"
+
+
+def _text(document: dict[str, Any]) -> str:
+    token, lease = document["token"], document["lease"]
+    told = facts(
+        {
+            "Environment": document["environment"],
+            "Issuer": document["issuer_id"],
+            "Token": moment(token["expires_at"]) if token else "none that can be read",
+            "Lease": _lease_text(lease),
+            "Unreadable": f"{document['unreadable']} (sealed with another store key)",
+            "Settings": document["settings"],
+        }
+    )
+    rows = [
+        (
+            _who(each),
+            each["settings"] or "(in code)",
+            "yes" if each["settings"] == document["settings"] else "no",
+            ", ".join(each["kids"]),
+            (each["certificate"] or "none")[:16],
+            moment(each["at"]),
+        )
+        for each in document["processes"]
+    ]
+    if not rows:
+        return f"{told}\n\nNo process has told of itself within a quarter of an hour."
+    head = ("PROCESS", "SETTINGS", "AS THE FILE", "KIDS", "CERTIFICATE", "TOLD")
+    return f"{told}\n\n{table(head, rows)}"
+
+
+def _lease_text(lease: dict[str, Any] | None) -> str:
+    if lease is None:
+        return "nobody renews now"
+    who = lease["holder"] or f"a process that has not told of itself ({lease['member']})"
+    return f"{who}, for {lease['expires_in']:g} s at most"

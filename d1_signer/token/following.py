@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following a file of settings: looked at in passing, read again where it has changed.
+
+A file that cannot be used keeps what was good last, with one warning. No thread watches: whoever
+asks for a token looks, every few seconds at most, and what there is to do is done in a thread of
+its own, for opening a key may take long.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from d1_signer.errors import ConfigurationError, D1SignerError, FetcherClosedError, TokenError
+from d1_signer.events import Observer, checked
+from d1_signer.frames import without_locals
+from d1_signer.secret import shown_path
+from d1_signer.signing import forks
+from d1_signer.token.opening import Keys, Opening
+from d1_signer.token.settings import Settings
+from d1_signer.token.status import SettingsStatus
+
+_log = logging.getLogger("d1_signer.settings")
+
+LOOK_INTERVAL = 2.0
+"""Seconds between two looks at the file."""
+
+# Seconds until what could not be taken is tried again though the file is the same: a key's device
+# may be back, or the file of a certificate be there.
+_TRY_AGAIN = 15.0
+
+# Another D1, another issuer or another store is another fetcher.
+_FIXED = (
+    "environment",
+    "issuer_id",
+    "proxy",
+    "proxy_credentials_source",
+    "store",
+    "audit_trail",
+    "audit_origin",
+    "audit_key",
+)
+
+Take = Callable[[Settings, Keys], None]
+
+
+class Following:
+    """One file, what it said when it was taken last, and what that has opened. Thread-safe.
+
+    Attributes:
+        settings: What is used.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        opening: Opening,
+        settings: Settings,
+        seen: tuple[Any, ...],
+    ) -> None:
+        """Follow a file.
+
+        Args:
+            file: Its path.
+            opening: What its settings open.
+            settings: What it said.
+            seen: What `state_of` said before it was read: what is written meanwhile is a change.
+        """
+        self._file = os.fspath(file)
+        self._opening = opening
+        self.settings = settings
+        self._seen = seen
+        self._away: tuple[str, ...] = ()
+        self._taken_at = time.time()
+        self._error: D1SignerError | None = None
+        self._next_look = self._next_try = 0.0
+        self._take: Take | None = None
+        self._announce: Callable[[], None] = lambda: None
+        self.begin_without_thread()
+        _all.add(self)
+
+    def begin_without_thread(self) -> None:
+        """In a forked child: the parent's lock and thread are not ours."""
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, keys: Keys, take: Take, announce: Callable[[], None]) -> None:
+        """Look from now on.
+
+        Args:
+            keys: What was opened first.
+            announce: Tells others what is used now.
+            take: Has settings serve from now on, all of them; or raises and changes nothing.
+        """
+        self._away, self._take, self._announce = keys.away, take, announce
+        self._told()
+
+    def status(self) -> SettingsStatus:
+        """What is used, and what is wrong with the file now."""
+        error = self._error
+        return SettingsStatus(
+            file=shown_path(self._file),
+            digest=self.settings.digest,
+            taken_at=self._taken_at,
+            error=None if error is None else error.code,
+            message=None if error is None else error.message,
+            keys_away=self._away,
+        )
+
+    def look(self) -> None:
+        """Have the file read again where it has changed; every few seconds at most, never waits."""
+        now = time.monotonic()
+        if now < self._next_look or self._take is None:
+            return
+        self._next_look = now + LOOK_INTERVAL
+        self._opening.close_left()
+        pending = self._error is not None or self._away
+        if state_of(self._file) == self._seen and not (pending and now >= self._next_try):
+            return
+        forks.notice()
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._thread is None:
+                    self._start()
+            finally:
+                self._lock.release()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._in_passing, name="d1-signer-settings", daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:  # the limit of threads; the next look tries again
+            self._thread = None
+
+    def _in_passing(self) -> None:
+        try:
+            self.reload()
+        except D1SignerError:
+            pass  # told by the log and the status
+        finally:
+            self._thread = None
+
+    @without_locals
+    def reload(self) -> None:
+        """Read the file, and take what it says.
+
+        Raises:
+            D1SignerError: It cannot be used; what was good last is used on.
+        """
+        forks.notice()
+        with self._lock:
+            seen = state_of(self._file)
+            known = self._error
+            try:
+                changed = self._renew()
+            except D1SignerError as error:
+                self._failed(error.fresh(), known)
+                raise
+            except Exception as error:  # noqa: BLE001 (a plug-in of a key may raise anything)
+                failure = TokenError(f"The settings cannot be taken ({type(error).__name__}).")
+                self._failed(failure, known)
+                raise failure from None
+            finally:
+                self._seen, self._next_try = seen, time.monotonic() + _TRY_AGAIN
+            self._error = None
+            if changed or known is not None:
+                self._taken_at = time.time()
+                self._told()
+                self._announce()
+
+    def _failed(self, error: D1SignerError, known: D1SignerError | None) -> None:
+        self._error = error
+        if known is None or str(known) != str(error):
+            _log.warning(
+                "settings.unusable file=%s code=%s: the last good ones are used on: %s",
+                shown_path(self._file),
+                error.code,
+                error,
+            )
+
+    def _renew(self) -> bool:
+        take = self._take
+        if take is None:
+            raise FetcherClosedError("The token fetcher is closed.")
+        settings = Settings.read(self._file)
+        if settings == self.settings and not self._away:
+            return False
+        settings.require_complete()
+        for name in _FIXED:
+            if getattr(settings, name) != getattr(self.settings, name):
+                raise ConfigurationError(
+                    f"{name} has changed in the settings, which needs a new fetcher.",
+                    hint="Start the process anew for it, or put the old value back.",
+                )
+        before = self.settings
+        # Those that were away at the start may still be; what is named anew must be there.
+        keys = self._opening.keys(settings, some=settings.key == before.key)
+        if settings == before and keys.away == self._away:
+            return False
+        try:
+            take(settings, keys)
+        except BaseException:
+            self._opening.leave(before, after=0.0)
+            raise
+        self.settings, self._away = settings, keys.away
+        self._opening.leave(settings, after=before.limits.total)
+        return True
+
+    def _told(self) -> None:
+        _log.info(
+            "settings.taken file=%s digest=%s keys=%d away=%d",
+            shown_path(self._file),
+            self.settings.digest,
+            len(self.settings.key),
+            len(self._away),
+        )
+
+    def close(self) -> None:
+        """Follow no more, and close what was opened."""
+        self._take = None
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(1.0)
+        self._opening.close()
+
+
+@contextmanager
+def opened(
+    file: str | os.PathLike[str], observers: Sequence[Observer]
+) -> Iterator[tuple[Following, Keys]]:
+    """Read a file of settings and open what it names; closed again where the block fails.
+
+    Args:
+        file: Its path.
+        observers: Told of each signature.
+
+    Raises:
+        ConfigurationError: It cannot be used.
+        SignerError: No key can be opened.
+    """
+    seen = state_of(file)
+    settings = Settings.read(file)
+    settings.require_complete()
+    opening = Opening(settings, checked(observers))
+    try:
+        keys = opening.keys(settings, some=True)
+        yield Following(file, opening, settings, seen), keys
+    except BaseException:
+        opening.close()
+        raise
+
+
+def reload_on(number: int, reload: Callable[[], None]) -> None:
+    """Have something reloaded at a signal.
+
+    A handler runs between two lines of the main thread, which may hold any lock: so it does nothing
+    but wake a thread up.
+    """
+    asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def serve() -> None:
+        while True:
+            asked.get()
+            try:
+                reload()
+            except D1SignerError as error:
+                _log.warning("settings.reload_failed code=%s: %s", error.code, error)
+
+    def handler(*_: object) -> None:
+        asked.put(None)  # which is made to be called from handlers
+
+    signal.signal(number, handler)
+    threading.Thread(target=serve, name="d1-signer-reload", daemon=True).start()
+
+
+def state_of(path: str | os.PathLike[str]) -> tuple[Any, ...]:
+    """What tells whether a file has changed."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 (a path comes as it was given)
+    except (OSError, ValueError) as error:
+        return (type(error).__name__,)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+_all: weakref.WeakSet[Following] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for following in list(_all):
+        following.begin_without_thread()
+
+
+forks.in_child(_after_fork_in_child)

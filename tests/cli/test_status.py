@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``d1-signer status``: what the fleet's store tells, of a real Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d1_signer import TokenFetcher
+from d1_signer.sandbox import Sandbox
+from d1_signer.token.settings import Settings
+from tests.cli.conftest import ISSUER, Run
+from tests.servers.redis_server import RedisServer
+from tests.token.fleet.conftest import redis_server
+from tests.token.test_fetcher import until
+
+__all__ = ["redis_server"]  # a fixture
+
+Lines = dict[str, object]
+
+
+@pytest.fixture
+def lines(settings: dict[str, str], redis_server: RedisServer, tmp_path: Path) -> dict[str, object]:
+    key = tmp_path / "store-key"
+    key.touch(0o600)
+    key.write_text(os.urandom(32).hex())
+    return {
+        "key": settings["D1_SIGNER_KEY"],
+        "issuer_id": ISSUER,
+        "environment": settings["D1_ENVIRONMENT"],
+        "client_cert": settings["D1_CLIENT_CERT"],
+        "client_key": settings["D1_CLIENT_KEY"],
+        "ca_file": settings["D1_CA_FILE"],
+        "store.url": redis_server.url,
+        "store.key_source": f"file:{key}",
+    }
+
+
+@pytest.fixture
+def file(lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith("D1_")]:
+        monkeypatch.delenv(name)
+    return written(tmp_path, lines)
+
+
+def written(tmp_path: Path, lines: Lines) -> Path:
+    file = tmp_path / "d1.toml"
+    fresh = tmp_path / "new"
+    fresh.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+    fresh.replace(file)
+    return file
+
+
+@pytest.fixture
+def opened(file: Path) -> Iterator[TokenFetcher]:
+    with TokenFetcher.from_settings(file) as fetcher:
+        yield fetcher
+
+
+def announced(*fetchers: TokenFetcher) -> None:
+    """Have each get a token, and wait until the store has been told of each."""
+    for fetcher in fetchers:
+        fetcher.token()
+    renewal: Any = fetchers[0]._renewal
+    register = renewal.announcer._register
+    until(lambda: len(register.members(renewal._name)) == len(fetchers), seconds=20)
+
+
+def test_nothing_has_happened(run: Run, file: Path) -> None:
+    result = run("status", "--json", "--config", str(file))
+    assert result.status == 0
+    found = result.document
+    assert (found["token"], found["lease"], found["processes"]) == (None, None, [])
+    assert found["settings"] == Settings.read(file).digest
+    assert "No process has told of itself" in run("status", "--config", str(file)).out
+
+
+def test_token_and_processes(run: Run, file: Path, opened: TokenFetcher, sandbox: Sandbox) -> None:
+    with TokenFetcher.from_settings(file) as other:
+        announced(opened, other)
+        result = run("status", "--json", "--config", str(file))
+    assert result.status == 0, result.out
+    found = result.document
+    assert 890 <= found["token"]["expires_in"] <= 900
+    assert len(found["processes"]) == 2  # each store of this process is a member
+    first = found["processes"][0]
+    assert (first["pid"], first["kids"]) == (os.getpid(), ["bank-2026"])
+    assert {each["settings"] for each in found["processes"]} == {found["settings"]}
+    assert first["certificate"] == opened.status().client_certificate.fingerprint  # type: ignore[union-attr]
+    shown = run("status", "--config", str(file)).out
+    assert f":{os.getpid()}" in shown
+    assert opened.token().value not in result.out + shown
+    assert sandbox.counters.token_requests == 1
+
+
+def test_a_rotation_is_seen_when_all_have_it(
+    run: Run, file: Path, opened: TokenFetcher, lines: Lines, tmp_path: Path
+) -> None:
+    with TokenFetcher.from_settings(file) as other:
+        announced(opened, other)
+        written(tmp_path, {**lines, "limits.total": 12})
+        assert run("status", "--json", "--config", str(file)).status == 1
+        opened.reload()
+        result = run("status", "--json", "--config", str(file))
+        assert (result.status, result.document["rotated"]) == (1, False)
+        assert len({each["settings"] for each in result.document["processes"]}) == 2
+        other.reload()
+        result = run("status", "--json", "--config", str(file))
+        assert (result.status, result.document["rotated"]) == (0, True)
+
+
+def test_who_holds_the_lease(run: Run, file: Path, opened: TokenFetcher) -> None:
+    announced(opened)
+    fleet: Any = opened._renewal
+    lease = fleet.announcer._register.lease(fleet._name, life=20.0)
+    found = run("status", "--json", "--config", str(file)).document["lease"]
+    assert found["holder"].endswith(f":{os.getpid()}")
+    assert 15 < found["expires_in"] <= 20
+    assert f":{os.getpid()}, for" in run("status", "--config", str(file)).out
+    lease.release()
+    assert run("status", "--json", "--config", str(file)).document["lease"] is None
+
+
+def test_what_another_store_key_sealed_cannot_be_read(
+    run: Run, file: Path, opened: TokenFetcher, tmp_path: Path
+) -> None:
+    announced(opened)
+    (tmp_path / "store-key").write_text(os.urandom(32).hex())
+    result = run("status", "--json", "--config", str(file))
+    assert (result.status, result.document["unreadable"]) == (1, 2)
+    assert result.document["token"] is None
+
+
+def test_a_store_that_is_away(run: Run, file: Path, redis_server: RedisServer) -> None:
+    redis_server.kill()
+    result = run("status", "--json", "--config", str(file))
+    assert (result.status, result.document["code"]) == (1, "store_unavailable")
+
+
+def test_without_a_store_or_a_file(run: Run, lines: Lines, file: Path, tmp_path: Path) -> None:
+    assert "Give --config FILE" in run("status").err
+    del lines["store.url"]
+    file = written(tmp_path, lines)
+    result = run("status", "--json", "--config", str(file))
+    assert (result.status, result.document["code"]) == (2, "configuration")
+
+
+def test_more_processes_than_there_is_room_for(opened: TokenFetcher) -> None:
+    announced(opened)
+    fleet: Any = opened._renewal
+    announcer = fleet.announcer
+    store = announcer._register
+    for _ in range(300):
+        store._place.get()[:] = []
+        store.announce(announcer._name, b"x", life=60.0)
+    assert 100 < len(store.members(announcer._name)) <= 256

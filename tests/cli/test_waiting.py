@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person is told while a command works: each step with ``-vv``, and what takes long."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from d1_signer import secret
+from d1_signer.cli import _waiting
+from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.signing.steps import Step
+from d1_signer.testing import SoftHsmToken
+from tests.cli.conftest import Run, run_process
+from tests.cli.test_process import AtTerminal
+
+
+def steps(log: str) -> dict[str, str]:
+    """What each line of a step tells, by what was waited for."""
+    return {found[1]: found[2] for found in re.finditer(r"step\.ended what='(.*?)' (.*)", log)} | {
+        found[1]: found[2] for found in re.finditer(r'step\.ended what="(.*?)" (.*)', log)
+    }
+
+
+def test_each_step_of_a_token_in_detail(
+    run: Run, settings: dict[str, str], sandbox: Sandbox
+) -> None:
+    host = sandbox.base_url.split("/")[2]
+    found = steps(run("token", "-vv", **settings).err)
+    key = settings["D1_SIGNER_KEY"].partition("#")[0]
+    opened = found[f"the key {key}"]
+    assert "outcome=done" in opened
+    assert "kid='bank-2026' backend='pem' plug_in=None" in opened
+    assert "outcome=done seconds=" in found["a signature of kid bank-2026"]
+    connected = found[f"a connection to {host}"]
+    assert re.search(r"seconds=\d+\.\d+ peer=\('127\.0\.0\.1', \d+\) tls='TLSv1\.[23]'", connected)
+    assert "cipher='" in connected
+    answered = found[f"the answer of {host}"]
+    assert "status=200 correlation_id='" in answered
+
+
+def test_token_and_slot_of_an_hsm_in_detail(softhsm_token: SoftHsmToken) -> None:
+    made = run_process("generate-key", "-vv", D1_SIGNER_KEY=softhsm_token.uri)
+    assert made.status == 0
+    shown = run_process("public-key", "-vv", D1_SIGNER_KEY=softhsm_token.uri).err
+    assert re.search(r"pkcs11\.token_found token='[^']+' serial='[0-9a-f]+' slot=\d+ model=", shown)
+    found = steps(shown)
+    assert any(what.startswith("the PKCS#11 module /") for what in found)
+    assert any(re.fullmatch(r"the login at token '[^']+', slot \d+", what) for what in found)
+    assert softhsm_token.pin not in made.err + shown
+
+
+def test_no_step_is_told_without_detail(run: Run, settings: dict[str, str]) -> None:
+    assert "step.ended" not in run("token", "-v", **settings).err
+    assert run("token", **settings).err == ""
+
+
+def test_a_step_that_fails_tells_the_code(run: Run, settings: dict[str, str]) -> None:
+    settings["D1_CA_FILE"] = settings["D1_CLIENT_CERT"]
+    found = steps(run("token", "-vv", **settings).err)
+    assert any("outcome=" in told and "outcome=done" not in told for told in found.values())
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port where connections are taken, and nothing is said."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_wait_is_told_on_a_terminal(
+    settings: dict[str, str], silent: int, flags: tuple[str, ...]
+) -> None:
+    settings["D1_ENVIRONMENT"] = f"https://127.0.0.1:{silent}/authz/v1"
+    terminal = AtTerminal("token", *flags, **settings)
+    terminal.wait_for(f"Waiting for a connection to 127.0.0.1:{silent}: 2 s so far.")
+    terminal.wait_for("4 s so far.")
+    terminal.interrupt()
+    assert terminal.end()[0] == 130
+
+
+def test_a_wait_for_an_answer_and_for_the_next_attempt(
+    settings: dict[str, str], sandbox: Sandbox
+) -> None:
+    host = sandbox.base_url.split("/")[2]
+    sandbox.misbehave(Fault.STATUS_503, retry_after=8)
+    terminal = AtTerminal("token", **settings)
+    terminal.wait_for("Waiting for the end of a pause after token_unavailable: 2 s so far.")
+    sandbox.misbehave(Fault.DELAY, seconds=9.0)
+    terminal.wait_for(f"Waiting for the answer of {host}: 2 s so far.")
+    terminal.interrupt()
+    assert terminal.end()[0] == 130
+
+
+def test_a_wait_is_not_told_where_nobody_asked(
+    run: Run, settings: dict[str, str], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_waiting, "_PATIENCE", 0.1)
+    monkeypatch.setattr(_waiting, "_LOOK", 0.02)
+    sandbox.misbehave(Fault.DELAY, seconds=0.8)
+    assert run("token", **settings).err == ""
+    assert "Waiting for the answer of" in run("token", "-v", **settings).err
+
+
+def test_a_person_who_is_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_waiting, "_PATIENCE", 0.05)
+    monkeypatch.setattr(_waiting, "_LOOK", 0.01)
+    told: list[str] = []
+    heard = threading.Event()
+
+    def tell(what: str, _: float) -> None:
+        told.append(what)
+        heard.set()
+
+    with _waiting.telling_of_waits(tell), Step("a key"):
+        secret.being_asked.set()
+        assert not heard.wait(0.3)
+        secret.being_asked.clear()
+        assert heard.wait(20)
+    assert set(told) == {"a key"}
+    assert Step.innermost() is None
+
+
+def test_what_began_last_is_what_is_waited_for() -> None:
+    with Step("outer") as outer:
+        with Step("inner") as inner:
+            assert Step.innermost() is inner
+            assert inner.began <= time.monotonic()
+        assert Step.innermost() is outer

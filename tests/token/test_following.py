@@ -1,0 +1,569 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TokenFetcher.from_settings`: what it opens, and what a change of the file does in place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d1_signer import (
+    ConfigurationError,
+    CustodyError,
+    D1SignerError,
+    FetcherClosedError,
+    KeyNotFoundError,
+    SecretSourceError,
+    SignerClosedError,
+    TokenFetcher,
+    TokenRefusedError,
+    open_signer,
+)
+from d1_signer.events import Event
+from d1_signer.sandbox import Sandbox
+from d1_signer.token import fetcher as fetcher_module, following, opening
+from d1_signer.token.settings import Settings
+from tests.servers.redis_server import RedisServer
+from tests.token.following import SettingsFile
+from tests.token.test_fetcher import until
+
+Opener = Callable[..., TokenFetcher]
+
+
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "LOOK_INTERVAL", 0.0)
+    monkeypatch.setattr(fetcher_module, "LOOK_INTERVAL", 0.0)
+
+
+@pytest.fixture
+def file(tmp_path: Path, sandbox: Sandbox) -> SettingsFile:
+    file = SettingsFile(tmp_path, sandbox)
+    file.keys("one")
+    file.write()
+    return file
+
+
+@pytest.fixture
+def opened(file: SettingsFile) -> Iterator[Opener]:
+    with ExitStack() as stack:
+
+        def opened(**options: Any) -> TokenFetcher:
+            return stack.enter_context(TokenFetcher.from_settings(file.path, **options))
+
+        yield opened
+
+
+def thread_names() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+def forget(fetcher: TokenFetcher) -> None:
+    """Have the next call ask D1, with nothing of what `invalidate` concludes."""
+    with fetcher._lock:
+        fetcher._held, fetcher._not_before = None, float("-inf")
+        fetcher._fresh = (float("-inf"), float("-inf"), fetcher._fresh[2])
+
+
+def renewed(fetcher: TokenFetcher, sandbox: Sandbox) -> str:
+    """The kid under which a new token is asked for."""
+    forget(fetcher)
+    fetcher.token()
+    return str(sandbox.requests[-1].header["kid"])
+
+
+def digest(fetcher: TokenFetcher) -> str:
+    settings = fetcher.status().settings
+    assert settings is not None
+    return settings.digest
+
+
+def messages(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
+    return [text for text in caplog.messages if text.startswith(event)]
+
+
+# -- what is opened -------------------------------------------------------------------------------
+
+
+def test_a_token_and_a_session_by_a_file_alone(opened: Opener, sandbox: Sandbox) -> None:
+    events: list[Event] = []
+    fetcher = opened(observers=[events.append])
+    with fetcher.session() as session:
+        assert session.get(f"{fetcher.environment.banking_url}/ping").status_code == 200
+    assert sandbox.requests[-1].header["kid"] == "one"
+    names = {type(event).__name__ for event in events}
+    assert {"SignEvent", "RequestEvent", "RenewalEvent", "CertificateEvent"} <= names
+
+
+def test_what_stands_in_the_file_is_used(file: SettingsFile, opened: Opener) -> None:
+    file.lines |= {"audience": '"https://elsewhere.example"', "request_format": '"json"'}
+    file.tables = "[limits]\ntotal = 7\nsign = 3\nconnect = 2\nread = 4\n"
+    file.write()
+    fetcher = opened()
+    # The sandbox wants its own audience: it has seen ours.
+    with pytest.raises(TokenRefusedError):
+        fetcher.token(timeout=5)
+    exchange = file.sandbox.exchanges[-1]
+    assert json.loads(exchange.request_body)["grant_type"].endswith("jwt-bearer")
+    assert (fetcher._limits.total, fetcher._limits.read) == (7, 4)
+
+
+def test_the_status_tells_file_digest_and_certificate(opened: Opener, file: SettingsFile) -> None:
+    status = opened().status()
+    assert status.settings is not None
+    assert status.settings.file == str(file.path)
+    assert status.settings.digest == Settings.read(file.path).digest
+    assert (status.settings.error, status.settings.keys_away) == (None, ())
+    assert status.client_certificate is not None
+    assert len(status.client_certificate.fingerprint) == 64
+    assert json.loads(json.dumps(status.to_dict()))["settings"]["digest"]
+
+
+def test_closing_it_closes_what_it_opened(opened: Opener) -> None:
+    fetcher = opened()
+    (member,) = fetcher._signers._members
+    fetcher.close()
+    with pytest.raises(SignerClosedError):
+        member.signer(None).sign(b"x")
+    with pytest.raises(FetcherClosedError):
+        fetcher.reload()
+
+
+def test_what_cannot_be_opened_leaves_nothing_open(file: SettingsFile) -> None:
+    trail = file.path.parent / "trail"
+    file.lines |= {"audit_trail": f'"{trail}"', "client_key": '"/absent.key"'}
+    file.write()
+    with pytest.raises(SecretSourceError, match=r"/absent\.key"):
+        TokenFetcher.from_settings(file.path)
+    file.keys("one")
+    file.lines["key"] = '"file:///absent.pem"'
+    file.write()
+    with pytest.raises((KeyNotFoundError, SecretSourceError), match=r"/absent\.pem"):
+        TokenFetcher.from_settings(file.path)
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_a_key_of_several_may_be_away_and_joins_when_it_is_back(
+    file: SettingsFile,
+    opened: Opener,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(following, "_TRY_AGAIN", 0.0)
+    file.keys("first", "one")
+    file.write()
+    first = file.path.parent / "first.pem"
+    first.rename(first.with_suffix(".away"))
+    fetcher = opened()
+    assert renewed(fetcher, file.sandbox) == "one"
+    status = fetcher.status().settings
+    assert status is not None
+    assert status.keys_away == (first.as_uri(),)
+    assert messages(caplog, "settings.key_away")
+    first.with_suffix(".away").rename(first)
+    until(lambda: fetcher.status().settings.keys_away == (), seconds=20)  # type: ignore[union-attr]
+    assert renewed(fetcher, file.sandbox) == "first"
+
+
+def test_options_limits_of_a_key_and_custody_are_held(
+    file: SettingsFile, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.lines["custody_policy"] = '"hardware"'
+    file.write()
+    with pytest.raises(CustodyError, match="hardware"):
+        opened()
+    # What the environment says wins: an auditor's demand is not loosened by a file.
+    monkeypatch.setenv("D1_CUSTODY_POLICY", "non-exportable")
+    with pytest.raises(CustodyError) as caught:
+        opened()
+    assert caught.value.details["policy"] == "non-exportable"
+    monkeypatch.delenv("D1_CUSTODY_POLICY")
+    del file.lines["custody_policy"]
+    file.tables = "[option]\nslot_id = 4\n"
+    file.write()
+    with pytest.raises(ConfigurationError, match="No backend of these keys knows the option"):
+        opened()
+
+
+def test_the_trail_records_what_its_keys_do(file: SettingsFile, opened: Opener) -> None:
+    trail = file.path.parent / "trail"
+    file.lines |= {"audit_trail": f'"{trail}"', "audit_origin": '"bank.example/d1"'}
+    file.write()
+    opened().token()
+    records = "".join(each.read_text() for each in trail.rglob("*.jsonl"))
+    assert '"jti"' in records
+
+
+def test_a_store_by_url_and_one_in_code(file: SettingsFile, opened: Opener, tmp_path: Path) -> None:
+    (tmp_path / "redis").mkdir()
+    key = tmp_path / "store-key"
+    key.touch(0o600)
+    key.write_text(os.urandom(32).hex())
+    with RedisServer(tmp_path / "redis") as server:
+        file.tables = f'[store]\nurl = "{server.url}"\nkey_source = "file:{key}"\n'
+        file.write()
+        opened().token()
+        opened().token()
+        assert file.sandbox.counters.token_requests == 1
+    file.tables = f'[store]\nkey_source = "file:{key}"\n'
+    file.write()
+    with pytest.raises(ConfigurationError, match="no store"):
+        opened()
+    key.write_text("too short")
+    file.tables = f'[store]\nurl = "unix:///s"\nkey_source = "file:{key}"\n'
+    file.write()
+    with pytest.raises(SecretSourceError, match="64 hexadecimal"):
+        opened()
+
+
+# -- what a change does ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("looks_at_once")
+@pytest.mark.parametrize("how", ["token", "token_now", "status", "reload", "session"])
+def test_keys_and_their_order_change_in_place(file: SettingsFile, opened: Opener, how: str) -> None:
+    fetcher = opened()
+    session = fetcher.session()
+    url = f"{fetcher.environment.banking_url}/ping"
+    ways: dict[str, Callable[[], object]] = {
+        "token": fetcher.token,
+        "token_now": fetcher.token_now,
+        "status": fetcher.status,
+        "reload": fetcher.reload,
+        "session": lambda: session.get(url),
+    }
+    assert renewed(fetcher, file.sandbox) == "one"
+    for kids in (("one", "two"), ("two", "one"), ("two",), ("three", "two")):
+        file.keys(*kids)
+        file.write()
+
+        def changed(kids: tuple[str, ...] = kids) -> bool:
+            ways[how]()
+            return fetcher._signers.kids == kids
+
+        until(changed, seconds=20)
+        assert renewed(fetcher, file.sandbox) == kids[0]
+    session.close()
+
+
+def test_a_signer_that_stays_keeps_its_state_and_one_that_goes_is_closed_later(
+    file: SettingsFile, opened: Opener
+) -> None:
+    file.keys("one", "two")
+    file.tables = "[limits]\ntotal = 0.2\n"
+    file.write()
+    fetcher = opened()
+    one, two = fetcher._signers._members
+    file.keys("two")
+    file.write()
+    fetcher.reload()
+    assert fetcher._signers._members == (two,)
+    one.signer(None).sign(b"a renewal that began before")
+    threading.Event().wait(0.25)
+    fetcher._following._next_look = 0.0  # type: ignore[union-attr]
+    fetcher.status()
+    with pytest.raises(SignerClosedError):
+        one.signer(None).sign(b"x")
+
+
+def test_certificate_limits_audience_and_format_change_in_place(
+    file: SettingsFile, opened: Opener
+) -> None:
+    fetcher = opened()
+    session = fetcher.session()
+    url = f"{fetcher.environment.banking_url}/ping"
+    assert session.get(url).status_code == 200
+    before = fetcher.status()
+    certificate, key = file.sandbox.issue_client_certificate()
+    file.certificate(certificate, key)
+    file.tables = "[limits]\ntotal = 9\nconnect = 3\nread = 6\n"
+    file.lines["request_format"] = '"json"'
+    file.write()
+    fetcher.reload()
+    after = fetcher.status()
+    assert before.client_certificate != after.client_certificate
+    assert before.settings.digest != after.settings.digest  # type: ignore[union-attr]
+    # A session that was given out has the new certificate and limits, too.
+    assert session.get(url).status_code == 200
+    assert session.get_adapter(url).timeouts == (3, 6)  # type: ignore[attr-defined]
+    renewed(fetcher, file.sandbox)
+    assert b'"grant_type"' in next(
+        each.request_body for each in reversed(file.sandbox.exchanges) if "token" in each.path
+    )
+    file.lines["no_audience"] = "true"
+    file.write()
+    fetcher.reload()
+    assert fetcher._renewal._profile.audience is None  # type: ignore[union-attr]
+    session.close()
+
+
+BROKEN = {
+    "no TOML": 'environment = "stag',
+    "half of it": 'environment = "staging"\n',
+    "unknown name": "enviroment = 1\n",
+    "empty": "",
+}
+
+
+@pytest.mark.usefixtures("looks_at_once")
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_keeps_the_last_good_with_one_warning(
+    file: SettingsFile,
+    opened: Opener,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+) -> None:
+    caplog.set_level(logging.INFO, "d1_signer")
+    fetcher = opened()
+    good = digest(fetcher)
+    file.write(text)
+    until(lambda: fetcher.status().settings.error == "configuration", seconds=20)  # type: ignore[union-attr]
+    for _ in range(3):
+        assert renewed(fetcher, file.sandbox) == "one"
+        with pytest.raises(ConfigurationError):
+            fetcher.reload()
+    (warning,) = messages(caplog, "settings.unusable")
+    assert "code=configuration" in warning
+    assert "the last good ones are used on" in warning
+    assert digest(fetcher) == good
+    assert fetcher.status().healthy
+    file.keys("two")
+    file.write()
+    until(lambda: digest(fetcher) != good, seconds=20)
+    assert fetcher.status().settings.error is None  # type: ignore[union-attr]
+    assert renewed(fetcher, file.sandbox) == "two"
+
+
+WRONG: dict[str, Callable[[SettingsFile], None]] = {
+    "a key that is not there": lambda f: f.lines.update(key='"file:///absent.pem"'),
+    "a second key that is not there": lambda f: f.lines.update(
+        key=f'["{f.key("two")}", "file:///absent.pem"]'
+    ),
+    "two keys under one kid": lambda f: f.lines.update(
+        key=f'["{f.key("two")}", "{f.key("three").replace("#three", "#two")}"]'
+    ),
+    "one key twice": lambda f: f.lines.update(key=f'["{f.key("two")}", "{f.key("two")}"]'),
+    "a certificate that is not there": lambda f: f.lines.update(client_cert='"/absent.pem"'),
+    "a certificate of another key": lambda f: f.lines.update(
+        client_cert=f'"{f.sandbox.issue_client_certificate()[0]}"'
+    ),
+    "authorities that are none": lambda f: f.lines.update(ca_file='"/etc/hostname"'),
+    "another environment": lambda f: f.lines.update(environment='"https://127.0.0.1:1/a"'),
+    "another issuer": lambda f: f.lines.update(issuer_id='"other"'),
+    "a proxy": lambda f: f.lines.update(proxy='"http://127.0.0.1:1"'),
+    "a trail": lambda f: f.lines.update(audit_trail=f'"{f.path.parent / "trail"}"'),
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_what_cannot_be_taken_is_taken_in_no_part(
+    file: SettingsFile, opened: Opener, change: Callable[[SettingsFile], None]
+) -> None:
+    fetcher = opened()
+    before, members = fetcher.status(), fetcher._signers._members
+    file.keys("two", "one")
+    file.tables = "[limits]\ntotal = 3\n"
+    change(file)
+    file.write()
+    with pytest.raises(D1SignerError) as caught:
+        fetcher.reload()
+    after = fetcher.status()
+    assert after.settings is not None
+    assert after.settings.error == caught.value.code
+    assert after.settings.digest == before.settings.digest  # type: ignore[union-attr]
+    assert after.client_certificate == before.client_certificate
+    assert fetcher._signers._members == members
+    assert fetcher._limits.total == 30
+    with fetcher.session() as session:
+        assert session.get(f"{fetcher.environment.banking_url}/ping").status_code == 200
+    assert renewed(fetcher, file.sandbox) == "one"
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_a_file_that_goes_and_comes_back(
+    file: SettingsFile,
+    opened: Opener,
+) -> None:
+    fetcher = opened()
+    file.path.rename(file.path.with_suffix(".away"))
+    until(lambda: fetcher.status().settings.error is not None, seconds=20)  # type: ignore[union-attr]
+    fetcher.token()
+    file.path.with_suffix(".away").rename(file.path)
+    until(lambda: fetcher.status().settings.error is None, seconds=20)  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_links_as_kubernetes_makes_them(
+    file: SettingsFile,
+    opened: Opener,
+) -> None:
+    folder = file.path.parent
+    for kid in ("one", "two"):
+        file.keys(kid)
+        (folder / kid).mkdir()
+        (folder / kid / "d1.toml").write_text(file.text())
+    (folder / "..data").symlink_to("one")
+    file.path.unlink()
+    file.path.symlink_to("..data/d1.toml")
+    fetcher = opened()
+    assert renewed(fetcher, file.sandbox) == "one"
+    (folder / "..new").symlink_to("two")
+    (folder / "..new").replace(folder / "..data")
+    until(lambda: fetcher.status().members[0].kid == "two", seconds=20)
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_callers_never_wait_for_a_key_that_takes_long_to_open(
+    file: SettingsFile,
+    opened: Opener,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetcher = opened()
+    fetcher.token()
+    go, real = threading.Event(), open_signer
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert go.wait(20)
+        return real(*args, **options)
+
+    file.keys("two")
+    monkeypatch.setattr(opening, "open_signer", slow)
+    file.write()
+    until(
+        lambda: fetcher.token().value != "" and "d1-signer-settings" in thread_names(), seconds=20
+    )
+    for _ in range(50):
+        fetcher.token()
+        fetcher.status()
+    assert fetcher.status().members[0].kid == "one"
+    go.set()
+    until(lambda: fetcher.status().members[0].kid == "two", seconds=20)
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_calls_of_many_threads_while_the_file_changes_all_the_time(
+    file: SettingsFile,
+    opened: Opener,
+) -> None:
+    fetcher = opened()
+    url = f"{fetcher.environment.banking_url}/ping"
+    over, failed = threading.Event(), []
+
+    def work() -> None:
+        with fetcher.session() as session:
+            while not over.is_set():
+                try:
+                    assert session.get(url, timeout=20).status_code == 200
+                    forget(fetcher)
+                except BaseException as error:  # noqa: BLE001 (told below)
+                    failed.append(repr(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(6):
+        file.keys(f"k{number}")
+        file.certificate(*file.sandbox.issue_client_certificate())
+        file.tables = f"[limits]\ntotal = {20 + number}\n"
+        file.write()
+        until(
+            lambda number=number: fetcher.status().members[0].kid == f"k{number}",  # type: ignore[misc]
+            seconds=30,
+        )
+    over.set()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+
+
+# -- signals and forks ----------------------------------------------------------------------------
+
+SIGNALLED = """
+import os, signal, sys, time
+from d1_signer import TokenFetcher
+
+fetcher = TokenFetcher.from_settings(sys.argv[1])
+fetcher.reload_on(signal.SIGHUP)
+print("ready", flush=True)
+for line in sys.stdin:
+    # The main thread alone takes signals, and only between two lines of Python.
+    until = time.monotonic() + 30
+    while fetcher._signers.kids != (line.strip(),) and time.monotonic() < until:
+        time.sleep(0.01)
+    print(*fetcher._signers.kids, flush=True)
+"""
+
+
+def test_a_signal_is_enough_for_a_process_that_nobody_calls(file: SettingsFile) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, str(file.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for kid in ("two", "three"):
+            file.keys(kid)
+            file.write()
+            process.send_signal(signal.SIGHUP)
+            print(kid, file=process.stdin, flush=True)
+            assert process.stdout.readline() == f"{kid}\n"
+        file.write("broken")
+        process.send_signal(signal.SIGHUP)
+        print("three", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "three\n"
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
+FORKED = """
+import os, sys, threading, time
+from d1_signer import TokenFetcher
+
+fetcher = TokenFetcher.from_settings(sys.argv[1])
+fetcher.token()
+taken = threading.Event()
+def hold():
+    with fetcher._following._lock:
+        taken.set()
+        threading.Event().wait(60)
+threading.Thread(target=hold, daemon=True).start()
+taken.wait()
+child = os.fork()
+if child == 0:
+    os.rename(sys.argv[2], sys.argv[1])
+    until = time.monotonic() + 30
+    while fetcher.status().members[0].kid != "two" and time.monotonic() < until:
+        time.sleep(0.01)
+    fetcher.invalidate(fetcher.token())
+    fetcher.token()
+    os._exit(0 if fetcher.status().members[0].kid == "two" else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_child_of_a_fork_follows_on_its_own(file: SettingsFile) -> None:
+    file.keys("two")
+    other = file.path.with_suffix(".two")
+    other.write_text(file.text())
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, str(file.path), str(other)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert ran.stdout.split() == ["0"], ran.stdout + ran.stderr
