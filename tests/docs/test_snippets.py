@@ -49,6 +49,10 @@ ELSEWHERE = {
     "docs/cli.md: d1-signer sandbox --fault": (
         "tests/docs/test_cli_page.py::test_trouble_for_a_client"
     ),
+    "docs/rotation.md: from __future__": (
+        "tests/token/fleet/test_examples.py::test_the_pages_show_the_examples_as_they_are"
+    ),
+    "docs/settings.md: # /etc/d1/production.toml": "tests/token/fleet/test_rotation.py",
     "docs/custody/attestation.md: { printf": "tests/attestation/test_securosys.py",
     "docs/cloud/aws.md: {": (
         "tests/backends/test_docs.py::test_policy_for_aws_is_json_with_the_permissions_that_are_used"
@@ -108,6 +112,18 @@ LEFT_OUT = {
     "docs/audit/README.md: d1-signer audit reconcile": (
         "needs logs of OpenBao and AWS: tests/cli/test_audit_reconcile.py has them"
     ),
+    "docs/rotation.md: D1_CONFIG=": (
+        "twenty workers: tests/token/fleet/test_rotation.py starts gunicorn with its own port"
+    ),
+    "docs/settings.md: from d1_signer": (
+        "needs the keys, the store and D1 of that file: tests/token/fleet/test_rotation.py has a file"
+    ),
+    "docs/settings.md: d1-signer check": "needs that file's D1; tests/cli/test_config.py has one",
+    "docs/cli.md: $ d1-signer status": "a screen; tests/cli/test_status.py has its lines",
+    "docs/cli.md: until d1-signer status": (
+        "waits for a fleet; tests/cli/test_status.py has the statuses it waits for"
+    ),
+    "docs/cli.md: Waiting for": "a line of the terminal; tests/cli/test_waiting.py has it",
     "docs/backends.md: [project.entry-points": (
         "goes into a distribution: tests/plugin_example is one with these lines"
     ),
