@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 
 def _folder(command: Command) -> Command:
     name, text = "D1_AUDIT_TRAIL", "Folder of the audit trail."
-    return with_config(
-        setting("--audit-trail", name, text, metavar="FOLDER", type=FOLDER)(command)
-    )
+    return with_config(setting("--audit-trail", name, text, metavar="FOLDER", type=FOLDER)(command))
 
 
 @click.group()

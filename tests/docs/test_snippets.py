@@ -116,7 +116,7 @@ LEFT_OUT = {
         "twenty workers: tests/token/fleet/test_rotation.py starts gunicorn with its own port"
     ),
     "docs/settings.md: from d1_signer": (
-        "needs the keys, the store and D1 of that file: tests/token/fleet/test_rotation.py has a file"
+        "needs the keys, store and D1 of that file: tests/token/fleet/test_rotation.py has one"
     ),
     "docs/settings.md: d1-signer check": "needs that file's D1; tests/cli/test_config.py has one",
     "docs/cli.md: $ d1-signer status": "a screen; tests/cli/test_status.py has its lines",
