@@ -63,8 +63,10 @@ class HeldSignals:
             )
             return self._pass_on_to(process)
         except OSError as error:
-            with contextlib.suppress(OSError, AttributeError):  # it is closed
-                sys.stderr.write(f"Error: {command[0]} cannot be run: {error.strerror}.\n")
+            told = f"Error: {command[0]} cannot be run: {error.strerror}.\n"
+            # It may be closed. What Python held back for it would change the status at the end.
+            with contextlib.suppress(OSError, AttributeError):
+                os.write(sys.stderr.fileno(), told.encode(errors="backslashreplace"))
             missing = isinstance(error, FileNotFoundError)
             return _NO_SUCH_COMMAND if missing else _NOT_EXECUTABLE
         finally:
