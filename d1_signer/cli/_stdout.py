@@ -49,7 +49,10 @@ def give_up_stdout() -> None:
 
 
 def give_up_stderr() -> None:
-    """Drop what standard error does not take: Python would try again at its end, for status 120."""
+    """Drop what standard error does not take.
+
+    Python would try again at its end, and the status would be 120 and not the command's.
+    """
     try:
         if sys.stderr is not None:
             sys.stderr.flush()

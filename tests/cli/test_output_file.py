@@ -238,6 +238,7 @@ def test_a_full_disk_behind_standard_error(key: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [*COMMAND, "public-key", "--key", str(key)],
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stdout=subprocess.PIPE,
             stderr=full,
             check=False,

@@ -137,7 +137,7 @@ def test_how_it_ends_as_shells_have_it(
 
 @ALL
 def test_without_standard_error_the_status_tells(before: tuple[str, ...]) -> None:
-    script = 'exec 2>&-; exec "$@"'
+    script = 'unset PYTHONUNBUFFERED; exec 2>&-; exec "$@"'
     done = subprocess.run(
         ["sh", "-c", script, "sh", *before, "/none/such"], check=False, timeout=50
     )

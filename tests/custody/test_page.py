@@ -7,7 +7,7 @@ import dataclasses
 from html.parser import HTMLParser
 from typing import Any
 
-from d1_signer.attestation import Statement, Verified
+from d1_signer.attestation import PUBLISHED, Statement, Verified
 from d1_signer.custody.bundle import KeyReport
 from d1_signer.custody.evidence import Attestation, Evidence, Fact
 from d1_signer.custody.page import page
@@ -152,6 +152,9 @@ def test_the_verdict_stands_on_top_and_what_is_not_proven_below() -> None:
     assert "Held by hardware: pkcs11 claims it; no device has signed it." in text
     assert "Device in FIPS mode: nobody says so." in text
     assert "Cannot leave its place claimed by pkcs11" in text
+    assert "Held by hardware required; claimed by pkcs11" in text
+    assert "Shown to be what is required. Thumbprint" in text
+    assert "Cannot leave its place required; claimed" in said((key, ()), non_exportable=True)
     text = said((key, ("held by hardware",)), hardware=True)
     assert "1 of 1 keys not shown to be what is required; 0 shown to be what is required." in text
     assert "Not shown to be: held by hardware." in text
@@ -180,3 +183,12 @@ def test_the_chain_is_drawn_from_the_key_to_the_anchor() -> None:
     assert places == sorted(places)
     assert "Cannot leave its place attested by Luna K7 (luna-pkc)" in text
     assert "luna-pkc: Luna K7" in text  # a limit
+    assert "attested by Luna K7 (luna-pkc), within the limits below" in text
+    assert "Trusted: a key that the operator has named" in text
+    (one,) = told.evidence.attestations or ()
+    published = min(PUBLISHED, key=lambda anchor: anchor.spki_sha256)
+    known = dataclasses.replace(one.verified, anchor=published.spki_sha256)
+    evidence = told.evidence.with_attestations((dataclasses.replace(one, verified=known),))
+    told = dataclasses.replace(told, evidence=evidence)
+    text = said((KeyReport(use="assertion", location="l", report=told), ()))
+    assert f"Trusted: {published.name} SHA-256 of its SubjectPublicKeyInfo" in text
