@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 from d1_signer.errors import D1SignerError, TokenTimeout
 from d1_signer.token.access_token import HeldToken
@@ -85,4 +86,23 @@ def not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError
         return failure.fresh()
     return TokenTimeout(
         f"No token within {patience:g} seconds.", hint="The renewal goes on; call again."
+    )
+
+
+def hangs(flight: Flight, total: float) -> TokenTimeout:
+    """The error of a flight that is past its deadline: where it hangs."""
+    return TokenTimeout(
+        f"No token within {total:g} seconds: the renewal hangs in {flight.place}.",
+        hint="It is tried again by itself; where it stays, look there.",
+        details={"hanging_in": flight.place},
+    )
+
+
+def all_hang(flights: Sequence[Flight]) -> TokenTimeout:
+    """The error where no other flight may begin, since so many hang."""
+    places = " and ".join(sorted({flight.place for flight in flights}))
+    return TokenTimeout(
+        f"{len(flights)} renewals hang in {places} and keep no time limit.",
+        hint="Look there, for a signer at its device or service; start the process anew.",
+        details={"hanging_in": places},
     )

@@ -31,7 +31,7 @@ from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.flight import Flight, left_to, not_in_time
+from d1_signer.token.flight import Flight, all_hang, hangs, left_to, not_in_time
 from d1_signer.token.journal import Journal
 from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
 from d1_signer.transport.patching import require_patched_first
@@ -286,12 +286,7 @@ class TokenKeeper:
             self._abandon(self._flight)
         self._hanging = [hanging for hanging in self._hanging if hanging.is_flying()]
         if len(self._hanging) >= _MOST_HANGING:
-            places = " and ".join(sorted({hanging.place for hanging in self._hanging}))
-            raise TokenTimeout(
-                f"{len(self._hanging)} renewals hang in {places} and keep no time limit.",
-                hint="Look there, for a signer at its device or service; start the process anew.",
-                details={"hanging_in": places},
-            )
+            raise all_hang(self._hanging)
         starts_in = max(0.0, self._not_before - self._clock())
         flight = Flight(starts_in=starts_in, total=self._limits.total)
         # In the context of the call that begins it: its span is the parent of the renewal's.
@@ -333,11 +328,7 @@ class TokenKeeper:
         self._flight = self._worker = None
         self._hanging.append(flight)
         flight.stopped.set()
-        error = TokenTimeout(
-            f"No token within {self._limits.total:g} seconds: the renewal hangs in {flight.place}.",
-            hint="It is tried again by itself; where it stays, look there.",
-            details={"hanging_in": flight.place},
-        )
+        error = hangs(flight, self._limits.total)
         self._note_failure(error, self._limits.total)
         flight.end(error)
         self._endpoint.abort()
