@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands around the service: D1, an HSM on a wire, and a proxy, a Redis or a KMS."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from d1_signer import Limits, PublicKey, generate_key
+from d1_signer.sandbox import Sandbox
+from d1_signer.testing import SoftHsmToken, make_softhsm_token
+from tests.oncall.seen import Seen
+from tests.pkcs11.softhsm import copy_token
+from tests.pkcs11.wire import wire
+from tests.servers.aws import ENVIRONMENT, Aws, aws_kms
+from tests.servers.connect_proxy import ConnectProxy
+from tests.servers.redis_server import RedisServer
+
+ROOT = Path(__file__).parents[2]
+ISSUER = "nordbank-cards"
+KID = "nordbank-2026"
+_PATIENCE = 60.0  # seconds for what happens within a few on a machine that is idle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a service uses beside D1.
+
+    Attributes:
+        hosts: On how many it runs.
+        proxy: Whether D1 is reached through one.
+        store: Whether the hosts share their token.
+        kms: Whether the key is in AWS KMS; else in an HSM.
+    """
+
+    hosts: int = 1
+    proxy: bool = False
+    store: bool = False
+    kms: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast things go, in seconds.
+
+    Attributes:
+        life: Of D1's tokens.
+        calls: Between two calls of one caller.
+        healthy: How many tokens each host gets before something happens.
+        retry: Between two renewals at least.
+        limits: Of a renewal.
+    """
+
+    life: float
+    calls: float
+    healthy: int
+    retry: float
+    limits: Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A token with a key, only copied; and the key as D1 is given it."""
+
+    token: SoftHsmToken
+    jwk: Mapping[str, str]
+
+    @classmethod
+    def make(cls, folder: Path) -> Self:
+        token = make_softhsm_token(folder, label="nordbank")
+        before = os.environ.get("SOFTHSM2_CONF")
+        os.environ["SOFTHSM2_CONF"] = str(token.configuration)
+        try:
+            jwk = generate_key(token.uri).public_key.jwk()
+        finally:
+            os.environ.pop("SOFTHSM2_CONF")
+            if before is not None:
+                os.environ["SOFTHSM2_CONF"] = before
+        return cls(token=token, jwk=jwk)
+
+
+class Site:
+    """Everything of one exercise; a context manager.
+
+    Attributes:
+        d1: The sandbox.
+        ahead: Seconds by which D1's clock is ahead of this machine's.
+        token: The HSM's.
+        hsm: The way to it.
+        proxy: Before D1.
+        redis: The hosts' store.
+        aws: The KMS.
+        key_id: Of the key there.
+        settings: Of each host.
+        out: Where the log, the metrics and the status are written.
+    """
+
+    def __init__(self, folder: Path, prepared: Prepared, needs: Needs, pace: Pace) -> None:
+        self._folder, self.needs, self.pace = folder, needs, pace
+        self._stack = ExitStack()
+        self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self.hosts = [f"issuer-{number}" for number in range(1, needs.hosts + 1)]
+        self.ahead = 0.0
+        self.key_id = ""
+        self.env = {n: v for n, v in os.environ.items() if not n.startswith(("D1_", "AWS_"))}
+        self.settings: dict[str, dict[str, Any]] = {}
+        self._prepared = prepared
+        self.out = folder / "out"
+        self.out.mkdir()
+
+    def __enter__(self) -> Self:
+        with self._stack:
+            self._begin()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        needs, stack = self.needs, self._stack
+        clock = lambda: time.time() + self.ahead  # noqa: E731
+        self.d1 = stack.enter_context(
+            Sandbox(ISSUER, token_lifetime=self.pace.life, clock=clock)
+        )
+        self.d1.register_key(KID, self._prepared.jwk)
+        key = self._begin_kms() if needs.kms else self._begin_hsm()
+        if needs.proxy:
+            proxy = ConnectProxy(credentials="d1-egress:first-password-of-the-proxy")
+            self.proxy = stack.enter_context(proxy.running())
+        if needs.store:
+            place = self._folder / "redis"
+            place.mkdir()
+            self.redis = stack.enter_context(RedisServer(place))
+        store_key = os.urandom(32).hex()
+        for host in self.hosts:
+            self.settings[host] = self._configure(host, key, store_key)
+            self.start(host)
+
+    def _begin_hsm(self) -> str:
+        self.token = copy_token(self._prepared.token, self._folder / "token")
+        self.hsm = self._stack.enter_context(wire(self.token, self._folder))
+        self.env |= self.hsm.env
+        return f"pkcs11:token={self.token.label};object=d1?module-path={self.hsm.client}"
+
+    def _begin_kms(self) -> str:
+        self.aws: Aws = self._stack.enter_context(aws_kms(self._folder))
+        self.key_id = self.aws.make_key()
+        self.env |= ENVIRONMENT
+        uri = f"awskms:{self.key_id}?region=eu-central-1&endpoint={self.aws.url}"
+        client = self.aws.client()
+        key = PublicKey.from_der(client.get_public_key(KeyId=self.key_id)["PublicKey"])
+        client.close()
+        self.d1.register_key(KID, key.jwk())
+        return uri
+
+    def etc(self, host: str) -> Path:
+        """Where a host has its settings."""
+        return self._folder / host / "etc" / "d1"
+
+    def _configure(self, host: str, key: str, store_key: str) -> dict[str, Any]:
+        etc = self.etc(host)
+        etc.mkdir(parents=True)
+        for source, name in (
+            (self.d1.client_certificate, "client.pem"),
+            (self.d1.client_key, "client.key"),
+            (self.d1.ca_file, "ca.pem"),
+        ):
+            shutil.copy2(source, etc / name)
+        settings = {
+            "environment": self.d1.base_url,
+            "issuer_id": ISSUER,
+            "key": f"{key}#{KID}",
+            "client_cert": str(etc / "client.pem"),
+            "client_key": str(etc / "client.key"),
+            "ca_file": str(etc / "ca.pem"),
+            **{f"limits.{name}": value for name, value in asdict(self.pace.limits).items()},
+        }
+        if not self.needs.kms:
+            shutil.copy2(self.token.pin_file, etc / "pin")
+            settings["key"] = f"{key}&pin-source=file:{etc / 'pin'}#{KID}"
+        if self.needs.proxy:
+            self.write_secret(host, "proxy-credentials", self.proxy.credentials or "")
+            settings["proxy"] = self.proxy.url
+            settings["proxy_credentials_source"] = f"file:{etc / 'proxy-credentials'}"
+        if self.needs.store:
+            self.write_secret(host, "store-key", store_key)
+            settings["store.url"] = f"redis://127.0.0.1:{self.redis.port}/0"
+            settings["store.key_source"] = f"file:{etc / 'store-key'}"
+        self._write(host, settings)
+        return settings
+
+    def write_secret(self, host: str, name: str, value: str) -> None:
+        """Write a file of a host for its owner alone."""
+        file = self.etc(host) / name
+        file.touch(0o600)
+        file.write_text(value)
+
+    def change(self, host: str, **settings: Any) -> None:
+        """Write a host's settings with others in them."""
+        self.settings[host] |= settings
+        self._write(host, self.settings[host])
+
+    def _write(self, host: str, settings: dict[str, Any]) -> None:
+        fresh = self.etc(host) / ".production.toml"
+        lines = (f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+        fresh.write_text("".join(lines))
+        fresh.replace(self.config(host))
+
+    def config(self, host: str) -> Path:
+        """A host's file of settings."""
+        return self.etc(host) / "production.toml"
+
+    def start(self, host: str) -> None:
+        """Start the service of a host; one that runs is ended."""
+        self.stop(host)
+        arguments = [self.config(host), self.out, host, self.pace.calls, self.pace.retry]
+        self._services[host] = subprocess.Popen(
+            [sys.executable, "-m", "tests.oncall.service", *map(str, arguments)],
+            cwd=ROOT,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def stop(self, host: str) -> None:
+        service = self._services.pop(host, None)
+        if service is not None:
+            service.kill()
+            service.wait()
+
+    def seen(self) -> Seen:
+        """What the service shows now."""
+        return Seen.read(self.out)
+
+    def until(self, shown: Callable[[Seen], bool]) -> Seen:
+        """Wait until the service shows something."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # the service is starting
+                seen = self.seen()
+                if shown(seen):
+                    return seen
+            assert time.monotonic() < deadline, f"it is not shown:\n{Seen.read(self.out)}"
+            time.sleep(0.02)
+
+    def healthy(self) -> Seen:
+        """Wait until each host has got its tokens."""
+        number = self.pace.healthy
+        return self.until(
+            lambda seen: all(seen.count(host, "token.renewed") >= number for host in self.hosts)
+        )
+
+    def fleet_status(self, host: str) -> str:
+        """What ``d1-signer status`` tells on a host."""
+        command = ["d1-signer", "status", "--config", str(self.config(host))]
+        told = subprocess.run(
+            [sys.executable, "-m", "d1_signer", *command[1:]],
+            cwd=ROOT,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        return f"{host}$ {' '.join(command)}\n{told.stdout}"
+
+    def as_in_production(self, text: str) -> str:
+        """A text with the names that production has in the place of those of this machine."""
+        names = {str(self._folder / host): "" for host in self.hosts}
+        names[self.d1.base_url.split("/")[2]] = "api.d1.thalescloud.io"
+        names["d1-signer sandbox authority"] = "Thales D1 Issuer CA"
+        if self.needs.proxy:
+            names[f"127.0.0.1:{self.proxy.port}"] = "proxy.nordbank.example:3128"
+        if self.needs.store:
+            names[f"127.0.0.1:{self.redis.port}"] = "redis.nordbank.example:6379"
+        if self.needs.kms:
+            names[self.aws.url] = "https://kms.eu-central-1.amazonaws.com"
+        for name, shown in names.items():
+            text = text.replace(name, shown)
+        return text
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts:
+            self.stop(host)
+        self._stack.close()
