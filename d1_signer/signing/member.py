@@ -112,7 +112,7 @@ class Member:
                 exponent = min(self._rests, 10) if error.retryable else 10
                 self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
                 self._rests += 1
-        _log.warning("signer_set.failed kid=%s error=%s", self.kid, error.code)
+        _log.warning("signer_set.failed kid=%s error=%s: %s", self.kid, error.code, error)
 
     def released(self, ticket: object) -> None:
         """The caller stopped for a reason that says nothing about this member."""

@@ -139,6 +139,7 @@ class SignerSet:
                 result = work(member.signer(limit))
             # A PIN file that cannot be read is one device's trouble, like a device that is down.
             except (SignerError, ConfigurationError) as error:
+                error.details.setdefault("kid", member.kid)
                 member.failed(ticket, error, self._clock())
                 notify(self._observers, FailoverEvent(kid=member.kid, error=error.code))
                 first = first or error

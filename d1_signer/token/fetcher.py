@@ -357,6 +357,7 @@ class TokenFetcher(TokenKeeper):
                 last_failure=journal.failure,
                 members=members,
                 store=self._renewal.store_state,
+                store_error=self._renewal.store_error,
                 lease=self._renewal.lease_state,
                 settings=None if self._following is None else self._following.status(),
                 client_certificate=CertificateStatus.of(self._tls.certificate),

@@ -46,6 +46,10 @@ _LEASE = 2 / 3
 _LOOK = 1 / 4
 _FIRST_LOOK = 0.01
 _LONGEST_LOOK = 1.0
+_UNREADABLE = (
+    "The store's token was not sealed with this store_key, so this process fetches its own. "
+    "Give all of the fleet the same store_key."
+)
 
 
 class FleetRenewal:
@@ -54,6 +58,7 @@ class FleetRenewal:
     Attributes:
         whose: Names of D1's host and the issuer, for lines of the log.
         store_state: What the last call of the store has shown.
+        store_error: What is wrong with it, and what to do; None where nothing is.
         lease_state: Who renewed when it was looked at last.
     """
 
@@ -89,6 +94,7 @@ class FleetRenewal:
         self._refused: dict[bytes, float] = {}
         self.whose = renewal.whose
         self.store_state = StoreState.UNUSED
+        self.store_error: str | None = None
         self.lease_state = LeaseState.NONE
 
     def close(self) -> None:
@@ -139,7 +145,7 @@ class FleetRenewal:
                         return held
             except StoreUnavailable as error:
                 self.store_state = StoreState.AWAY
-                _log.warning("fleet.store_unavailable: going on without it: %s", error.message)
+                self._tell("fleet.store_unavailable", error)
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
             now = time.monotonic()
             look = max(_FIRST_LOOK, min(_LOOK * (now - began), _LONGEST_LOOK, (deadline - now) / 2))
@@ -191,12 +197,14 @@ class FleetRenewal:
     def _note_store(self, *, unreadable: bool) -> None:
         """Note what the store has given; a member whose key differs is told of once."""
         if unreadable and self.store_state is not StoreState.UNREADABLE:
-            _log.warning(
-                "fleet.token_unreadable %s: the store's token was not sealed with this store_key, "
-                "so this process fetches its own; give all of the fleet the same store_key",
-                told(self.whose),
-            )
+            _log.warning("fleet.token_unreadable %s: %s", told(self.whose), _UNREADABLE)
         self.store_state = StoreState.UNREADABLE if unreadable else StoreState.WORKING
+        self.store_error = _UNREADABLE if unreadable else None
+
+    def _tell(self, event: str, error: StoreUnavailable) -> None:
+        """Tell of a store that is away, and keep it for `status`."""
+        self.store_error = str(error)
+        _log.warning("%s %s: %s", event, told({**self.whose, **error.details}), error)
 
     def _remember(self, refused: str) -> None:
         """Keep in mind what is not to be taken again, for as long as it may live."""
@@ -218,7 +226,7 @@ class FleetRenewal:
                     self.lease_state = LeaseState.NONE
             except StoreUnavailable as error:
                 self._kept, self.lease_state = lease, LeaseState.KEPT
-                _log.warning("fleet.lease_not_released: %s", error.message)
+                self._tell("fleet.lease_not_released", error)
 
     def _give_back(self, deadline: float) -> None:
         """Release what could not be released when its work was done."""
@@ -248,7 +256,7 @@ class FleetRenewal:
         try:
             self._store.save(self._name, sealed, life=remaining, deadline=deadline)
         except StoreUnavailable as error:
-            _log.warning("fleet.token_not_shared: %s", error.message)
+            self._tell("fleet.token_not_shared", error)
 
 
 def _digest(token: SharedToken | str) -> bytes:

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from d1_signer.errors import ConfigurationError, D1SignerError, FetcherClosedError, TokenError
@@ -80,6 +81,7 @@ class Following:
         self._seen = seen
         self._away: tuple[str, ...] = ()
         self._taken_at = time.time()
+        self._changed: tuple[str, ...] = ()
         self._error: D1SignerError | None = None
         self._next_look = self._next_try = 0.0
         self._take: Take | None = None
@@ -212,16 +214,19 @@ class Following:
             self._opening.leave(before, after=0.0)
             raise
         self.settings, self._away = settings, keys.away
+        names = (field.name for field in fields(settings))
+        self._changed = tuple(n for n in names if getattr(settings, n) != getattr(before, n))
         self._opening.leave(settings, after=before.limits.total)
         return True
 
     def _told(self) -> None:
         _log.info(
-            "settings.taken file=%s digest=%s keys=%d away=%d",
+            "settings.taken file=%s digest=%s keys=%d away=%d changed=%s",
             shown_path(self._file),
             self.settings.digest,
             len(self.settings.key),
             len(self._away),
+            ",".join(self._changed) or "none",
         )
 
     def close(self) -> None:

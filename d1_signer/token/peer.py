@@ -213,6 +213,11 @@ class Peer:
 
     def _about_certificate(self) -> str:
         certificate = self.tls.shown_certificate()
+        if certificate and dates_at_fault(certificate):
+            return (
+                "Look at this machine's clock; where it is right, have Thales sign a new "
+                "certificate (d1-signer csr) and put it in the place of this one."
+            )
         give = f"give the one that Thales signed for {self.environment.base_url}."
         if certificate is None:
             return f"Look at the client certificate: {give}"

@@ -232,12 +232,18 @@ class RedisTokenStore:
             ) from None
         except ConfigurationError as error:  # of a client that a function made
             raise StoreUnavailable(error.message, hint=error.hint) from None
-        except (RedisError, OSError) as error:
+        # The last is of a connection that `abort` has closed meanwhile.
+        except (RedisError, OSError, ValueError) as error:
             # Its text may hold the URL, and with it a password.
             raise StoreUnavailable(
-                f"The token store does not answer ({type(error).__name__}).",
+                f"The token store{self._where()} does not answer ({type(error).__name__}).",
                 hint="Look at Redis; tokens are fetched without it meanwhile.",
             ) from None
+
+    def _where(self) -> str:
+        client = self._clients.made_here()
+        places = () if client is None else [_address(pool) for pool in _pools(client)]
+        return f" {', '.join(places)}" if places else ""
 
 
 class _Lease:
@@ -322,6 +328,11 @@ def _pools(client: Client) -> list[Any]:
         manager = getattr(client.connection_pool, "sentinel_manager", None)
         found = [client, *(manager.sentinels if manager else ())]
     return [each.connection_pool for each in found if each is not None]
+
+
+def _address(pool: Any) -> str:
+    settings = pool.connection_kwargs
+    return str(settings.get("path") or f"{settings.get('host')}:{settings.get('port')}")
 
 
 _DEFAULTS = inspect.signature(AbstractConnection.__init__).parameters

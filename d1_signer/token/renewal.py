@@ -118,6 +118,7 @@ class Renewal:
     Attributes:
         whose: Names of D1's host and the issuer, for lines of the log.
         store_state: There is no store.
+        store_error: Nor anything wrong with it.
         lease_state: There is no lease.
     """
 
@@ -144,6 +145,7 @@ class Renewal:
         self._observers = tuple(observers)
         self._clock_offset = 0.0
         self.store_state, self.lease_state = StoreState.NONE, LeaseState.NONE
+        self.store_error: str | None = None
         self.whose = {"host": endpoint.address, "issuer": profile.issuer_id}
 
     def close(self) -> None:

@@ -132,6 +132,7 @@ class FetcherStatus:
         last_failure: The last one that ended without, whatever came after it.
         members: The signers, in order.
         store: The fleet's store.
+        store_error: What is wrong with it, and what to do; None where nothing is known to be.
         lease: The right to renew for the fleet.
         settings: The file of settings; None where the fetcher was made without one.
         client_certificate: None where there is none, or the caller's own context has it.
@@ -149,6 +150,7 @@ class FetcherStatus:
     last_failure: Failure | None
     members: tuple[MemberHealth, ...]
     store: StoreState
+    store_error: str | None
     lease: LeaseState
     settings: SettingsStatus | None
     client_certificate: CertificateStatus | None

@@ -282,7 +282,7 @@ class ClientTls:
             self._warned_on = now
             _log.warning(
                 "tls.client_certificate_expires in %d days, on %s: %s",
-                left // _DAY,
+                max(left // _DAY, 0),
                 self.certificate.not_valid_after_utc,
                 self._hints.expiry,
             )

@@ -232,7 +232,10 @@ class Proxy:
         passes = False
         if status == _AUTHENTICATE and known:
             reason = "it refuses the credentials"
-            hint = "Correct what their source holds; until then they are not sent again."
+            hint = (
+                "Correct them at their source (proxy_credentials_source), which is read for each "
+                "connection; until then they are not sent again."
+            )
         elif status == _AUTHENTICATE:
             reason = "it asks for credentials, and none are given"
             hint = "Give --proxy-credentials-source (proxy_credentials_source)."

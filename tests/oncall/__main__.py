@@ -29,7 +29,7 @@ _PACE = Pace(
     retry=1.0,
     limits=Limits(total=10.0, sign=4.0, connect=3.0, read=4.0),
 )
-_LINES = 3  # that tell of the fault
+_MORE_LINES = 2  # that tell of the fault, behind the first
 _FAILED_CALLS = 6
 
 
@@ -57,11 +57,17 @@ def main(folder: Path, key: Path) -> None:
 def _carried_out(site: Site, fault: Fault) -> Seen:
     site.healthy()
     fault.plant(site)
-    site.until(lambda seen: len(seen.lines(fault.event, fault.host)) >= fault.told_at_least(_LINES))
-    if fault.event == "token.failed":
-        return site.until(lambda seen: seen.log.count(" 503 ") >= _FAILED_CALLS)
-    renewed = site.seen().count(fault.host, "token.renewed")
-    return site.until(lambda seen: seen.count(fault.host, "token.renewed") >= renewed + 2)
+    seen = site.until(fault.missing)
+    told = len(seen.lines(fault.event)) + (0 if fault.once else _MORE_LINES)
+    renewed = seen.count("", "token.renewed")
+
+    def missing(seen: Seen) -> list[str]:
+        lines = len(seen.lines(fault.event)) < told
+        calls = seen.log.count(" 503 ") < _FAILED_CALLS
+        tokens = seen.count("", "token.renewed") < renewed + _MORE_LINES * len(site.hosts)
+        return [fault.event] * lines + ["calls"] * (calls and tokens)
+
+    return site.until(missing)
 
 
 def _write(folder: Path, seen: Seen, site: Site) -> None:
@@ -74,6 +80,7 @@ def _write(folder: Path, seen: Seen, site: Site) -> None:
     if site.needs.store:
         shown["fleet-status.txt"] = "\n".join(site.fleet_status(host) for host in site.hosts)
     for name, text in shown.items():
+        assert not [secret for secret in site.secrets() if secret in text]
         (folder / name).write_text(site.as_in_production(text))
 
 

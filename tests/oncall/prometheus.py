@@ -35,7 +35,7 @@ def _lines(metric: Metric) -> Iterator[str]:
     yield f"# TYPE {name} {kind}"
     for point in metric.data.data_points:
         pairs = sorted((point.attributes or {}).items())
-        labels = ",".join(f'{label.replace(".", "_")}="{value}"' for label, value in pairs)
+        labels = ",".join(f'{label.replace(".", "_")}="{value!s}"' for label, value in pairs)
         if isinstance(point, HistogramDataPoint):
             yield f"{name}_count{{{labels}}} {point.count}"
             yield f"{name}_sum{{{labels}}} {point.sum:.3f}"

@@ -35,7 +35,9 @@ class Seen:
     def lines(self, event: str, host: str = "") -> list[str]:
         """The lines of an event."""
         return [
-            line for line in self.log.splitlines() if f": {event} " in line and f" {host}" in line
+            line
+            for line in self.log.splitlines()
+            if f": {event} " in line.replace(f"{event}:", event) and f" {host}" in line
         ]
 
     def count(self, host: str, event: str) -> int:

@@ -61,7 +61,7 @@ def _load(fetcher: TokenFetcher, seconds: float) -> None:
     with fetcher.session() as session:
         while True:
             _activate(fetcher, session)
-            time.sleep(random.uniform(seconds / 2, 3 * seconds / 2))  # noqa: S311 (load)
+            time.sleep(random.uniform(seconds / 2, 3 * seconds / 2))
 
 
 def _activate(fetcher: TokenFetcher, session: requests.Session) -> None:
@@ -75,7 +75,7 @@ def _activate(fetcher: TokenFetcher, session: requests.Session) -> None:
     except requests.RequestException as error:
         outcome, told = 502, f" error={type(error).__name__}"
     took = 1000 * (time.perf_counter() - started)
-    path = f"/v1/cards/{random.randrange(10**6):06d}/activate"  # noqa: S311 (load)
+    path = f"/v1/cards/{random.randrange(10**6):06d}/activate"
     _access.info('"POST %s HTTP/1.1" %d %.0fms%s', path, outcome, took, told)
 
 

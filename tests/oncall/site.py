@@ -7,14 +7,17 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import parse_qsl
 
 from d1_signer import Limits, PublicKey, generate_key
 from d1_signer.sandbox import Sandbox
@@ -22,13 +25,15 @@ from d1_signer.testing import SoftHsmToken, make_softhsm_token
 from tests.oncall.seen import Seen
 from tests.pkcs11.softhsm import copy_token
 from tests.pkcs11.wire import wire
-from tests.servers.aws import ENVIRONMENT, Aws, aws_kms
+from tests.servers.aws import ENVIRONMENT, SECRET_KEY, SESSION_TOKEN, Aws, aws_kms
 from tests.servers.connect_proxy import ConnectProxy
 from tests.servers.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 ISSUER = "nordbank-cards"
 KID = "nordbank-2026"
+_ETC = "etc/d1"
+_CONFIG = f"{_ETC}/production.toml"
 _PATIENCE = 60.0  # seconds for what happens within a few on a machine that is idle
 
 
@@ -109,10 +114,12 @@ class Site:
         self._folder, self.needs, self.pace = folder, needs, pace
         self._stack = ExitStack()
         self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, str] = {}
         self.hosts = [f"issuer-{number}" for number in range(1, needs.hosts + 1)]
         self.ahead = 0.0
         self.key_id = ""
         self.env = {n: v for n, v in os.environ.items() if not n.startswith(("D1_", "AWS_"))}
+        self.env["PYTHONPATH"] = str(ROOT)
         self.settings: dict[str, dict[str, Any]] = {}
         self._prepared = prepared
         self.out = folder / "out"
@@ -127,9 +134,7 @@ class Site:
     def _begin(self) -> None:
         needs, stack = self.needs, self._stack
         clock = lambda: time.time() + self.ahead  # noqa: E731
-        self.d1 = stack.enter_context(
-            Sandbox(ISSUER, token_lifetime=self.pace.life, clock=clock)
-        )
+        self.d1 = stack.enter_context(Sandbox(ISSUER, token_lifetime=self.pace.life, clock=clock))
         self.d1.register_key(KID, self._prepared.jwk)
         key = self._begin_kms() if needs.kms else self._begin_hsm()
         if needs.proxy:
@@ -162,8 +167,8 @@ class Site:
         return uri
 
     def etc(self, host: str) -> Path:
-        """Where a host has its settings."""
-        return self._folder / host / "etc" / "d1"
+        """Where a host has its settings; the same for each as it sees them."""
+        return self._folder / host / _ETC
 
     def _configure(self, host: str, key: str, store_key: str) -> dict[str, Any]:
         etc = self.etc(host)
@@ -178,22 +183,22 @@ class Site:
             "environment": self.d1.base_url,
             "issuer_id": ISSUER,
             "key": f"{key}#{KID}",
-            "client_cert": str(etc / "client.pem"),
-            "client_key": str(etc / "client.key"),
-            "ca_file": str(etc / "ca.pem"),
+            "client_cert": f"{_ETC}/client.pem",
+            "client_key": f"{_ETC}/client.key",
+            "ca_file": f"{_ETC}/ca.pem",
             **{f"limits.{name}": value for name, value in asdict(self.pace.limits).items()},
         }
         if not self.needs.kms:
             shutil.copy2(self.token.pin_file, etc / "pin")
-            settings["key"] = f"{key}&pin-source=file:{etc / 'pin'}#{KID}"
+            settings["key"] = f"{key}&pin-source=file:{_ETC}/pin#{KID}"
         if self.needs.proxy:
             self.write_secret(host, "proxy-credentials", self.proxy.credentials or "")
             settings["proxy"] = self.proxy.url
-            settings["proxy_credentials_source"] = f"file:{etc / 'proxy-credentials'}"
+            settings["proxy_credentials_source"] = f"file:{_ETC}/proxy-credentials"
         if self.needs.store:
             self.write_secret(host, "store-key", store_key)
             settings["store.url"] = f"redis://127.0.0.1:{self.redis.port}/0"
-            settings["store.key_source"] = f"file:{etc / 'store-key'}"
+            settings["store.key_source"] = f"file:{_ETC}/store-key"
         self._write(host, settings)
         return settings
 
@@ -212,24 +217,21 @@ class Site:
         fresh = self.etc(host) / ".production.toml"
         lines = (f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
         fresh.write_text("".join(lines))
-        fresh.replace(self.config(host))
-
-    def config(self, host: str) -> Path:
-        """A host's file of settings."""
-        return self.etc(host) / "production.toml"
+        fresh.replace(self._folder / host / _CONFIG)
 
     def start(self, host: str) -> None:
         """Start the service of a host; one that runs is ended."""
         self.stop(host)
-        arguments = [self.config(host), self.out, host, self.pace.calls, self.pace.retry]
-        self._services[host] = subprocess.Popen(
+        arguments = [_CONFIG, self.out, host, self.pace.calls, self.pace.retry]
+        service = self._services[host] = subprocess.Popen(
             [sys.executable, "-m", "tests.oncall.service", *map(str, arguments)],
-            cwd=ROOT,
+            cwd=self._folder / host,
             env=self.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self._processes[service.pid] = host
 
     def stop(self, host: str) -> None:
         service = self._services.pop(host, None)
@@ -237,34 +239,32 @@ class Site:
             service.kill()
             service.wait()
 
-    def seen(self) -> Seen:
-        """What the service shows now."""
-        return Seen.read(self.out)
-
-    def until(self, shown: Callable[[Seen], bool]) -> Seen:
-        """Wait until the service shows something."""
+    def until(self, missing: Callable[[Seen], Collection[str]]) -> Seen:
+        """Wait until nothing is missing of what the service is to show."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             with contextlib.suppress(FileNotFoundError):  # the service is starting
-                seen = self.seen()
-                if shown(seen):
+                seen = Seen.read(self.out)
+                if not missing(seen):
                     return seen
-            assert time.monotonic() < deadline, f"it is not shown:\n{Seen.read(self.out)}"
+            if time.monotonic() >= deadline:
+                seen = Seen.read(self.out)
+                raise AssertionError(f"it does not show {missing(seen)}:\n{seen}")
             time.sleep(0.02)
 
     def healthy(self) -> Seen:
         """Wait until each host has got its tokens."""
         number = self.pace.healthy
         return self.until(
-            lambda seen: all(seen.count(host, "token.renewed") >= number for host in self.hosts)
+            lambda seen: [host for host in self.hosts if seen.count(host, "token.renewed") < number]
         )
 
     def fleet_status(self, host: str) -> str:
         """What ``d1-signer status`` tells on a host."""
-        command = ["d1-signer", "status", "--config", str(self.config(host))]
+        command = ["status", "--config", _CONFIG]
         told = subprocess.run(
-            [sys.executable, "-m", "d1_signer", *command[1:]],
-            cwd=ROOT,
+            [sys.executable, "-m", "d1_signer", *command],
+            cwd=self._folder / host,
             env=self.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -273,12 +273,24 @@ class Site:
             check=False,
             timeout=60,
         )
-        return f"{host}$ {' '.join(command)}\n{told.stdout}"
+        return f"{host}$ d1-signer {' '.join(command)}\n{told.stdout}"
+
+    def secrets(self) -> set[str]:
+        """All that must stand in none of what is shown."""
+        files = ("pin", "store-key", "proxy-credentials")
+        paths = [self.etc(host) / name for host in self.hosts for name in files]
+        found = {path.read_text().strip() for path in paths if path.exists()}
+        found |= {text.rpartition(":")[2] for text in found}
+        found |= {SECRET_KEY, SESSION_TOKEN}
+        for exchange in self.d1.exchanges:
+            found |= {value for _, value in parse_qsl(exchange.request_body.decode())}
+            if exchange.status == HTTPStatus.OK and b"access_token" in exchange.response_body:
+                found.add(json.loads(exchange.response_body)["access_token"])
+        return found
 
     def as_in_production(self, text: str) -> str:
         """A text with the names that production has in the place of those of this machine."""
-        names = {str(self._folder / host): "" for host in self.hosts}
-        names[self.d1.base_url.split("/")[2]] = "api.d1.thalescloud.io"
+        names = {_ETC: f"/{_ETC}", self.d1.base_url.split("/")[2]: "api.d1.thalescloud.io"}
         names["d1-signer sandbox authority"] = "Thales D1 Issuer CA"
         if self.needs.proxy:
             names[f"127.0.0.1:{self.proxy.port}"] = "proxy.nordbank.example:3128"
@@ -286,6 +298,8 @@ class Site:
             names[f"127.0.0.1:{self.redis.port}"] = "redis.nordbank.example:6379"
         if self.needs.kms:
             names[self.aws.url] = "https://kms.eu-central-1.amazonaws.com"
+        here = socket.gethostname()
+        names |= {f"{here}:{pid}": f"{host}:{pid}" for pid, host in self._processes.items()}
         for name, shown in names.items():
             text = text.replace(name, shown)
         return text

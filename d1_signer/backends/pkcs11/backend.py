@@ -103,9 +103,13 @@ class Pkcs11Backend:
         """Sign a digest of 32 bytes; the answer is r||s, 64 bytes."""
         forks.notice()
         deadline = self._deadline(deadline)
-        if deadline is None and not self._module.thread_bound:
-            return self._sign(digest, None)
-        return self._bounded(deadline, lambda: self._sign(digest, deadline))
+        try:
+            if deadline is None and not self._module.thread_bound:
+                return self._sign(digest, None)
+            return self._bounded(deadline, lambda: self._sign(digest, deadline))
+        except D1SignerError as error:
+            error.details.setdefault("token", self._settings.uri.token_location())
+            raise
 
     def custody(self) -> Evidence:
         """Ask the token what it claims about the key."""

@@ -43,7 +43,10 @@ class Meaning:
     retryable: bool | None = None  # None: as its class is
 
 
-_CHECK_PIN = "Check the PIN; it is not tried again by this process, which could lock the token."
+_CHECK_PIN = (
+    "Correct the PIN at its source, which is read again before the next login; this one is not "
+    "tried again by this process, which could lock the token."
+)
 _RESET_PIN = "Log in once with the vendor's tool, or let the security officer reset the PIN."
 _CHECK_DEVICE = "Check the HSM, its connection and its client software; it is tried again."
 _LOCKS = 'Use locking="lock"; where it is in force, update the vendor\'s software.'

@@ -28,18 +28,19 @@ class Again(Exception):
         self.reason = reason
 
 
-def died() -> SignerUnavailable:
-    """The error for a child that is gone."""
+def died(token: str) -> SignerUnavailable:
+    """The error for a child that is gone, and the token that it served."""
     return SignerUnavailable(
         "The process that hosts the PKCS#11 module has ended; it is replaced.",
         hint="If it happens again, look at what the vendor's library writes to standard error.",
-        details={"step": "signature"},
+        details={"step": "signature", "token": token},
     )
 
 
-def too_late() -> SignerTimeout:
-    """The error for an answer that is not there in time."""
+def too_late(token: str) -> SignerTimeout:
+    """The error for an answer of a token that is not there in time."""
     return SignerTimeout(
         "The HSM gave no answer within the deadline.",
         hint="Check the HSM and its connection, or allow more time.",
+        details={"token": token},
     )

@@ -162,7 +162,7 @@ class IsolatedBackend:
             answer = self._asked_once(kind, body, deadline)
             helped = True
         except Again:
-            raise reason or died() from None
+            raise reason or died(self._settings.location) from None
         finally:
             if reason is not None:
                 self._replacing.taken(helped=helped)
@@ -175,7 +175,7 @@ class IsolatedBackend:
             left = remaining(deadline)
             if left == 0:
                 self._give(host, connection)
-                raise too_late()  # noqa: TRY301 (the whole use of a connection is in here)
+                raise too_late(self._settings.location)  # noqa: TRY301 (the whole use of a connection is in here)
             if left is not None or connection.gettimeout() is not None:  # each costs a system call
                 connection.settimeout(left)
             send(connection, kind, body)
@@ -183,11 +183,11 @@ class IsolatedBackend:
             self._give(host, connection)
         except TimeoutError:
             self._lost(taken)
-            raise too_late() from None
+            raise too_late(self._settings.location) from None
         except Gone:
             if self._lost(taken):
                 raise Again from None
-            raise died() from None
+            raise died(self._settings.location) from None
         except D1SignerError:
             raise
         except BaseException:
@@ -210,7 +210,7 @@ class IsolatedBackend:
         try:
             error, more = decoded_error(answer)
         except Gone:
-            return died()
+            return died(self._settings.location)
         refused.merge(more["refused"])
         if host.dead:
             return Again()

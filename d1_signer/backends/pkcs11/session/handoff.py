@@ -125,5 +125,5 @@ class Handoff:
 def _too_late() -> SignerTimeout:
     return SignerTimeout(
         "The HSM gave no answer within the deadline.",
-        hint="Check that it can be reached, or allow more time.",
+        hint="Check the HSM and its connection, or allow more time.",
     )

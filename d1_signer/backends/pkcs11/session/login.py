@@ -270,7 +270,12 @@ class Login:
         if code_of(failure) != Ckr.PIN_INCORRECT or not refused.doubt(digest):
             return False
         uncounted = self._uncounted()
-        _log.warning("pkcs11.pin_refused_after_it_worked counted=%s", not uncounted)
+        _log.warning(
+            "pkcs11.pin_refused_after_it_worked token=%r counted=%s: it was probably changed; "
+            "correct the PIN at its source",
+            self._token.label,
+            not uncounted,
+        )
         return uncounted
 
     def _unclear_in_child(self, code: int | None, digest: bytes) -> bool:
@@ -331,7 +336,8 @@ def _check_may_try(flags: int, *, known_bad: bool) -> None:
     if known_bad:
         raise _login_error(
             "A login with this PIN failed before; it is not tried again.",
-            "Correct the PIN; the same value is refused until the process is restarted.",
+            "Correct the PIN at its source, which is read again before the next login; the same "
+            "value is refused until the process is restarted.",
         )
     if flags & TokenFlag.USER_PIN_LOCKED:
         raise translated(sdk.PinLocked(), step="login")
