@@ -145,7 +145,7 @@ class FleetRenewal:
                         return held
             except StoreUnavailable as error:
                 self.store_state = StoreState.AWAY
-                self._tell("fleet.store_unavailable", error)
+                _log.warning("fleet.store_unavailable %s: %s", *self._noted(error))
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
             now = time.monotonic()
             look = max(_FIRST_LOOK, min(_LOOK * (now - began), _LONGEST_LOOK, (deadline - now) / 2))
@@ -201,10 +201,10 @@ class FleetRenewal:
         self.store_state = StoreState.UNREADABLE if unreadable else StoreState.WORKING
         self.store_error = _UNREADABLE if unreadable else None
 
-    def _tell(self, event: str, error: StoreUnavailable) -> None:
-        """Tell of a store that is away, and keep it for `status`."""
+    def _noted(self, error: StoreUnavailable) -> tuple[str, StoreUnavailable]:
+        """Keep for `status` what is wrong with the store; gives what a line tells of it."""
         self.store_error = str(error)
-        _log.warning("%s %s: %s", event, told({**self.whose, **error.details}), error)
+        return told({**self.whose, **error.details}), error
 
     def _remember(self, refused: str) -> None:
         """Keep in mind what is not to be taken again, for as long as it may live."""
@@ -226,7 +226,7 @@ class FleetRenewal:
                     self.lease_state = LeaseState.NONE
             except StoreUnavailable as error:
                 self._kept, self.lease_state = lease, LeaseState.KEPT
-                self._tell("fleet.lease_not_released", error)
+                _log.warning("fleet.lease_not_released %s: %s", *self._noted(error))
 
     def _give_back(self, deadline: float) -> None:
         """Release what could not be released when its work was done."""
@@ -256,7 +256,7 @@ class FleetRenewal:
         try:
             self._store.save(self._name, sealed, life=remaining, deadline=deadline)
         except StoreUnavailable as error:
-            self._tell("fleet.token_not_shared", error)
+            _log.warning("fleet.token_not_shared %s: %s", *self._noted(error))
 
 
 def _digest(token: SharedToken | str) -> bytes:

@@ -214,7 +214,7 @@ class Following:
             self._opening.leave(before, after=0.0)
             raise
         self.settings, self._away = settings, keys.away
-        names = (field.name for field in fields(settings))
+        names = (field.name for field in fields(settings) if field.compare)
         self._changed = tuple(n for n in names if getattr(settings, n) != getattr(before, n))
         self._opening.leave(settings, after=before.limits.total)
         return True

@@ -216,7 +216,7 @@ class Peer:
         if certificate and dates_at_fault(certificate):
             return (
                 "Look at this machine's clock; where it is right, have Thales sign a new "
-                "certificate (d1-signer csr) and put it in the place of this one."
+                f"certificate for {self.environment.base_url} (d1-signer csr)."
             )
         give = f"give the one that Thales signed for {self.environment.base_url}."
         if certificate is None:

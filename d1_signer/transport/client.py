@@ -281,8 +281,8 @@ class ClientTls:
         if left < DAYS_OF_WARNING * _DAY and now - self._warned_on >= _DAY:
             self._warned_on = now
             _log.warning(
-                "tls.client_certificate_expires in %d days, on %s: %s",
-                max(left // _DAY, 0),
+                "tls.client_certificate_expires %s, on %s: %s",
+                "already" if left < 0 else f"in {left // _DAY:.0f} days",
                 self.certificate.not_valid_after_utc,
                 self._hints.expiry,
             )

@@ -134,6 +134,8 @@ def test_what_another_store_key_sealed_cannot_be_read(
     result = run("status", "--json", "--config", str(file))
     assert (result.status, result.document["unreadable"]) == (1, 2)
     assert result.document["token"] is None
+    shown = run("status", "--config", str(file)).out
+    assert "2 (sealed with another store key: give all of the fleet the same)" in shown
 
 
 def test_a_store_that_is_away(run: Run, file: Path, redis_server: RedisServer) -> None:

@@ -290,8 +290,12 @@ class Site:
 
     def as_in_production(self, text: str) -> str:
         """A text with the names that production has in the place of those of this machine."""
-        names = {_ETC: f"/{_ETC}", self.d1.base_url.split("/")[2]: "api.d1.thalescloud.io"}
-        names["d1-signer sandbox authority"] = "Thales D1 Issuer CA"
+        names = {
+            _ETC: f"/{_ETC}",
+            "d1-signer sandbox client": ISSUER,
+            "d1-signer sandbox authority": "Thales D1 Issuer CA",
+            self.d1.base_url.split("/")[2]: "api.d1.thalescloud.io",
+        }
         if self.needs.proxy:
             names[f"127.0.0.1:{self.proxy.port}"] = "proxy.nordbank.example:3128"
         if self.needs.store:

@@ -70,13 +70,16 @@ def test_process_that_no_recovery_helps_is_replaced(
     _until(lambda: not _fails(signer))
 
 
-def test_library_that_hangs_is_killed_at_the_deadline(signer: Signer, shim: Shim) -> None:
+def test_library_that_hangs_is_killed_at_the_deadline(
+    signer: Signer, shim: Shim, token: SoftHsmToken
+) -> None:
     host = _hosts(signer)[0]
     shim.fail(Call.SIGN, HANG, times=1)
     started = time.monotonic()
-    with pytest.raises(SignerTimeout):
+    with pytest.raises(SignerTimeout) as raised:
         signer.sign(b"message", timeout=0.3)
     assert time.monotonic() - started < 0.4
+    assert raised.value.details["token"] == f"pkcs11:token={token.label}"
     assert not Path(f"/proc/{host}").exists()
     # The stuck call never returned: a new process signs.
     signer.public_key.verify(signer.sign(b"message", timeout=10), b"message")

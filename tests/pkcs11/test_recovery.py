@@ -90,13 +90,16 @@ def test_failure_in_the_middle_of_recovery_takes_the_next_level(
     assert shim.sessions == sessions
 
 
-def test_signature_is_retried_once_on_each_level(signer: Signer, shim: Shim) -> None:
+def test_signature_is_retried_once_on_each_level(
+    signer: Signer, shim: Shim, token: SoftHsmToken
+) -> None:
     shim.fail(Call.SIGN, 0xB3)
     before = shim.calls(Call.SIGN_INIT)
     with pytest.raises(SignerUnavailable) as raised:
         signer.sign(b"message")
     assert raised.value.retryable
     assert raised.value.details["needs"] == "process"
+    assert raised.value.details["token"] == f"pkcs11:token={token.label}"
     assert shim.calls(Call.SIGN_INIT) == before + 3
     assert shim.calls(Call.FINALIZE) == 1
 

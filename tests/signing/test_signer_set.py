@@ -120,6 +120,17 @@ def test_any_error_of_the_key_side_fails_over(two: SignerSet, error: SignerError
     assert work.asked == ["k0", "k1", "k1"]
 
 
+def test_the_log_says_why_and_the_error_which_kid(
+    two: SignerSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    reason = SignerUnavailable("The HSM is away.", hint="Look at it.")
+    with pytest.raises(SignerUnavailable) as caught:
+        two.attempt(Work(k0=reason, k1=down()))
+    assert caught.value.details["kid"] == "k0"
+    told = "signer_set.failed kid=k0 error=signer_unavailable: The HSM is away. Look at it."
+    assert told in caplog.messages
+
+
 def test_first_error_is_told_when_none_can(two: SignerSet) -> None:
     first, second = down("first"), KeyNotFoundError("second")
     with pytest.raises(SignerUnavailable, match="first") as caught:

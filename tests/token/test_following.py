@@ -231,7 +231,10 @@ def test_a_store_by_url_and_one_in_code(file: SettingsFile, opened: Opener, tmp_
 
 @pytest.mark.usefixtures("looks_at_once")
 @pytest.mark.parametrize("how", ["token", "token_now", "status", "reload", "session"])
-def test_keys_and_their_order_change_in_place(file: SettingsFile, opened: Opener, how: str) -> None:
+def test_keys_and_their_order_change_in_place(
+    file: SettingsFile, opened: Opener, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "d1_signer.settings")
     fetcher = opened()
     session = fetcher.session()
     url = f"{fetcher.environment.banking_url}/ping"
@@ -254,6 +257,9 @@ def test_keys_and_their_order_change_in_place(file: SettingsFile, opened: Opener
         until(changed, seconds=20)
         assert renewed(fetcher, file.sandbox) == kids[0]
     session.close()
+    first, *others = messages(caplog, "settings.taken")
+    assert first.endswith("changed=none")
+    assert [line.partition("changed=")[2] for line in others] == ["key"] * 4
 
 
 def test_a_signer_that_stays_keeps_its_state_and_one_that_goes_is_closed_later(

@@ -157,7 +157,7 @@ def test_authorities_that_change_are_those_of_the_next_connection(
             assert session.get(f"{sandbox.banking_url}/ping").status_code == 401
 
 
-@pytest.mark.parametrize(("days", "warned"), [(29, True), (6, True), (31, False)])
+@pytest.mark.parametrize(("days", "warned"), [(29, True), (6, True), (-1, True), (31, False)])
 def test_an_end_that_comes_near_is_told_once_a_day(
     make_fetcher: FetcherMaker,
     tmp_path: Path,
@@ -174,7 +174,7 @@ def test_an_end_that_comes_near_is_told_once_a_day(
     told = [line for line in caplog.messages if "tls.client_certificate_expires" in line]
     assert len(told) == int(warned)
     if warned:
-        assert f"in {days} days" in told[0]
+        assert ("already" if days < 0 else f"in {days} days") in told[0]
 
 
 def own_certificate(folder: Path, days: int) -> ClientCertificate:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from d1_signer import (
     D1SignerError,
@@ -287,12 +288,15 @@ def test_another_key_is_told_once(fleet: FleetMaker, caplog: pytest.LogCaptureFi
             refuse(member)
             member.token()
             assert member.status().store is StoreState.UNREADABLE
+            assert "Give all of the fleet the same store_key." in str(member.status().store_error)
     told = [line for line in caplog.messages if line.startswith("fleet.token_unreadable")]
     assert len(told) == 2
     assert all(f"issuer={ISSUER}" in line and "store_key" in line for line in told)
 
 
-def test_the_status_tells_of_store_and_lease(fleet: FleetMaker, redis_server: RedisServer) -> None:
+def test_the_status_tells_of_store_and_lease(
+    fleet: FleetMaker, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second = fleet(), fleet(limits=Limits(total=3.0))
     first.token()
     second.token()
@@ -300,11 +304,40 @@ def test_the_status_tells_of_store_and_lease(fleet: FleetMaker, redis_server: Re
     assert status.last_success is not None
     assert (status.last_success.shared, status.last_success.attempt) == (True, None)
     assert (first.status().lease, status.store) == (LeaseState.NONE, StoreState.WORKING)
+    assert status.store_error is None
     redis_server.kill()
     refuse(second)
     second.token()
     assert second.status().store is StoreState.AWAY
     assert second.status().healthy
+    why = (
+        f"The token store {redis_server.socket} does not answer (ConnectionError). "
+        "Look at Redis; tokens are fetched without it meanwhile."
+    )
+    assert second.status().store_error == why
+    (line,) = [line for line in caplog.messages if line.startswith("fleet.store_unavailable")]
+    assert f"issuer={ISSUER}" in line
+    assert line.endswith(why)
+    redis_server.start()
+    refuse(second)
+    second.token()
+    assert second.status().store_error is None
+
+
+@pytest.mark.parametrize("failure", [ValueError("closed meanwhile"), OSError(), TimeoutError()])
+def test_a_connection_that_was_cut_is_a_store_that_does_not_answer(
+    redis_server: RedisServer, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object, **__: object) -> None:
+        raise failure
+
+    with redis.Redis(port=redis_server.port, **RedisTokenStore.CLIENT_SETTINGS) as client:
+        store = RedisTokenStore(client)
+        monkeypatch.setattr(client, "execute_command", cut)
+        monkeypatch.setattr(redis.client.Pipeline, "execute", cut)
+        with pytest.raises(StoreUnavailable) as caught:
+            store.load("name")
+    assert f"The token store localhost:{redis_server.port} does not" in caught.value.message
 
 
 Change = Callable[[dict[str, str]], object]
