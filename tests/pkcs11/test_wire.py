@@ -229,7 +229,7 @@ def test_frozen_server_keeps_no_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("d1_signer.cli._settings.HSM_PATIENCE", 0.4)
+    monkeypatch.setattr("d1_signer.signing.options.HSM_PATIENCE", 0.4)
     monkeypatch.setenv("D1_SIGNER_KEY", token.uri.replace(token.module_path, own_client))
     hsm.signal(signal.SIGSTOP)
     try:

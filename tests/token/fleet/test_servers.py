@@ -61,13 +61,26 @@ def test_nothing_is_loaded_after_the_fetcher_is_made(
 
 
 FORKED = """
-import ctypes, os, threading, time
+import contextlib, ctypes, os, pathlib, threading, time
 from d1_signer import LazySigner
 from fleet_fetcher import new_fetcher
 
 def fork():
-    # As uWSGI forks: in C, with nothing of Python's around it.
+    # As uWSGI forks: in C, with nothing of Python's around it. A thread that waits for the
+    # interpreter's lock at that moment makes the child hang whatever is called there.
+    before = None
+    while before != (now := others()) or "State:\tR" in now:
+        before = now
+        time.sleep(0.05)
     return ctypes.PyDLL(None).fork()
+
+def others():
+    # A thread that wants the interpreter's lock wakes up every five milliseconds, and is counted.
+    own, found = str(threading.get_native_id()), ""
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += (task / "status").read_text() if task.name != own else ""
+    return found
 
 def held(lock):
     # By a thread that the child does not have.
