@@ -98,7 +98,7 @@ def _text(document: dict[str, Any]) -> str:
             "Issuer": document["issuer_id"],
             "Token": moment(token["expires_at"]) if token else "none that can be read",
             "Lease": _lease_text(lease),
-            "Unreadable": f"{document['unreadable']} (sealed with another store key)",
+            "Unreadable": _unreadable_text(document["unreadable"]),
             "Settings": document["settings"],
         }
     )
@@ -117,6 +117,12 @@ def _text(document: dict[str, Any]) -> str:
         return f"{told}\n\nNo process has told of itself within a quarter of an hour."
     head = ("PROCESS", "SETTINGS", "AS THE FILE", "KIDS", "CERTIFICATE", "TOLD")
     return f"{told}\n\n{table(head, rows)}"
+
+
+def _unreadable_text(entries: int) -> str:
+    if not entries:
+        return "0 (sealed with another store key)"
+    return f"{entries}: a part of the fleet has another store key; give all of it the same"
 
 
 def _lease_text(lease: dict[str, Any] | None) -> str:
