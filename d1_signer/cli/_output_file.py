@@ -18,7 +18,6 @@ from urllib.parse import unquote
 
 import click
 
-from d1_signer.audit.folder import segments
 from d1_signer.cli._config import texts_in
 from d1_signer.cli._output import Command, Output, is_full
 from d1_signer.errors import ConfigurationError, D1SignerError
@@ -98,6 +97,8 @@ class OutputFile:
         return shown_path(self.path.absolute())
 
     def _require_no_trail(self) -> None:
+        from d1_signer.audit.folder import segments
+
         in_trail = False
         with contextlib.suppress(OSError):  # there is no such folder, or it is nobody's to read
             in_trail = bool(segments(Path(os.path.realpath(self.path)).parent))

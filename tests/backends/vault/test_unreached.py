@@ -27,7 +27,7 @@ def black_hole() -> Iterator[int]:
         server.listen(0)
         for _ in range(4):
             waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
+            waiting.settimeout(0)
             with suppress(BlockingIOError):
                 waiting.connect(server.getsockname())
         yield server.getsockname()[1]
