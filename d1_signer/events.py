@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from d1_signer.es256 import PublicKey
 from d1_signer.frames import of_signal_handler
 
 _log = logging.getLogger("d1_signer")
+_QUOTED = frozenset(" \"'=\\")  # what makes a value be written as JSON writes a text
 
 Scalar = str | int | bool | None
 Recordable = Scalar | Sequence[Scalar] | Sequence[Sequence[Scalar]]
@@ -94,6 +96,7 @@ class RenewalEvent:
         expires_in: Seconds that the new token lives; None without one.
         shared: Whether the token came from the fleet's store instead of D1.
         callers: Trace id and span id, see `current_span`, of calls that waited for it.
+        store: What the fleet's store has shown, as ``status().store`` has it.
     """
 
     duration: float
@@ -101,6 +104,7 @@ class RenewalEvent:
     expires_in: float | None
     shared: bool
     callers: tuple[tuple[str, str], ...] = ()
+    store: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,6 +242,20 @@ def _tell(observer: Callable[[], None]) -> None:
         if of_signal_handler(error):
             raise
         _log.warning("observer.failed %s", type(error).__name__)
+
+
+def told(facts: Mapping[str, object]) -> str:
+    """Names and values for a line of the log, each of which can be read back.
+
+    A value that others chose neither ends the line nor adds a name to it.
+    """
+    return " ".join(f"{name}={_shown(value)}" for name, value in facts.items())
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    plain = text.isascii() and text.isprintable() and text and not set(text) & _QUOTED
+    return text if plain else json.dumps(text)
 
 
 def current_span() -> tuple[str, str] | None:

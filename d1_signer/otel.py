@@ -201,7 +201,9 @@ class OpenTelemetryObserver:
     def _renewed(self, event: RenewalEvent) -> None:
         if event.expires_in is not None:
             self._dies_at = time.time() + event.expires_in
-        labels = self._with(event.error, {"d1_signer.shared": event.shared})
+        labels = self._with(
+            event.error, {"d1_signer.shared": event.shared, "d1_signer.store": event.store}
+        )
         self._renewal(event.duration, labels)
         span, parent, token = self._renewing.__dict__.pop("span", (None, None, None))
         if span is None:  # its beginning was not passed on by whoever passed this event on

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
+from urllib3.exceptions import HTTPError
+
 from d1_signer import frames
 from d1_signer.custody.evidence import Fact
 from d1_signer.errors import (
@@ -30,9 +32,8 @@ from d1_signer.errors import (
 from d1_signer.es256 import PublicKey
 from d1_signer.signing.backend import Backend
 from d1_signer.transport.deadlines import within
-from d1_signer.transport.failures import is_untrusted
+from d1_signer.transport.failures import failure_of, is_untrusted
 from d1_signer.transport.processes import PerProcess
-from d1_signer.transport.proxies import TunnelRefused
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,23 +90,29 @@ class Service:
 
     def _not_asked(self, error: Exception, doing: str) -> D1SignerError:
         name = type(error).__name__
-        by_proxy = next(
-            (link for link in frames.causes(error) if isinstance(link, TunnelRefused)), None
-        )
-        if by_proxy is not None:
-            return SignerUnavailable(
-                f"{self.name} could not be asked {doing}: the proxy {by_proxy.proxy} answers "
-                f"HTTP {by_proxy.status}, {by_proxy.reason}.",
-                hint=by_proxy.hint,
-                retryable=by_proxy.passes,
-                details=by_proxy.details(),
-            )
         kind, hint = self.meaning(error)
+        if not any(isinstance(link, HTTPError | OSError) for link in frames.causes(error)):
+            return kind(
+                f"{self.name} could not be asked {doing}: {name}.",
+                hint=hint,
+                details={"sdk_error": name},
+            )
+        failed = failure_of(error)
+        details: Details = {"sdk_error": name, "stage": failed.stage.value}
+        retryable, proxy = False if is_untrusted(error) else None, None
+        if refused := failed.refused:
+            kind, hint, retryable, proxy = (
+                SignerUnavailable,
+                refused.hint,
+                refused.passes,
+                refused.proxy,
+            )
+            details |= refused.details()
         return kind(
-            f"{self.name} could not be asked {doing}: {name}.",
+            f"{self.name} could not be asked {doing}: {failed.told(proxy)}.",
             hint=hint,
-            retryable=False if is_untrusted(error) else None,
-            details={"sdk_error": name},
+            retryable=retryable,
+            details=details,
         )
 
     def meaning(self, error: Exception) -> Meaning:

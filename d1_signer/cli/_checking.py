@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from d1_signer.cli._checking_store import check_store
 from d1_signer.cli._checking_trail import check_trail
 from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist
 from d1_signer.cli._connection import Connection
@@ -59,6 +60,7 @@ def take_steps(
             (_about(keys, uri), _check_key(checklist, keys, uri, stack)) for uri in keys.uris
         ]
         _check_d1(checklist, signers, issuer, connection, warn_days)
+    check_store(checklist, issuer)
     checklist.end()
 
 
@@ -70,6 +72,7 @@ def _skip_all(checklist: Checklist, keys: Keys, issuer: Issuer) -> None:
     checklist.begin(*_shown_environment(issuer.optional_environment()))
     for name in (CERTIFICATE, ENDPOINT, ACCESS_TOKEN):
         checklist.skipped(name, reason)
+    check_store(checklist, issuer, not_taken=reason)
 
 
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:

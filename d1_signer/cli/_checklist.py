@@ -52,6 +52,7 @@ class Step:
         return {
             "step": self.name,
             "subject": self.subject,
+            "about": self.about,
             "status": str(self.status),
             "detail": self.detail,
             "error": self.error and self.error.to_dict(),

@@ -31,6 +31,8 @@ _PRIVATE_KEYS = (
     re.compile(rb'"kty"(?=.*"d"\s*:)|"d"\s*:(?=.*"kty")', re.DOTALL),
     re.compile(rb"\A\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01\x03]", re.DOTALL),
 )
+# Of the environment, what names files of ours, of an SDK or of a PKCS#11 module.
+_VARIABLES = ("D1_", "AWS_", "GOOGLE_", "VAULT_", "BAO_", "SOFTHSM2_")
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})  # of a file system
 _FILE = "file:"
 _PARTS = re.compile(r"[\s?&;#=]+")
@@ -52,8 +54,10 @@ class OutputFile:
         """Refuse what must not be written; called before a key is asked for anything.
 
         Raises:
-            ConfigurationError: Something is there; or it is a key, or a file of the settings.
+            ConfigurationError: Something is there; or it is a key, or a file of the settings or of
+                an audit trail.
         """
+        self._require_no_trail()
         if not os.path.lexists(self.path):
             return
         try:
@@ -91,6 +95,18 @@ class OutputFile:
     def shown(self) -> str:
         """The path as it may be shown."""
         return shown_path(self.path.absolute())
+
+    def _require_no_trail(self) -> None:
+        from d1_signer.audit.folder import segments
+
+        in_trail = False
+        with contextlib.suppress(OSError):  # there is no such folder, or it is nobody's to read
+            in_trail = bool(segments(Path(os.path.realpath(self.path)).parent))
+        if in_trail:
+            raise ConfigurationError(
+                f"{self.shown} is in an audit trail, where nothing else is written.",
+                hint="Name a file elsewhere.",
+            )
 
     def _require_harmless(self) -> None:
         status = self.path.stat()
@@ -181,7 +197,7 @@ def _files_of_settings() -> Iterator[os.stat_result]:
     """Every file that an option or a variable of d1-signer names, wherever it stands in there."""
     context = click.get_current_context()
     values = [*context.params.values(), *texts_in(context)]
-    values += [value for name, value in os.environ.items() if name.startswith("D1_")]
+    values += [value for name, value in os.environ.items() if name.startswith(_VARIABLES)]
     for text in _texts(values):
         parts = [text, *_PARTS.split(text)]
         # A part of a URI may be escaped, more than once where a URI stands in a URI.

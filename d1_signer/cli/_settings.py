@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,14 @@ from d1_signer.cli._config import policy_in
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._trail import current_trail, with_trail
-from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    KeyUriError,
+    SecretSourceError,
+    SignerError,
+)
+from d1_signer.signing.key_uri import scheme_of, without_secrets
 from d1_signer.token.d1 import AssertionProfile, Audience, Environment
 
 if TYPE_CHECKING:
@@ -25,6 +32,9 @@ if TYPE_CHECKING:
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
+
+# As a `SignerSet` has it.
+_AWAY = (SignerError, SecretSourceError)
 
 DEFAULT_MAP = ParameterSource.DEFAULT_MAP
 
@@ -107,33 +117,41 @@ class Keys:
             yield tuple(stack.enter_context(self.open(uri)) for uri in self.uris)
 
     @contextmanager
-    def openable(self, output: Output) -> Iterator[tuple[Signer, ...]]:
-        """Those keys that can be opened, in order; at least one.
+    def openable(
+        self, output: Output, *, but: tuple[type[D1SignerError], ...] = _AWAY
+    ) -> Iterator[tuple[tuple[Signer, ...], Sequence[tuple[str, D1SignerError]]]]:
+        """Those keys that can be opened, in order, at least one; and why the others cannot.
 
         As in a `SignerSet`, a key whose device is down, or whose PIN or key file cannot be read,
         is passed over for the next one.
+
+        Args:
+            output: Takes a note of each that is passed over.
+            but: For which errors.
         """
         self.require()
         with ExitStack() as stack:
             signers: list[Signer] = []
-            failures: list[SignerError | SecretSourceError] = []
+            away: list[tuple[str, D1SignerError]] = []
             for uri in self.uris:
                 try:
                     signers.append(stack.enter_context(self.open(uri)))
-                except (SignerError, SecretSourceError) as error:
-                    failures.append(error)
+                except but as error:
+                    # What no URI can be made of may be anything, a password even.
+                    unread = isinstance(error, KeyUriError)
+                    away.append((f"{scheme_of(uri)}:" if unread else without_secrets(uri), error))
             if not signers:
-                raise failures[0].fresh()
-            for failure in failures:
-                output.note(f"Warning: a key is passed over: {printable(str(failure))}")
-            yield tuple(signers)
+                raise away[0][1].fresh()
+            for shown, why in away:
+                output.note(f"Warning: a key is passed over: {printable(f'{shown}: {why}')}")
+            yield tuple(signers), away
 
     @contextmanager
     def signers(self, output: Output) -> Iterator[SignerSet]:
         """The keys that can be opened, as a set; see `openable`."""
         from d1_signer.signing.signer_set import SignerSet
 
-        with self.openable(output) as signers:
+        with self.openable(output) as (signers, _):
             yield SignerSet(signers)
 
 

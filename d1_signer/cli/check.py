@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from d1_signer.cli._checking_store import STORE
 from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist, Status
 from d1_signer.cli._connection import Connection, with_connection
 from d1_signer.cli._opening import PKCS11_STEPS
@@ -14,7 +15,7 @@ from d1_signer.cli._settings import Issuer, Keys, with_issuer, with_keys
 _STEPS = (
     *("audit-record", "audit-folder", "audit-seal"),
     *PKCS11_STEPS,
-    *("signature", "custody", CERTIFICATE, ENDPOINT, ACCESS_TOKEN),
+    *("signature", "custody", CERTIFICATE, ENDPOINT, ACCESS_TOKEN, STORE),
 )
 
 

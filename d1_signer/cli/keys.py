@@ -25,7 +25,7 @@ from d1_signer.cli._output_file import OutputFile, with_output_file
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.cli._tty import is_terminal
-from d1_signer.errors import ConfigurationError
+from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.signing.key_uri import split_fragment
 
 if TYPE_CHECKING:
@@ -63,13 +63,14 @@ def public_key(
     if form != "jwks":
         keys.single()
     _refuse_der_on_terminal(form, output_file, output)
-    with keys.openable(output) as signers:
+    with keys.openable(output, but=(D1SignerError,)) as (signers, away):
         encoded, shown = _encode(signers, form)
         named = [{"kid": s.kid, "thumbprint": s.public_key.thumbprint()} for s in signers]
-    document = {"format": form, "keys": named, "public_key": shown}
+    missing = [{"key": key, "error": error.to_dict()} for key, error in away]
+    document = {"format": form, "keys": named, "away": missing, "public_key": shown}
     kids = ", ".join(printable(signer.kid) for signer in signers)
     _deliver(encoded, document, output_file, output, what=f"the public key of kid {kids}")
-    if len(signers) < len(keys.uris):
+    if away:
         context.exit(1)
 
 

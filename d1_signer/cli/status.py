@@ -119,10 +119,10 @@ def _text(document: dict[str, Any]) -> str:
     return f"{told}\n\n{table(head, rows)}"
 
 
-def _unreadable_text(number: int) -> str:
-    if not number:
+def _unreadable_text(entries: int) -> str:
+    if not entries:
         return "0"
-    return f"{number} (sealed with another store key: give all of the fleet the same)"
+    return f"{entries}: a part of the fleet has another store key; give all of it the same"
 
 
 def _lease_text(lease: dict[str, Any] | None) -> str:

@@ -34,11 +34,13 @@ def token(
 
     Its value is masked: what is printed is what it is good for.
     """
+    from d1_signer.transport.client import ClientTls
+
     # Before anybody is asked for a PIN: what is missing would make it a login for nothing.
     keys.require()
     issuer.required_id()
-    connection.require(issuer.required_environment())
-    with keys.signers(output) as signers, connection.fetcher(signers, issuer) as fetcher:
+    tls = ClientTls(connection.certificate(issuer.required_environment()), connection.ca_file)
+    with keys.signers(output) as signers, connection.fetcher(signers, issuer, tls=tls) as fetcher:
         got = fetcher.token()
     document: dict[str, object] = {
         "token_type": got.token_type,

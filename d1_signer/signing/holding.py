@@ -17,7 +17,7 @@ from d1_signer.custody.statements import (
 )
 from d1_signer.errors import ConfigurationError, CustodyError, SignerError
 from d1_signer.es256 import PublicKey
-from d1_signer.events import Recordable, Trail
+from d1_signer.events import Recordable, Trail, told
 from d1_signer.signing.backend import Backend, Reopening, guarded
 from d1_signer.signing.recording import answers
 
@@ -110,10 +110,14 @@ class Holding:
         self._decide(self._policy, evidence)
         self._held = opened
         _log.info(
-            "custody.policy backend=%s kid=%s policy=%s %s",
-            self._name,
-            self._about["kid"],
-            ",".join(self._policy.words),
+            "custody.policy %s %s",
+            told(
+                {
+                    "backend": self._name,
+                    "kid": self._about["kid"],
+                    "policy": ",".join(self._policy.words),
+                }
+            ),
             " ".join(f"{name}={_told(evidence, name)}" for name in ANSWERS),
         )
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import final
 
 from d1_signer.errors import D1SignerError
+from d1_signer.events import told
 from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer
@@ -97,7 +98,7 @@ class Member:
             recovered = self._failures > 0
             self._failures, self._rests, self._last_error, self._prober = 0, 0, None, None
         if recovered:
-            _log.info("signer_set.recovered kid=%s", self.kid)
+            _log.info("signer_set.recovered %s", told({"kid": self.kid}))
 
     def failed(self, ticket: object, error: D1SignerError, now: float) -> None:
         """It has not signed, and rests."""
@@ -112,7 +113,9 @@ class Member:
                 exponent = min(self._rests, 10) if error.retryable else 10
                 self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
                 self._rests += 1
-        _log.warning("signer_set.failed kid=%s error=%s: %s", self.kid, error.code, error)
+        _log.warning(
+            "signer_set.failed %s: %s", told({"kid": self.kid, "error": error.code}), error
+        )
 
     def released(self, ticket: object) -> None:
         """The caller stopped for a reason that says nothing about this member."""

@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from functools import partial
 
 from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
+from d1_signer.events import told
 from d1_signer.secret import Secret
 from d1_signer.signing.steps import Step
 from d1_signer.token.access_token import HeldToken, hold
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
-from d1_signer.token.journal import told
 from d1_signer.token.register import About, Announcer, name_of
 from d1_signer.token.renewal import Limits, Renewal
 from d1_signer.token.status import LeaseState, StoreState
@@ -95,6 +95,7 @@ class FleetRenewal:
         self.whose = renewal.whose
         self.store_state = StoreState.UNUSED
         self.store_error: str | None = None
+        self._told_unreadable = False
         self.lease_state = LeaseState.NONE
 
     def close(self) -> None:
@@ -120,6 +121,7 @@ class FleetRenewal:
         if refused is not None:
             self._remember(refused)
             refused = None  # the frame of an error shows its local variables
+        self._told_unreadable = False
         held = self._obtain(deadline, stopped)
         self.announcer.begin()
         return held
@@ -195,9 +197,10 @@ class FleetRenewal:
         return held(chance=random.random())  # noqa: S311 (spreads load, keeps no secret)
 
     def _note_store(self, *, unreadable: bool) -> None:
-        """Note what the store has given; a member whose key differs is told of once."""
-        if unreadable and self.store_state is not StoreState.UNREADABLE:
-            _log.warning("fleet.token_unreadable %s: %s", told(self.whose), _UNREADABLE)
+        """Note what the store has given; another key is told of in each renewal, once."""
+        if unreadable and not self._told_unreadable:
+            self._told_unreadable = True
+            _log.error("fleet.token_unreadable %s: %s", told(self.whose), _UNREADABLE)
         self.store_state = StoreState.UNREADABLE if unreadable else StoreState.WORKING
         self.store_error = _UNREADABLE if unreadable else None
 

@@ -21,7 +21,7 @@ from dataclasses import fields
 from typing import Any
 
 from d1_signer.errors import ConfigurationError, D1SignerError, FetcherClosedError, TokenError
-from d1_signer.events import Observer, checked
+from d1_signer.events import Observer, checked, told
 from d1_signer.frames import without_locals
 from d1_signer.secret import shown_path
 from d1_signer.signing import forks
@@ -183,10 +183,10 @@ class Following:
         self._error = error
         if known is None or str(known) != str(error):
             _log.warning(
-                "settings.unusable file=%s code=%s: the last good ones are used on: %s",
-                shown_path(self._file),
-                error.code,
-                error,
+                "settings.unusable %s: the last good ones are used on",
+                told(
+                    {"file": shown_path(self._file), "code": error.code, "message": error},
+                ),
             )
 
     def _renew(self) -> bool:
@@ -221,12 +221,16 @@ class Following:
 
     def _told(self) -> None:
         _log.info(
-            "settings.taken file=%s digest=%s keys=%d away=%d changed=%s",
-            shown_path(self._file),
-            self.settings.digest,
-            len(self.settings.key),
-            len(self._away),
-            ",".join(self._changed) or "none",
+            "settings.taken %s",
+            told(
+                {
+                    "file": shown_path(self._file),
+                    "digest": self.settings.digest,
+                    "keys": len(self.settings.key),
+                    "away": len(self._away),
+                    "changed": ",".join(self._changed) or "none",
+                }
+            ),
         )
 
     def close(self) -> None:
@@ -278,7 +282,8 @@ def reload_on(number: int, reload: Callable[[], None]) -> None:
             try:
                 reload()
             except D1SignerError as error:
-                _log.warning("settings.reload_failed code=%s: %s", error.code, error)
+                facts = {"code": error.code, "message": error}
+                _log.warning("settings.reload_failed %s", told(facts))
 
     def handler(*_: object) -> None:
         asked.put(None)  # which is made to be called from handlers

@@ -5,15 +5,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from d1_signer.errors import D1SignerError
-from d1_signer.events import Observer, RenewalEvent, notify, notify_beginning
+from d1_signer.events import Observer, RenewalEvent, notify, notify_beginning, told
 from d1_signer.token.access_token import HeldToken
 from d1_signer.token.clock import Clock
-from d1_signer.token.status import Failure, Success
+from d1_signer.token.status import Failure, StoreState, Success
 
 _log = logging.getLogger("d1_signer.token")
-_TOLD_APART = frozenset({"host", "issuer", "code", "failures", "seconds"})
+_TOLD_APART = frozenset({"host", "issuer", "code", "failures", "seconds", "message"})
+
+
+class Renews(Protocol):
+    """What a journal is about: that which renews."""
+
+    @property
+    def whose(self) -> Mapping[str, str]:
+        """Names of D1's host and the issuer."""
+        ...
+
+    @property
+    def store_state(self) -> StoreState:
+        """What the last call of the fleet's store has shown."""
+        ...
 
 
 class Journal:
@@ -26,20 +41,19 @@ class Journal:
         failures: In a row, since the last success.
     """
 
-    def __init__(
-        self, whose: Mapping[str, str], *, wall: Clock, observers: Sequence[Observer]
-    ) -> None:
+    def __init__(self, renews: Renews, *, wall: Clock, observers: Sequence[Observer]) -> None:
         """Nothing has happened yet.
 
         Args:
-            whose: Names of D1's host and the issuer, for each line.
+            renews: Has the names of D1's host and the issuer, for each line.
             wall: Seconds since the epoch.
             observers: Told of each renewal.
         """
-        self.whose = dict(whose)
+        self.whose = dict(renews.whose)
         self.success: Success | None = None
         self.failure: Failure | None = None
         self.failures = 0
+        self._renews = renews
         self._wall = wall
         self._observers = tuple(observers)
 
@@ -52,13 +66,15 @@ class Journal:
             shared=held.shared,
             attempt=held.attempt,
         )
-        _log.info(
-            "token.renewed %s scope=%r expires_at=%.0f shared=%s",
-            told({**self.whose, **names, "seconds": round(seconds, 3)}),
-            held.token.scope,
-            held.token.expires_at,
-            held.shared,
-        )
+        facts = {
+            **self.whose,
+            **names,
+            "seconds": round(seconds, 3),
+            "scope": held.token.scope,
+            "expires_at": round(held.token.expires_at),
+            "shared": held.shared,
+        }
+        _log.info("token.renewed %s", told(facts))
 
     def failed(self, error: D1SignerError, seconds: float | None) -> None:
         """A renewal has ended without one; None where it never began."""
@@ -76,7 +92,7 @@ class Journal:
         if seconds is not None:
             facts["seconds"] = round(seconds, 3)
         facts |= {name: value for name, value in error.details.items() if name not in _TOLD_APART}
-        _log.warning("token.failed %s: %s", told(facts), error)
+        _log.warning("token.failed %s", told({**facts, "message": error}))
 
     def begin(self) -> None:
         """Tell the observers that a renewal begins."""
@@ -86,28 +102,13 @@ class Journal:
         self, result: HeldToken | D1SignerError, seconds: float, callers: Sequence[tuple[str, str]]
     ) -> None:
         """Tell the observers how a renewal ended, and which calls waited for it."""
-        spans = tuple(dict.fromkeys(callers))
-        if isinstance(result, HeldToken):
-            event = RenewalEvent(
-                duration=seconds,
-                error=None,
-                expires_in=result.token.expires_at - self._wall(),
-                shared=result.shared,
-                callers=spans,
-            )
-        else:
-            event = RenewalEvent(
-                duration=seconds, error=result.code, expires_in=None, shared=False, callers=spans
-            )
+        held = result if isinstance(result, HeldToken) else None
+        event = RenewalEvent(
+            duration=seconds,
+            error=result.code if isinstance(result, D1SignerError) else None,
+            expires_in=held.token.expires_at - self._wall() if held else None,
+            shared=held is not None and held.shared,
+            callers=tuple(dict.fromkeys(callers)),
+            store=str(self._renews.store_state),
+        )
         notify(self._observers, event)
-
-
-def told(facts: Mapping[str, object]) -> str:
-    """Names and values in one line, each of which can be read back."""
-    return " ".join(f"{name}={_value(value)}" for name, value in facts.items())
-
-
-def _value(value: object) -> str:
-    text = str(value)
-    plain = text.isascii() and text.isprintable() and text and not set(text) & set(" \"'=")
-    return text if plain else repr(text)

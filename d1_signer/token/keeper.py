@@ -85,7 +85,7 @@ class TokenKeeper:
         self._retry_interval = retry_interval
         self._clock = clock
         self._wall = wall
-        self._journal = Journal(renewal.whose, wall=wall, observers=observers)
+        self._journal = Journal(renewal, wall=wall, observers=observers)
         self._refused: str | None = None
         self._refused_young_until = _NEVER
         self._young_until = _NEVER

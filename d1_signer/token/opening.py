@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from d1_signer.audit.trail import AuditTrail
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
-from d1_signer.events import Observer
+from d1_signer.events import Observer, told
 from d1_signer.secret import Secret, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of, without_secrets
 from d1_signer.signing.opening import open_signer
@@ -115,7 +115,7 @@ class Opening:
             opened.pop_all()
         for place, why in away.items():
             if place not in self._told:
-                _log.warning("settings.key_away key=%s: %s", place.shown, why)
+                _log.warning("settings.key_away %s", told({"key": place.shown, "message": why}))
         self._told = {*away}
         return Keys(
             signers=tuple(self._open[place] for place in places if place in self._open),

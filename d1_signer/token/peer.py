@@ -125,15 +125,14 @@ class Peer:
             details["proxy"] = proxy
         if refused is not None:
             details |= refused.details()
-        where, hint = {
-            Stage.NAME: ("its name", "Check the environment's URL and this machine's DNS."),
-            Stage.CONNECTION: ("the connection", "Check network and firewall, and the port."),
-            Stage.PROXY: (f"the proxy {proxy}", refused.hint if refused else _ABOUT_PROXY),
-            Stage.ANSWER: ("the answer", self._where_it_stays()),
+        hint = {
+            Stage.NAME: "Check the environment's URL and this machine's DNS.",
+            Stage.CONNECTION: "Check network and firewall, and the port.",
+            Stage.PROXY: refused.hint if refused else _ABOUT_PROXY,
+            Stage.ANSWER: self._where_it_stays(),
         }[failure.stage]
         return TokenUnavailable(
-            f"D1's token endpoint {self.address} cannot be reached; {where} failed: "
-            f"{failure.reason}.",
+            f"D1's token endpoint {self.address} cannot be reached; {failure.told(proxy)}.",
             hint=hint,
             retryable=refused is None or refused.passes,
             details=details,

@@ -28,7 +28,7 @@ from d1_signer.errors import (
     TokenTimeout,
     TokenUnavailable,
 )
-from d1_signer.events import Observer, RequestEvent, notify
+from d1_signer.events import Observer, RequestEvent, notify, told
 from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet
@@ -40,7 +40,6 @@ from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.token.endpoint import Reply, TokenEndpoint
 from d1_signer.token.flight import left_to
-from d1_signer.token.journal import told
 from d1_signer.token.response import Grant
 from d1_signer.token.status import LeaseState, StoreState
 
@@ -232,8 +231,14 @@ class Renewal:
                     # The Date was not what D1 minded, under any kid: both can be wrong at once.
                     self._clock_offset = 0.0
                 raise reply.outcome
-            facts = {**self.whose, **tried.details(), "seconds": round(tried.seconds, 3)}
-            _log.info("token.retry %s pause=%.3f: %s", told(facts), pause, reply.outcome.code)
+            facts = {
+                "code": reply.outcome.code,
+                **self.whose,
+                **tried.details(),
+                "seconds": round(tried.seconds, 3),
+                "pause": round(pause, 3),
+            }
+            _log.info("token.retry %s", told(facts))
             with Step(f"the end of a pause after {reply.outcome.code}"):
                 stopped.wait(pause)
             if stopped.is_set():
@@ -352,7 +357,7 @@ class Renewal:
     def _has_another_kid(self, reply: Reply, kid: str) -> bool:
         if not _is_invalid_grant(reply) or set(self._signers.kids) == {kid}:
             return False
-        _log.warning("token.kid_refused kid=%s: another kid of the set is tried", kid)
+        _log.warning("token.kid_refused %s: another kid of the set is tried", told({"kid": kid}))
         return True
 
 

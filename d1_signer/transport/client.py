@@ -17,7 +17,7 @@ import certifi
 from cryptography import x509
 
 from d1_signer.errors import ConfigurationError, D1SignerError, SignerUnavailable
-from d1_signer.events import CertificateEvent, Observer, notify
+from d1_signer.events import CertificateEvent, Observer, notify, told
 from d1_signer.secret import Secret, read_secret, shown_path
 from d1_signer.signing import forks
 from d1_signer.transport.credentials import (
@@ -263,7 +263,8 @@ class ClientTls:
         not_after = certificate.not_valid_after_utc
         subject = certificate.subject.rfc4514_string()
         if before is not None:
-            _log.info("tls.client_certificate_replaced subject=%r not_after=%s", subject, not_after)
+            facts = {"subject": subject, "not_after": not_after.isoformat()}
+            _log.info("tls.client_certificate_replaced %s", told(facts))
         event = CertificateEvent(
             subject=subject,
             serial_number=certificate.serial_number,

@@ -76,9 +76,13 @@ def within(deadline: float, work: Callable[[], T]) -> T:
         ) from None
 
 
-def no_time_left() -> SignerTimeout:
-    """The error for a deadline that has passed."""
+def no_time_left(what: str = "The service") -> SignerTimeout:
+    """The error for a deadline that has passed.
+
+    Args:
+        what: Who gave no answer.
+    """
     return SignerTimeout(
-        "The service gave no answer within the deadline.",
+        f"{what} gave no answer within the deadline.",
         hint="Check that it can be reached, or allow more time.",
     )

@@ -110,7 +110,7 @@ class Http:
     ) -> Answer:
         left = until - time.monotonic()
         if left <= 0:
-            raise no_time_left()
+            raise no_time_left(self._what)
         connect, read = (min(limit, left) for limit in self._limits)
         parts = urlsplit(url)
         with self._connections.bounded(until), self._forgetting():

@@ -50,6 +50,15 @@ class Stage(Enum):
     ANSWER = "answer"
 
 
+_PARTS = {
+    Stage.NAME: "its name",
+    Stage.CONNECTION: "the connection",
+    Stage.PROXY: "the proxy",
+    Stage.TLS: "TLS",
+    Stage.ANSWER: "the answer",
+}
+
+
 class TlsFailure(Enum):
     """What a failed handshake came to, as far as the two sides say."""
 
@@ -80,6 +89,17 @@ class Failure:
     tls: TlsFailure | None = None
     refused: TunnelRefused | None = None
 
+    def told(self, proxy: str | None = None) -> str:
+        """What failed and why, in the same words whoever was asked.
+
+        Args:
+            proxy: The one on the way.
+        """
+        part = _PARTS[self.stage]
+        if self.stage is Stage.PROXY and proxy:
+            part = f"{part} {proxy}"
+        return f"{part} failed: {self.reason}"
+
 
 def is_untrusted(error: BaseException) -> bool:
     """Whether a certificate was refused, which stays so; anything else about TLS may pass."""
@@ -87,13 +107,15 @@ def is_untrusted(error: BaseException) -> bool:
     return any(isinstance(cause, refusals) for cause in causes(error))
 
 
-def failure_of(error: Exception, *, connect: float, read: float) -> Failure:
+def failure_of(
+    error: Exception, *, connect: float | None = None, read: float | None = None
+) -> Failure:
     """Tell where an exchange failed, and why.
 
     Args:
         error: Of requests or urllib3, or what it was raised from.
-        connect: Seconds that the connection was given.
-        read: Seconds that each wait for bytes was given.
+        connect: Seconds that the connection was given, where they are known.
+        read: Seconds that each wait for bytes was given, where they are known.
     """
     links = list(causes(error))
     in_tls = next((found for link in links if (found := _tls_failure(link))), None)
@@ -113,22 +135,28 @@ def failure_of(error: Exception, *, connect: float, read: float) -> Failure:
     if by_proxy:
         foreign = any(isinstance(link, HTTPException) for link in links)
         reason = "what it answers is not HTTP" if foreign else _system_reason(links)
-        return Failure(Stage.PROXY, reason or f"no tunnel within {connect:.3g} seconds")
+        return Failure(Stage.PROXY, reason or f"no tunnel {_within(connect)}")
     connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
     reason = _system_reason(links)
     if reason is None and connecting:
-        reason = f"no connection within {connect:.3g} seconds"
+        reason = f"no connection {_within(connect)}"
     elif reason is None and any(isinstance(link, HttpTimeout | TimeoutError) for link in links):
-        reason = f"no answer within {read:.3g} seconds"
+        reason = f"no answer {_within(read)}"
     return Failure(
         Stage.CONNECTION if connecting else Stage.ANSWER,
         reason or "the connection was closed before a whole answer came",
     )
 
 
+def _within(seconds: float | None) -> str:
+    return "in time" if seconds is None else f"within {seconds:.3g} seconds"
+
+
 def _tls_failure(link: BaseException) -> Failure | None:
     if isinstance(link, ssl.SSLCertVerificationError):
-        return Failure(Stage.TLS, link.verify_message.rstrip("."), TlsFailure.UNTRUSTED)
+        # Absent from one that OpenSSL did not raise.
+        why = getattr(link, "verify_message", "") or "its certificate is not trusted"
+        return Failure(Stage.TLS, why.rstrip("."), TlsFailure.UNTRUSTED)
     if isinstance(link, CertificateError):
         return Failure(Stage.TLS, "it is for another host", TlsFailure.UNTRUSTED)
     if isinstance(link, TimeoutError) and "handshake" in str(link):

@@ -362,6 +362,17 @@ def test_two_keys_that_fail_are_told_apart(
     assert others.startswith("access-token of kid next-2027 at 127.0.0.1:")
 
 
+def test_steps_for_machines_name_key_and_host(run: Run, settings: dict[str, str]) -> None:
+    host = settings["D1_ENVIRONMENT"].split("/")[2]
+    away = settings["D1_SIGNER_KEY"].partition("#")[0] + ".away#next-2027"
+    settings |= {"D1_SIGNER_KEY": f"{settings['D1_SIGNER_KEY']} {away}"}
+    steps = run("check", "--json", **settings).document["steps"]
+    about = {(step["step"], step["about"]) for step in steps}
+    assert {("key", "kid next-2027"), ("endpoint", host)} <= about
+    assert ("access-token", f"kid bank-2026 at {host}") in about
+    assert ("access-token", f"kid next-2027 at {host}") in about
+
+
 def test_every_line_names_key_or_host(run: Run, settings: dict[str, str]) -> None:
     lines = run("check", **settings).out.splitlines()
     host = settings["D1_ENVIRONMENT"].split("/")[2]

@@ -112,6 +112,17 @@ def test_jwks_holds_the_others_where_a_key_is_away(run: Run, key_uri: str, tmp_p
         assert [key["kid"] for key in json.loads(result.out)["keys"]] == ["bank-2026"]
         assert "Warning: a key is passed over" in result.err
         assert "none.pem" in result.err
+    told = run("public-key", "--format", "jwks", "--json", D1_SIGNER_KEY=f"{key_uri} {away}")
+    assert told.status == 1
+    assert [(one["key"], one["error"]["code"]) for one in told.document["away"]] == [
+        (away, "secret_source")
+    ]
+    module = "pkcs11:token=bank;object=d1?module-path=/nowhere/module.so"
+    for gone in (module, "awskms:///alias/d1"):
+        result = run("public-key", "--format", "jwks", "--json", D1_SIGNER_KEY=f"{gone} {key_uri}")
+        assert result.status == 1, gone
+        assert result.document["keys"][0]["kid"] == "bank-2026"
+        assert gone.partition("?")[0] in result.err
     nothing = run("public-key", "--format", "jwks", D1_SIGNER_KEY=f"{away} {away}")
     assert (nothing.status, nothing.out) == (2, "")
 

@@ -141,6 +141,38 @@ def test_no_file_of_the_settings_is_overwritten(
         assert path.read_text() == "what stands there"
 
 
+def test_no_file_of_an_sdk_or_a_module_is_overwritten(run: Run, key: Path, tmp_path: Path) -> None:
+    names = (
+        *("AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE", "GOOGLE_APPLICATION_CREDENTIALS"),
+        *("VAULT_CLIENT_KEY", "BAO_CACERT", "SOFTHSM2_CONF"),
+    )
+    for name in names:
+        file = tmp_path / name
+        file.write_text("what stands there")
+        result = run(
+            "public-key", "--key", key.as_uri(), "-o", str(file), "--force", **{name: str(file)}
+        )
+        assert result.status == 2
+        assert "never" in result.err
+        assert file.read_text() == "what stands there"
+
+
+def test_nothing_is_written_into_an_audit_trail(
+    run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
+) -> None:
+    trail = tmp_path / "trail"
+    assert run(*command, "--key", key.as_uri(), "--audit-trail", str(trail)).status == 0
+    (instance,) = trail.iterdir()
+    before = {path: path.read_bytes() for path in instance.iterdir()}
+    link = tmp_path / "link"
+    link.symlink_to(next(iter(before)))
+    for path in (*before, link, instance / "new.pem"):
+        result = run(*command, "--key", key.as_uri(), "-o", str(path), "--force")
+        assert (result.status, result.out) == (2, "")
+        assert "audit trail" in result.err
+    assert {path: path.read_bytes() for path in instance.iterdir()} == before
+
+
 def other_keys() -> dict[str, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     encodings = {"PEM": Encoding.PEM, "DER": Encoding.DER}

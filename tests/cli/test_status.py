@@ -134,8 +134,29 @@ def test_what_another_store_key_sealed_cannot_be_read(
     result = run("status", "--json", "--config", str(file))
     assert (result.status, result.document["unreadable"]) == (1, 2)
     assert result.document["token"] is None
-    shown = run("status", "--config", str(file)).out
-    assert "2 (sealed with another store key: give all of the fleet the same)" in shown
+    assert (
+        "2: a part of the fleet has another store key" in run("status", "--config", str(file)).out
+    )
+    checked = run("check", "--json", "--config", str(file))
+    assert (checked.status, checked.document["stopped_at"]["step"]) == (1, "store")
+    assert checked.document["stopped_at"]["error"]["details"] == {"unreadable": 2}
+
+
+def test_check_asks_the_store(
+    run: Run, file: Path, opened: TokenFetcher, redis_server: RedisServer
+) -> None:
+    announced(opened)
+    good = run("check", "--config", str(file), "--require", "store")
+    assert good.status == 0, good.out
+    assert f"{redis_server.url}: 1 processes of the fleet" in good.out
+    redis_server.kill()
+    away = run("check", "--json", "--config", str(file))
+    assert (away.status, away.document["stopped_at"]["error"]["code"]) == (1, "store_unavailable")
+
+
+def test_check_requires_a_store_that_is_not_given(run: Run, key_uri: str) -> None:
+    result = run("check", "--json", "--key", key_uri, "--require", "store")
+    assert (result.status, result.document["stopped_at"]["step"]) == (1, "store")
 
 
 def test_a_store_that_is_away(run: Run, file: Path, redis_server: RedisServer) -> None:

@@ -16,6 +16,7 @@ from joserfc.jwk import ECKey
 from d1_signer import generate_key
 from d1_signer.cli._output import printable
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.sandbox.softhsm import find_softhsm
 from tests.cli.conftest import ISSUER, Run, bearer_values, run_process
 
 
@@ -129,6 +130,29 @@ def test_a_key_whose_file_or_passphrase_cannot_be_read_is_passed_over(
     none_left = run("token", "--json", D1_SIGNER_KEY=unreadable)
     assert none_left.status == 2
     assert none_left.document["code"] == "secret_source"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: ""} for name in ("D1_ISSUER_ID", "D1_ENVIRONMENT", "D1_CLIENT_KEY")),
+        *({name: "/nowhere.pem"} for name in ("D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE")),
+        {"D1_ENVIRONMENT": "stagging"},
+        {"D1_SIGNER_OPTIONS": "no_such_option=1"},
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_missing_or_wrong_is_told_before_a_pin_is_read(
+    run: Run, settings: dict[str, str], tmp_path: Path, wrong: dict[str, str]
+) -> None:
+    _, module = find_softhsm()
+    pin = tmp_path / "no-pin"
+    key = f"pkcs11:token=t;object=o?module-path={module}&pin-source=file:{pin}"
+    settings = {**settings, "D1_SIGNER_KEY": key}
+    assert "The PIN file cannot be read" in run("token", "--json", **settings).out
+    result = run("token", "--json", **{**settings, **wrong})
+    assert result.status == 2
+    assert "PIN" not in result.out
 
 
 def test_assertion_says_what_it_is_and_is_masked(run: Run, settings: dict[str, str]) -> None:

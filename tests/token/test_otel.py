@@ -114,7 +114,10 @@ def test_a_renewal_is_told_in_spans_and_metrics(
         "d1_signer.jti": sandbox.requests[0].claims["jti"],
         "d1_signer.kid": KID,
     }
-    assert dict(renewal.attributes or {}) == environment | {"d1_signer.shared": False}
+    assert dict(renewal.attributes or {}) == environment | {
+        "d1_signer.shared": False,
+        "d1_signer.store": "none",
+    }
     assert request.kind is SpanKind.CLIENT
     for span in (sign, request, renewal):
         assert span.status.status_code is StatusCode.UNSET

@@ -42,8 +42,8 @@ EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 
 def facts(line: str) -> dict[str, str]:
     """What stands in a line of the log as NAME=VALUE."""
-    pairs = re.findall(r"(?:^|\s)([a-z0-9_]+)=('[^']*'|\S+)", line)
-    return {name: value.strip("'").rstrip(":") for name, value in pairs}
+    pairs = re.findall(r'(?:^|\s)([a-z0-9_]+)=("(?:[^"\\]|\\.)*"|\S+)', line)
+    return {name: value.strip('"') for name, value in pairs}
 
 
 def line(caplog: pytest.LogCaptureFixture, event: str) -> str:

@@ -209,9 +209,8 @@ def of_connection(error: Exception, name: str, doing: str, details: Details) -> 
     kind: type[SignerError] = SignerUnavailable
     hint, retryable = "Check the network, the endpoint and the region.", True
     where = f"{name} at {endpoint}" if endpoint else name
-    via = ""
     if failed.stage is Stage.PROXY:
-        via = f" through the proxy {failed.refused.proxy if failed.refused else proxy}"
+        proxy = failed.refused.proxy if failed.refused else proxy
         hint = "Look at the proxy: what it logs of this, and whether it admits the endpoint."
         if failed.refused is not None:
             hint, retryable = failed.refused.hint, failed.refused.passes
@@ -219,12 +218,11 @@ def of_connection(error: Exception, name: str, doing: str, details: Details) -> 
     elif failed.stage is Stage.TLS and failed.tls is TlsFailure.UNTRUSTED:
         hint, retryable = _authorities(name), False
     elif failed.stage is Stage.TLS:
-        hint = "TLS failed: check the endpoint, and what stands before it."
+        hint = "Check the endpoint, and what stands before it."
     elif isinstance(error, sdk.ReadTimeoutError | sdk.ConnectTimeoutError):
         kind, hint = SignerTimeout, "Check that the endpoint can be reached."
-    stage = {Stage.TLS: "TLS: "}.get(failed.stage, "")
     return kind(
-        f"{where} could not be asked {doing}{via}: {stage}{failed.reason}.",
+        f"{where} could not be asked {doing}: {failed.told(proxy)}.",
         hint=hint,
         retryable=retryable,
         details={**details, "stage": failed.stage.value},

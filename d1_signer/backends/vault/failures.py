@@ -224,7 +224,7 @@ def on_the_way(error: Exception) -> OnTheWay:
     """What an exception says of a request that has no answer."""
     if is_untrusted(error) or not isinstance(error, HTTPError | OSError):
         return OnTheWay(Again.NEVER)
-    failure = failure_of(error, connect=0, read=0)
+    failure = failure_of(error)
     if failure.refused is not None and not failure.refused.passes:
         return OnTheWay(Again.NEVER)
     if failure.tls is TlsFailure.REFUSED_CERTIFICATE:

@@ -27,7 +27,6 @@ from d1_signer.backends.vault.failures import (
 from d1_signer.backends.vault.settings import Settings
 from d1_signer.errors import D1SignerError
 from d1_signer.secret import Secret
-from d1_signer.transport.deadlines import no_time_left
 from d1_signer.transport.exchange import Answer, Http
 
 _OK = range(200, 300)
@@ -89,7 +88,7 @@ class HttpClient:
         path = settings.socket_path
         self._base = f"{'http://localhost' if path else settings.address.rstrip('/')}/v1/"
         self._http = Http(
-            "Vault",
+            self.service.name,
             settings.context(),
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
@@ -155,11 +154,11 @@ class HttpClient:
             if final or (counted and told.again is not Again.UNSEEN):
                 raise told.error
             now = time.monotonic()
-            if now >= until:
-                raise self.named(no_time_left(), purpose)
             if now + pause >= until:
-                raise told.error
+                raise told.error  # which says more than that the time is over
             time.sleep(pause)
+            if time.monotonic() >= until:
+                raise told.error
 
     def _told(self, call: _Call) -> Told | Failure:
         """The answer, or why there is none; whatever holds a secret is over when this returns."""

@@ -275,8 +275,16 @@ def refuse(fetcher: TokenFetcher) -> None:
     fetcher.invalidate(fetcher.token())
 
 
-def test_another_key_is_told_once(fleet: FleetMaker, caplog: pytest.LogCaptureFixture) -> None:
-    first, other = fleet(), fleet(store_key=os.urandom(32))
+def test_another_key_is_told_in_each_renewal(
+    fleet: FleetMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    stores: list[str] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, RenewalEvent):
+            stores.append(event.store)
+
+    first, other = fleet(), fleet(store_key=os.urandom(32), observers=[note])
     first.token()
     assert "fleet.token_unreadable" not in caplog.text
     assert first.status().store is StoreState.WORKING
@@ -289,9 +297,13 @@ def test_another_key_is_told_once(fleet: FleetMaker, caplog: pytest.LogCaptureFi
             member.token()
             assert member.status().store is StoreState.UNREADABLE
             assert "Give all of the fleet the same store_key." in str(member.status().store_error)
-    told = [line for line in caplog.messages if line.startswith("fleet.token_unreadable")]
-    assert len(told) == 2
-    assert all(f"issuer={ISSUER}" in line and "store_key" in line for line in told)
+    told = [each for each in caplog.records if each.msg.startswith("fleet.token_unreadable")]
+    assert len(told) == 7
+    assert {each.levelname for each in told} == {"ERROR"}
+    for each in told:
+        assert f"issuer={ISSUER}" in each.getMessage()
+        assert "store_key" in each.getMessage()
+    assert stores == ["unreadable"] * 4
 
 
 def test_the_status_tells_of_store_and_lease(
