@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def status(context: click.Context, issuer: Issuer, *, output: Output) -> None:
     It tells the life that is left of the shared token, who holds the lease, what cannot be read
     with this store key, and which settings, keys and certificate each process has that has renewed
     or reloaded within a quarter of an hour. No key is opened, and D1 is not asked. The exit status
-    is 0 where all can be read and every process has the settings of the file.
+    is 0 where all can be read, there is such a process, and each has the settings of the file.
     """
     from d1_signer.token.opening import store_key_of, store_of
     from d1_signer.token.register import Fleet, name_of
@@ -77,11 +78,12 @@ def _document(fleet: Fleet, settings: Settings) -> dict[str, Any]:
         and {
             "holder": names.get(lease[0]) and _who(names[lease[0]]),
             "member": lease[0],
-            "expires_in": round(lease[1], 1),
+            "expires_in": round(lease[1], 1) if math.isfinite(lease[1]) else None,
         },
         "unreadable": fleet.unreadable,
         "settings": settings.digest,
-        "rotated": all(each["settings"] == settings.digest for each in fleet.processes),
+        # Of a fleet of which nobody has told anything nothing is known.
+        "rotated": {each["settings"] for each in fleet.processes} == {settings.digest},
         "processes": list(fleet.processes),
     }
 
@@ -122,11 +124,14 @@ def _text(document: dict[str, Any]) -> str:
 def _unreadable_text(entries: int) -> str:
     if not entries:
         return "0"
-    return f"{entries}: a part of the fleet has another store key; give all of it the same"
+    why = "a part of the fleet has another store key, or another release"
+    return f"{entries}: {why}; give all of it the same"
 
 
 def _lease_text(lease: dict[str, Any] | None) -> str:
     if lease is None:
         return "nobody renews now"
     who = lease["holder"] or f"a process that has not told of itself ({lease['member']})"
+    if lease["expires_in"] is None:
+        return f"{who}, without an end: no renewal's; delete the key that ends in :lease"
     return f"{who}, for {lease['expires_in']:g} s at most"

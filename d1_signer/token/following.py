@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from types import FrameType
 from typing import Any
 
 from d1_signer.errors import ConfigurationError, D1SignerError, FetcherClosedError, TokenError
@@ -37,6 +38,12 @@ LOOK_INTERVAL = 2.0
 # Seconds until what could not be taken is tried again though the file is the same: a key's device
 # may be back, or the file of a certificate be there.
 _TRY_AGAIN = 15.0
+
+# Seconds for which a file has not changed, before it is read in passing. Half of one that is
+# written in its place may be valid; and file systems tell two changes within a second apart as
+# little as one, at worst.
+_REST = 1.0
+_GRACE = 1.0
 
 # Another D1, another issuer or another store is another fetcher.
 _FIXED = (
@@ -75,7 +82,7 @@ class Following:
             settings: What it said.
             seen: What `state_of` said before it was read: what is written meanwhile is a change.
         """
-        self._file = os.fspath(file)
+        self._file = os.path.abspath(os.fspath(file))  # noqa: PTH100 (of text or bytes)
         self._opening = opening
         self.settings = settings
         self._seen = seen
@@ -83,6 +90,8 @@ class Following:
         self._taken_at = time.time()
         self._changed: tuple[str, ...] = ()
         self._error: D1SignerError | None = None
+        # When the last of the renewals is over that began with what was used before.
+        self._busy_until = time.monotonic()
         self._next_look = self._next_try = 0.0
         self._take: Take | None = None
         self._announce: Callable[[], None] = lambda: None
@@ -123,14 +132,17 @@ class Following:
         if now < self._next_look or self._take is None:
             return
         self._next_look = now + LOOK_INTERVAL
-        self._opening.close_left()
-        pending = self._error is not None or self._away
-        if state_of(self._file) == self._seen and not (pending and now >= self._next_try):
+        state = state_of(self._file)
+        pending = now >= self._next_try and (self._error is not None or self._away)
+        # What is still being written is left alone until it rests.
+        due = (pending or state != self._seen) and rests(state)
+        if not due and not self._opening.has_left():
             return
         forks.notice()
         if self._lock.acquire(blocking=False):
             try:
-                if self._thread is None:
+                self._opening.close_left()
+                if due and self._thread is None:
                     self._start()
             finally:
                 self._lock.release()
@@ -160,24 +172,42 @@ class Following:
         """
         forks.notice()
         with self._lock:
-            seen = state_of(self._file)
-            known = self._error
             try:
-                changed = self._renew()
-            except D1SignerError as error:
-                self._failed(error.fresh(), known)
-                raise
-            except Exception as error:  # noqa: BLE001 (a plug-in of a key may raise anything)
-                failure = TokenError(f"The settings cannot be taken ({type(error).__name__}).")
-                self._failed(failure, known)
-                raise failure from None
+                self._require_open()
+                self._reload()
             finally:
-                self._seen, self._next_try = seen, time.monotonic() + _TRY_AGAIN
-            self._error = None
-            if changed or known is not None:
-                self._taken_at = time.time()
-                self._told()
-                self._announce()
+                if self._take is None:  # closed meanwhile: what was opened since goes as well
+                    self._opening.close()
+
+    def _require_open(self) -> Take:
+        take = self._take
+        if take is None:
+            raise FetcherClosedError("The token fetcher is closed.")
+        return take
+
+    def _reload(self) -> None:
+        seen = state_of(self._file)
+        known = self._error
+        try:
+            changed = self._renew()
+        except FetcherClosedError:
+            raise
+        except D1SignerError as error:
+            self._failed(error.fresh(), known)
+            raise
+        except Exception as error:  # noqa: BLE001 (a plug-in of a key may raise anything)
+            failure = TokenError(f"The settings cannot be taken ({type(error).__name__}).")
+            self._failed(failure, known)
+            raise failure from None
+        finally:
+            # A change within the same tick of the file system's clock would not be seen.
+            self._seen = seen if rests(seen) else ()
+            self._next_try = time.monotonic() + _TRY_AGAIN
+        self._error = None
+        if changed or known is not None:
+            self._taken_at = time.time()
+            self._told()
+            self._announce()
 
     def _failed(self, error: D1SignerError, known: D1SignerError | None) -> None:
         self._error = error
@@ -190,9 +220,6 @@ class Following:
             )
 
     def _renew(self) -> bool:
-        take = self._take
-        if take is None:
-            raise FetcherClosedError("The token fetcher is closed.")
         settings = Settings.read(self._file)
         if settings == self.settings and not self._away:
             return False
@@ -204,19 +231,20 @@ class Following:
                     hint="Start the process anew for it, or put the old value back.",
                 )
         before = self.settings
-        # Those that were away at the start may still be; what is named anew must be there.
-        keys = self._opening.keys(settings, some=settings.key == before.key)
+        keys = self._opening.keys(settings)
         if settings == before and keys.away == self._away:
             return False
+        take = self._require_open()  # opening may have taken long
         try:
             take(settings, keys)
         except BaseException:
-            self._opening.leave(before, after=0.0)
+            self._opening.leave(before, until=time.monotonic())
             raise
         self.settings, self._away = settings, keys.away
         names = (field.name for field in fields(settings) if field.compare)
         self._changed = tuple(n for n in names if getattr(settings, n) != getattr(before, n))
-        self._opening.leave(settings, after=before.limits.total)
+        self._busy_until = max(self._busy_until, time.monotonic() + before.limits.total)
+        self._opening.leave(settings, until=self._busy_until)
         return True
 
     def _told(self) -> None:
@@ -234,12 +262,17 @@ class Following:
         )
 
     def close(self) -> None:
-        """Follow no more, and close what was opened."""
+        """Follow no more, and close what was opened.
+
+        A change under way, which may hang in a device, closes it when it ends.
+        """
+        forks.notice()
         self._take = None
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(1.0)
-        self._opening.close()
+        if self._lock.acquire(timeout=_GRACE):
+            try:
+                self._opening.close()
+            finally:
+                self._lock.release()
 
 
 @contextmanager
@@ -261,35 +294,66 @@ def opened(
     settings.require_complete()
     opening = Opening(settings, checked(observers))
     try:
-        keys = opening.keys(settings, some=True)
-        yield Following(file, opening, settings, seen), keys
+        keys = opening.keys(settings, first=True)
+        yield Following(file, opening, settings, seen if rests(seen) else ()), keys
     except BaseException:
         opening.close()
         raise
 
 
+class _Waker:
+    """A thread that reloads when it is woken up, in this process and in each child of it."""
+
+    def __init__(self, reload: Callable[[], None]) -> None:
+        self._reload = reload
+        self.asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def begin(self) -> None:
+        """Start the thread."""
+        threading.Thread(
+            target=self._serve, args=(self.asked,), name="d1-signer-reload", daemon=True
+        ).start()
+
+    def after_fork(self) -> None:
+        """In a forked child: the parent's thread is not here, and may have held the queue."""
+        self.asked = queue.SimpleQueue()
+        self.begin()
+
+    def _serve(self, asked: queue.SimpleQueue[None]) -> None:
+        while True:
+            asked.get()
+            try:
+                self._reload()
+            except FetcherClosedError:
+                pass
+            except D1SignerError as error:
+                facts = {"code": error.code, "message": error}
+                _log.warning("settings.reload_failed %s", told(facts))
+            except Exception as error:  # noqa: BLE001 (the next signal is to find this thread)
+                facts = {"code": TokenError.code, "message": type(error).__name__}
+                _log.warning("settings.reload_failed %s", told(facts))
+
+
+_wakers: list[_Waker] = []
+
+
 def reload_on(number: int, reload: Callable[[], None]) -> None:
-    """Have something reloaded at a signal.
+    """Have something reloaded at a signal, besides what a handler that is there does at it.
 
     A handler runs between two lines of the main thread, which may hold any lock: so it does nothing
     but wake a thread up.
     """
-    asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+    waker = _Waker(reload)
+    before = signal.getsignal(number)
 
-    def serve() -> None:
-        while True:
-            asked.get()
-            try:
-                reload()
-            except D1SignerError as error:
-                facts = {"code": error.code, "message": error}
-                _log.warning("settings.reload_failed %s", told(facts))
-
-    def handler(*_: object) -> None:
-        asked.put(None)  # which is made to be called from handlers
+    def handler(received: int, frame: FrameType | None) -> None:
+        waker.asked.put(None)  # which is made to be called from handlers
+        if callable(before) and before is not signal.default_int_handler:
+            before(received, frame)
 
     signal.signal(number, handler)
-    threading.Thread(target=serve, name="d1-signer-reload", daemon=True).start()
+    waker.begin()
+    _wakers.append(waker)
 
 
 def state_of(path: str | os.PathLike[str]) -> tuple[Any, ...]:
@@ -301,12 +365,22 @@ def state_of(path: str | os.PathLike[str]) -> tuple[Any, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def rests(state: tuple[Any, ...]) -> bool:
+    """Whether a file has not been changed just now, by what `state_of` said of it."""
+    if len(state) == 1:  # it is not there
+        return True
+    changed_at = state[-1] / 1e9
+    return not 0 <= time.time() - changed_at < _REST
+
+
 _all: weakref.WeakSet[Following] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
     for following in list(_all):
         following.begin_without_thread()
+    for waker in _wakers:
+        waker.after_fork()
 
 
 forks.in_child(_after_fork_in_child)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -73,7 +75,7 @@ class Opening:
         """Open the audit trail, if there is one; nothing else so far."""
         self._observers = tuple(observers)
         self._open: dict[_Place, Signer] = {}
-        self._told: set[_Place] = set()
+        self._away: set[_Place] = set()
         self._left: list[tuple[float, Signer]] = []
         with ExitStack() as stack:
             self._trail: AuditTrail | None = None
@@ -87,12 +89,15 @@ class Opening:
                 stack.callback(self._trail.close)
             self._stack = stack.pop_all()
 
-    def keys(self, settings: Settings, *, some: bool) -> Keys:
+    def keys(self, settings: Settings, *, first: bool = False) -> Keys:
         """The signers of settings: those that are open, and those that are opened now.
+
+        Of several keys one at least is there. Others may be away at the first time, and later those
+        that were: what is named anew must be there.
 
         Args:
             settings: Name the keys.
-            some: Whether a key of several may be away; one at least is there.
+            first: Whether this is the first time.
 
         Raises:
             D1SignerError: A key cannot be opened; those that were opened for this are closed.
@@ -100,6 +105,7 @@ class Opening:
         places = _places(settings)
         client = _client_place(settings)
         KeyOptions(given=settings.option).require_known(settings.key)
+        may_be_away = {*settings.key} if first else {place.uri for place in self._away}
         away: dict[_Place, SignerError | SecretSourceError] = {}
         with ExitStack() as opened:
             for place in places:
@@ -107,16 +113,18 @@ class Opening:
                     self._require(place, opened)
                 # A PIN file that cannot be read is one device's trouble, like one that is down.
                 except (SignerError, SecretSourceError) as error:
+                    if place.uri not in may_be_away:
+                        raise error.fresh() from None
                     away[place] = error
-                    if not some or len(away) == len(places):
+                    if len(away) == len(places):
                         raise next(iter(away.values())).fresh() from None
             if client is not None:
                 self._require(client, opened)
             opened.pop_all()
         for place, why in away.items():
-            if place not in self._told:
+            if place not in self._away:
                 _log.warning("settings.key_away %s", told({"key": place.shown, "message": why}))
-        self._told = {*away}
+        self._away = {*away}
         return Keys(
             signers=tuple(self._open[place] for place in places if place in self._open),
             client=None if client is None else self._open[client],
@@ -141,25 +149,35 @@ class Opening:
     def _drop(self, place: _Place) -> None:
         self._open.pop(place).close()
 
-    def leave(self, settings: Settings, *, after: float) -> None:
+    def leave(self, settings: Settings, *, until: float) -> None:
         """Close the keys that settings do not name any more, once nobody can be using them.
 
         Args:
             settings: Name those that stay.
-            after: Seconds for which a renewal or a handshake that began before may go on.
+            until: When renewals and handshakes that began before are over, on
+                ``time.monotonic()``.
         """
         named = {*_places(settings), _client_place(settings)}
-        until = time.monotonic() + after
         for place in [place for place in self._open if place not in named]:
             self._left.append((until, self._open.pop(place)))
 
+    def has_left(self) -> bool:
+        """Whether there is something for `close_left` to do."""
+        now = time.monotonic()
+        return any(now >= until for until, _ in self._left)
+
     def close_left(self) -> None:
-        """Close those that were left long enough ago."""
+        """Close those that were left long enough ago, in a thread: a device may hang in that."""
         now = time.monotonic()
         over = [signer for until, signer in self._left if now >= until]
-        self._left = [kept for kept in self._left if kept[1] not in over]
-        for signer in over:
-            signer.close()
+        if not over:
+            return
+        closing = threading.Thread(
+            target=_close_all, args=(over,), name="d1-signer-closing", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # the limit of threads; the next look tries again
+            closing.start()
+            self._left = [kept for kept in self._left if kept[1] not in over]
 
     def close(self) -> None:
         """Close all."""
@@ -272,6 +290,12 @@ def store_key_of(settings: StoreSettings) -> Secret:
             hint="Make one with: openssl rand -hex 32; the same for all of the fleet.",
         )
     return key
+
+
+def _close_all(signers: Iterable[Signer]) -> None:
+    for signer in signers:
+        with contextlib.suppress(Exception):  # nobody needs it any more, whatever its device says
+            signer.close()
 
 
 def this_host() -> str:

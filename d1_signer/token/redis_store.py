@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import random
 import secrets
 import time
@@ -211,7 +212,10 @@ class RedisTokenStore:
             pipe.getrange(key, 0, MEMBER - 1)
             pipe.pttl(key)
             owner, left = pipe.execute()
-        return (_bytes(owner).decode("ascii", "replace"), max(left, 0) / 1000) if owner else None
+        if not owner:
+            return None
+        seconds = math.inf if left == -1 else max(left, 0) / 1000
+        return _bytes(owner).decode("ascii", "replace"), seconds
 
     def abort(self) -> None:
         """End the calls under way by closing the client's connections."""

@@ -21,6 +21,7 @@ from d1_signer.token.stores import VERSION, Register, Sealer, SharedToken, Token
 # Seconds: a process that is called renews, or takes another's token, before a token's life is over.
 _LIFE = float(MAX_TOKEN_LIFETIME)
 _LONGEST = 2.0
+_LATEST = 2.0**33  # a moment of this calendar
 _GRACE = 1.0
 
 About = Callable[[], Mapping[str, object]]
@@ -93,8 +94,10 @@ class Fleet:
     Attributes:
         token: The shared token; None where there is none, or it cannot be read.
         token_life: Seconds for which the store keeps it; None where there is none.
-        unreadable: How many of token and announcements were not sealed with this key.
-        lease: Who holds the lease, by the name of its process, and the seconds that are left.
+        unreadable: How many of token and announcements were not sealed with this key, or tell what
+            this release does not know.
+        lease: Who holds the lease, by the name of its process, and the seconds that are left;
+            ``inf`` where it does not end.
         processes: What each process has told of itself last.
     """
 
@@ -118,7 +121,7 @@ class Fleet:
         if isinstance(store, Register):
             lease = bounded.use(lambda: store.holder(name), deadline=deadline)
             sealed = bounded.use(lambda: store.members(name), deadline=deadline)
-            told = [sealer.open_member(each) for each in sealed]
+            told = [_read(sealer.open_member(each)) for each in sealed]
         processes = sorted(filter(None, told), key=lambda each: (each["host"], each["pid"]))
         return cls(
             token=token,
@@ -127,3 +130,19 @@ class Fleet:
             lease=lease,
             processes=tuple(processes),
         )
+
+
+def _read(facts: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a process has told, if it is what `Announcer` tells; another release may tell more."""
+    match facts:
+        case {
+            "member": str(),
+            "host": str(),
+            "pid": int(),
+            "at": float(at) | int(at),
+            "settings": str() | None,
+            "kids": list(kids),
+            "certificate": str() | None,
+        } if 0 <= at <= _LATEST and all(isinstance(kid, str) for kid in kids):
+            return facts
+    return None

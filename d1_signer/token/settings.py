@@ -14,7 +14,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from d1_signer import jose
@@ -99,7 +99,7 @@ class Settings:
             raise ConfigurationError(
                 f"The settings {shown} cannot be used: {error.message}", hint=error.hint
             ) from None
-        return cls(**given, digest=_digest(document))
+        return cls(**given, digest=_digest(cls(**given)))
 
     def require_complete(self) -> None:
         """Refuse settings that do not make a fetcher, which flags or variables may complete.
@@ -155,11 +155,16 @@ def _document(path: str, shown: str) -> dict[str, Any]:
     )
 
 
-def _digest(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(jose.compact_json(_sorted(document))).hexdigest()[:_SHOWN_DIGITS]
+def _digest(settings: Settings) -> str:
+    """That of what is not as it is without being named, in whatever form it was given."""
+    said = {name: value for name, value in asdict(settings).items() if value != _UNSAID.get(name)}
+    return hashlib.sha256(jose.compact_json(_sorted(said))).hexdigest()[:_SHOWN_DIGITS]
 
 
 def _sorted(value: object) -> Any:
     if isinstance(value, Mapping):
         return {name: _sorted(value[name]) for name in sorted(value)}
     return value
+
+
+_UNSAID = asdict(Settings())

@@ -84,7 +84,7 @@ class Register(Protocol):
         ...
 
     def holder(self, name: str) -> tuple[str, float] | None:
-        """Who holds the lease, and the seconds for which it is kept; None for nobody."""
+        """Who holds the lease, and the seconds for which it is kept (or inf); None for nobody."""
         ...
 
     @property

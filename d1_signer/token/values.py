@@ -20,8 +20,12 @@ from d1_signer.token.renewal import Limits, seconds
 # What is no name of ours may be a secret that stands in the wrong place.
 _PLAIN_NAME = re.compile(r"[a-z]{1,16}([_-][a-z]{1,16}){0,4}|D1(_[A-Z]{1,16}){1,4}")
 _LIKE_A_SECRET = re.compile(r"pin|pass|secret|token|credential|private|store_key", re.IGNORECASE)
-_PROXY = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?")
-_STORE_URL = re.compile(r"(rediss?|unix)://[^?#@\s]+")
+_HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
+_STORE_URL = re.compile(rf"rediss?://{_HOST}(:[0-9]{{1,5}})?(/[0-9]{{0,5}})?|unix:///[^?#@\s]+")
+_PROXY = re.compile(rf"http://{_HOST}:[0-9]{{1,5}}/?")
+_USER = re.compile(r"://[^/?#]*@")
+# What Python makes a number of that C has a name for.
+_MOST_BITS = 64
 _NO_SECRET = "No secret stands in settings: name its source, file:PATH or env:NAME."  # noqa: S105
 
 Reader = Callable[[Any, str], Any]
@@ -104,6 +108,8 @@ def _text(value: object, name: str) -> str:
         )
     if not value or not value.isprintable():
         refuse(name, "is empty, or has characters that cannot be printed")
+    if _USER.search(value):
+        refuse(name, "has a user name or a password in its URL", _NO_SECRET)
     return value
 
 
@@ -116,7 +122,7 @@ def _flag(value: object, name: str) -> bool:
 def _seconds(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(name, "is no number of seconds")
-    return seconds(value, name, least=0.001)
+    return float(seconds(value, name, least=0.001))
 
 
 def _uri(value: object, name: str) -> str:
@@ -204,7 +210,9 @@ def _option(value: object, name: str) -> str:
     shown = name if _PLAIN_NAME.fullmatch(name.partition(".")[2]) else "an option"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, int) and value.bit_length() <= _MOST_BITS:
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
         return str(value)
     text = _text(value, shown)
     if shown.endswith("_source"):

@@ -73,8 +73,9 @@ def announced(*fetchers: TokenFetcher) -> None:
 
 def test_nothing_has_happened(run: Run, file: Path) -> None:
     result = run("status", "--json", "--config", str(file))
-    assert result.status == 0
     found = result.document
+    # Who waits for a rotation must not take a fleet that has told nothing for one that has it.
+    assert (result.status, found["rotated"]) == (1, False)
     assert (found["token"], found["lease"], found["processes"]) == (None, None, [])
     assert found["settings"] == Settings.read(file).digest
     assert "No process has told of itself" in run("status", "--config", str(file)).out
@@ -157,6 +158,55 @@ def test_check_asks_the_store(
 def test_check_requires_a_store_that_is_not_given(run: Run, key_uri: str) -> None:
     result = run("check", "--json", "--key", key_uri, "--require", "store")
     assert (result.status, result.document["stopped_at"]["step"]) == (1, "store")
+
+
+def test_a_lease_without_an_end_is_told(run: Run, file: Path, opened: TokenFetcher) -> None:
+    announced(opened)
+    fleet: Any = opened._renewal
+    store = fleet.announcer._register
+    with store._asked() as client:
+        client.set(f"{fleet._name}:lease", "x" * 32)
+    lease = run("status", "--json", "--config", str(file)).document["lease"]
+    assert lease == {"holder": None, "member": "x" * 16, "expires_in": None}
+    assert "delete the key that ends in :lease" in run("status", "--config", str(file)).out
+
+
+TOLD: dict[str, object] = {
+    "member": "m" * 16,
+    "host": "app-1",
+    "pid": 1,
+    "at": 1.8e9,
+    "settings": None,
+    "kids": ["bank"],
+    "certificate": None,
+}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"at": at} for at in (1e300, -1.0, "now", None)),
+        *({"kids": kids} for kids in (None, "bank", [1])),
+        *({name: ["x"]} for name in ("member", "host", "pid", "settings", "certificate")),
+    ],
+    ids=repr,
+)
+def test_what_another_release_tells_is_not_readable(
+    run: Run, file: Path, opened: TokenFetcher, odd: dict[str, object]
+) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    missing = {name: value for name, value in TOLD.items() if name not in odd}
+    for number, facts in enumerate(({**TOLD, **odd}, missing, {**TOLD, "more": 1})):
+        with announcer._register._asked() as client:
+            content = b"m" * 16 + announcer._sealer.seal_member(facts)
+            client.set(f"{announcer._name}:member:{number}", content)
+    announcer.tell()  # where its place was taken just now
+    shown = run("status", "--config", str(file))
+    result = run("status", "--json", "--config", str(file))
+    assert (shown.status, result.status) == (1, 1), shown.out + result.out
+    assert "defect" not in shown.out + shown.err
+    assert (result.document["unreadable"], len(result.document["processes"])) == (2, 2)
 
 
 def test_a_store_that_is_away(run: Run, file: Path, redis_server: RedisServer) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,9 @@ from d1_signer import (
     FetcherClosedError,
     KeyNotFoundError,
     SecretSourceError,
+    Signer,
     SignerClosedError,
+    SignerUnavailable,
     TokenFetcher,
     TokenRefusedError,
     open_signer,
@@ -456,6 +459,233 @@ def test_callers_never_wait_for_a_key_that_takes_long_to_open(
     until(lambda: fetcher.status().members[0].kid == "two", seconds=20)
 
 
+def hold_up(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[Signer]]:
+    """Have keys open only once the event is set; they are listed then."""
+    go, real, made = threading.Event(), open_signer, list[Signer]()
+
+    def slow(*args: Any, **options: Any) -> Signer:
+        assert go.wait(40)
+        made.append(real(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(opening, "open_signer", slow)
+    return go, made
+
+
+def test_closing_while_a_key_is_being_opened_leaves_none_open(
+    file: SettingsFile, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "_GRACE", 0.01)
+    fetcher = opened()
+    (before,) = fetcher._signers._members
+    go, made = hold_up(monkeypatch)
+    file.keys("two", "one")
+    file.write()
+    ended: list[D1SignerError] = []
+
+    def reload() -> None:
+        with pytest.raises(FetcherClosedError) as caught:
+            fetcher.reload()
+        ended.append(caught.value)
+
+    thread = threading.Thread(target=reload)
+    thread.start()
+    until(fetcher._following._lock.locked, seconds=20)  # type: ignore[union-attr]
+    fetcher.close()
+    go.set()
+    thread.join(20)
+    assert len(ended) == 1
+    assert made
+    for signer in (*made, before.signer(None)):
+        with pytest.raises(SignerClosedError):
+            signer.sign(b"x")
+
+
+def test_callers_never_wait_for_a_key_that_takes_long_to_close(
+    file: SettingsFile, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, closed = threading.Event(), list[str]()
+
+    def hang(signer: Signer) -> None:
+        assert go.wait(40)
+        closed.append(signer.kid)
+        raise SignerUnavailable("The device is away.")
+
+    file.keys("two", "one")
+    file.tables = "[limits]\ntotal = 0.01\n"
+    file.write()
+    fetcher = opened()
+    file.key("three")
+    file.keys("one")
+    file.write()
+    fetcher.reload()
+    threading.Event().wait(0.02)
+    monkeypatch.setattr(Signer, "close", hang)
+    for _ in range(3):
+        fetcher._following._next_look = 0.0  # type: ignore[union-attr]
+        assert fetcher.status().members[0].kid == "one"
+    # Nor does a device that hangs keep the next change away.
+    file.keys("three", "one")
+    file.write()
+    fetcher.reload()
+    assert fetcher.status().members[0].kid == "three"
+    go.set()
+    until(lambda: closed == ["two"], seconds=20)
+    monkeypatch.undo()
+    until(lambda: "d1-signer-closing" not in thread_names(), seconds=20)
+
+
+def test_a_key_outlives_the_renewals_that_began_under_a_longer_limit(
+    file: SettingsFile, opened: Opener
+) -> None:
+    file.keys("one", "two")
+    file.tables = "[limits]\ntotal = 60\n"
+    file.write()
+    fetcher = opened()
+    one = fetcher._signers._members[0]
+    for kids, total in ((("one", "two"), 0.01), (("two",), 0.01)):
+        file.keys(*kids)
+        file.tables = f"[limits]\ntotal = {total}\n"
+        file.write()
+        fetcher.reload()
+    threading.Event().wait(0.02)
+    fetcher._following._next_look = 0.0  # type: ignore[union-attr]
+    fetcher.status()
+    assert "d1-signer-closing" not in thread_names()
+    one.signer(None).sign(b"a renewal that began under the first limits")
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_a_file_that_is_being_written_is_not_read_in_passing(
+    file: SettingsFile, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetcher = opened()
+    before = digest(fetcher)
+    file.keys("two", "one")
+    whole = file.text()
+    monkeypatch.setattr(following, "_REST", 3600.0)
+    file.path.write_text(whole.partition("client_cert")[0])  # valid, and without the rest
+    for _ in range(5):
+        fetcher.status()
+        threading.Event().wait(0.02)
+    assert "d1-signer-settings" not in thread_names()
+    file.path.write_text(whole)
+    monkeypatch.setattr(following, "_REST", 0.0)
+    until(lambda: digest(fetcher) == Settings.read(file.path).digest != before, seconds=20)
+    assert fetcher._following._error is None  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_a_change_that_the_file_system_does_not_tell_is_seen(
+    file: SettingsFile, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarse(path: Any) -> tuple[Any, ...]:  # both within one tick of its clock, of one length
+        found = Path(path).stat()
+        return found.st_dev, found.st_size, int(found.st_ctime) // 3600 * 10**9 * 3600
+
+    def just_now(_: object) -> bool:
+        return False
+
+    def total() -> float:
+        fetcher.status()
+        return fetcher._limits.total
+
+    file.tables = "[limits]\ntotal = 20\n"
+    file.write()
+    monkeypatch.setattr(following, "state_of", coarse)
+    monkeypatch.setattr(following, "rests", just_now)
+    fetcher = opened()
+    file.tables = "[limits]\ntotal = 21\n"
+    file.path.write_text(file.text())
+    monkeypatch.setattr(following, "rests", lambda _: True)
+    until(lambda: total() == 21, seconds=20)
+    monkeypatch.setattr(following, "rests", just_now)
+    fetcher.reload()
+    file.tables = "[limits]\ntotal = 22\n"
+    file.path.write_text(file.text())
+    monkeypatch.setattr(following, "rests", lambda _: True)
+    until(lambda: total() == 22, seconds=20)
+
+
+@pytest.mark.parametrize(("seconds_ago", "rests"), [(0.0, False), (2.0, True), (-60.0, True)])
+def test_when_a_file_rests(seconds_ago: float, *, rests: bool) -> None:
+    """One of the future, after the clock was set, as well: else it would never be read."""
+    changed_at = int((time.time() - seconds_ago) * 1e9)
+    assert following.rests((1, 2, 3, changed_at, changed_at)) is rests
+    assert following.rests(("FileNotFoundError",))
+
+
+def test_the_file_is_found_where_the_process_goes_elsewhere(
+    file: SettingsFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.path.parent)
+    with TokenFetcher.from_settings(file.path.name) as fetcher:
+        monkeypatch.chdir("/")
+        file.keys("two")
+        file.write()
+        fetcher.reload()
+        assert fetcher.status().members[0].kid == "two"
+
+
+def test_a_key_that_was_away_may_stay_so_and_any_other_must_be_there(
+    file: SettingsFile, opened: Opener
+) -> None:
+    folder = file.path.parent
+
+    def gone(kid: str) -> None:
+        (folder / f"{kid}.pem").rename(folder / f"{kid}.away")
+
+    for kid in ("a", "b", "c"):
+        file.key(kid)
+    gone("a")
+    (folder / "a.pem").touch(0o600)  # for `keys`, which would make it
+    file.keys("a", "b")
+    (folder / "a.pem").unlink()
+    file.write()
+    fetcher = opened()
+
+    def named(*kids: str) -> tuple[str, ...]:
+        uris = [f'"{(folder / f"{kid}.pem").as_uri()}#{kid}"' for kid in kids]
+        file.lines["key"] = f"[{', '.join(uris)}]"
+        file.write()
+        fetcher.reload()
+        return fetcher._signers.kids
+
+    assert named("b", "a") == ("b",)  # another order
+    assert named("c", "a", "b") == ("c", "b")  # and a new key, which is there
+    gone("b")
+    # What is open is opened anew for another time limit, and must be there for that.
+    file.lines["timeout"] = "7"
+    with pytest.raises(D1SignerError, match=r"/b\.pem"):
+        named("c", "a", "b")
+    del file.lines["timeout"]
+    with pytest.raises(D1SignerError, match=r"/d\.pem"):
+        named("c", "a", "b", "d")
+    assert named("b", "a", "c") == ("b", "c")
+
+
+def test_a_policy_that_one_key_does_not_meet_is_refused_as_a_whole(
+    file: SettingsFile, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.keys("one", "two")
+    file.write()
+    fetcher = opened()
+    real = open_signer
+
+    def judged(uri: str, **options: Any) -> Signer:
+        if options["custody_policy"] is not None and uri.endswith("#one"):
+            raise CustodyError("It is in a file.")
+        return real(uri, **{**options, "custody_policy": None})
+
+    monkeypatch.setattr(opening, "open_signer", judged)
+    file.lines["custody_policy"] = '"hardware"'
+    file.write()
+    with pytest.raises(CustodyError):
+        fetcher.reload()
+    assert fetcher._signers.kids == ("one", "two")
+    assert fetcher.status().settings.keys_away == ()  # type: ignore[union-attr]
+
+
 @pytest.mark.usefixtures("looks_at_once")
 def test_calls_of_many_threads_while_the_file_changes_all_the_time(
     file: SettingsFile,
@@ -532,6 +762,49 @@ def test_a_signal_is_enough_for_a_process_that_nobody_calls(file: SettingsFile) 
         assert process.stdout.readline() == "three\n"
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+WOKEN = """
+import os, signal, sys, time
+from d1_signer import TokenFetcher
+
+one, two = (TokenFetcher.from_settings(sys.argv[1]) for _ in "12")
+others = []
+signal.signal(signal.SIGHUP, lambda number, frame: others.append((number, frame is None)))
+one.reload_on(signal.SIGHUP)
+two.reload_on(signal.SIGHUP)
+
+def woken(kid):
+    os.kill(os.getpid(), signal.SIGHUP)
+    until = time.monotonic() + 30
+    while {one._signers.kids, two._signers.kids} != {(kid,)} and time.monotonic() < until:
+        time.sleep(0.01)
+    return {one._signers.kids, two._signers.kids} == {(kid,)}
+
+child = os.fork()
+if child == 0:
+    os.rename(sys.argv[2], sys.argv[1])
+    os._exit(0 if woken("two") else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), woken("two"), others, flush=True)
+one.close()
+os._exit(0)
+"""
+
+
+def test_a_signal_reaches_all_fetchers_children_of_a_fork_and_the_handler_before(
+    file: SettingsFile,
+) -> None:
+    file.keys("two")
+    other = file.path.with_suffix(".two")
+    other.write_text(file.text())
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WOKEN, str(file.path), str(other)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    assert ran.stdout.strip() == f"0 True [({signal.SIGHUP:d}, False)]", ran.stdout + ran.stderr
 
 
 FORKED = """

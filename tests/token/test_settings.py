@@ -106,6 +106,25 @@ def test_one_key_may_stand_alone(tmp_path: Path) -> None:
     assert (settings.key, settings.kid) == (("file:///k.pem",), "bank")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ('key = "file:///k"', 'key = ["file:///k"]'),
+        ("timeout = 20", "timeout = 2e1"),
+        ("", "proxy_adds_certificate = false"),
+        ("", 'request_format = "form"\nlimits = {}\noption = {}'),
+        ("limits = { total = 30 }", "limits = { sign = 10.0 }"),
+        ('custody_policy = "hardware,fips"', 'custody_policy = ["hardware", "fips"]'),
+        ("[option]\nuser_type = 16", '[option]\nuser_type = "16"'),
+        ('[store]\nkey_source = "env:K"', '[store]\ncluster = false\nkey_source = "env:K"'),
+    ],
+)
+def test_settings_that_are_equal_have_one_digest(tmp_path: Path, one: str, other: str) -> None:
+    first, second = read(tmp_path, one), read(tmp_path, other)
+    assert first == second
+    assert first.digest == second.digest
+
+
 def test_the_digest_is_of_what_it_says_and_not_of_how_it_is_written(tmp_path: Path) -> None:
     one = read(tmp_path, 'issuer_id = "bank"\nenvironment = "staging"\n[limits]\ntotal = 5\n')
     same = read(
@@ -181,6 +200,11 @@ def test_a_secret_is_refused_and_what_to_do_instead_is_told(tmp_path: Path, text
         f'key = "-----BEGIN PRIVATE KEY-----{SECRET}"',
         f'client_key = "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg{SECRET}"',
         f'[option]\n"{SECRET}" = {{}}',
+        f'[option]\nproxy = "http://user:{SECRET}@proxy:3128"',
+        f'audience = "https://user:{SECRET}@d1.example"',
+        f'[store]\nkey_source = "file:/k"\nurl = "redis://:{SECRET}%40redis:6379"',
+        f'[store]\nkey_source = "file:/k"\nurl = "redis://redis:{SECRET}"',
+        f'[store]\nkey_source = "file:/k"\nurl = "unix://{SECRET}"',
         f'limits = "{SECRET}"',
         f'store = "{SECRET}"',
         f'issuer_id = ["{SECRET}"]',
@@ -207,6 +231,8 @@ def test_what_cannot_be_used_is_refused_and_not_repeated(tmp_path: Path, text: s
         ("limits = 5", "limits is no table"),
         ("option = 5", "option is no table"),
         ("[option]\nuser_type = inf", "option.user_type is no text"),
+        pytest.param(f"[option]\nuser_type = {'9' * 4000}", "user_type is no text", id="digits"),
+        pytest.param(f"timeout = 0x{'f' * 6000}", "timeout is not a number", id="hexadecimal"),
         ("[store]\nusername = 'd1'", "store has no key_source"),
         ('request_format = "xml"', "request_format is neither form nor json"),
         ("issuer_id = 2026-11-27", "issuer_id is no text"),
