@@ -95,6 +95,8 @@ class RenewalEvent:
         error: Code of the error, or None for a token.
         expires_in: Seconds that the new token lives; None without one.
         shared: Whether the token came from the fleet's store instead of D1.
+        valid_for: Seconds for which callers get a token from now on: the new one, or after a
+            failure the one before; 0 where there is none.
         callers: Trace id and span id, see `current_span`, of calls that waited for it.
         store: What the fleet's store has shown, as ``status().store`` has it.
     """
@@ -103,6 +105,7 @@ class RenewalEvent:
     error: str | None
     expires_in: float | None
     shared: bool
+    valid_for: float = 0.0
     callers: tuple[tuple[str, str], ...] = ()
     store: str = "none"
 

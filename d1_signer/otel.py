@@ -201,6 +201,8 @@ class OpenTelemetryObserver:
     def _renewed(self, event: RenewalEvent) -> None:
         if event.expires_in is not None:
             self._dies_at = time.time() + event.expires_in
+        elif not event.valid_for:
+            self._dies_at = 0.0  # there is none, or it was refused before its end
         labels = self._with(
             event.error, {"d1_signer.shared": event.shared, "d1_signer.store": event.store}
         )

@@ -114,7 +114,7 @@ class Member:
                 self._rests_until = now + min(_FIRST_REST * 2**exponent, _LONGEST_REST)
                 self._rests += 1
         _log.warning(
-            "signer_set.failed %s: %s", told({"kid": self.kid, "error": error.code}), error
+            "signer_set.failed %s", told({"kid": self.kid, "error": error.code, "message": error})
         )
 
     def released(self, ticket: object) -> None:

@@ -310,12 +310,12 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
 
 
 def _tell_clock(refusal: TokenRefusedError, offset: float) -> None:
-    """Say that this machine's clock is wrong, where it is by more than clocks usually differ."""
+    """Say that the clocks differ, where they do by more than clocks usually do."""
     if abs(offset) < ISSUED_AT_MARGIN:
         return
     refusal.details["clock_offset"] = round(offset)
     side = "behind" if offset > 0 else "ahead of"
     refusal.hint = (
-        f"Set this machine's clock right: it is {abs(offset):.0f} seconds {side} D1's, as the Date "
-        f"of the answer says. {refusal.hint}"
+        f"This machine's clock is {abs(offset):.0f} seconds {side} D1's, as the Date of the answer "
+        f"says: look at its time service; where that is right, tell Thales. {refusal.hint}"
     )

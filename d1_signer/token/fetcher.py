@@ -344,6 +344,7 @@ class TokenFetcher(TokenKeeper):
             renewing = self._flight is not None
             due = max(self._not_before, held.renew_at if held else now)
             return FetcherStatus(
+                at=self._wall(),
                 environment=self._environment.base_url,
                 issuer_id=journal.whose["issuer"],
                 token=self._state(held),

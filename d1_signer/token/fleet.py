@@ -147,7 +147,7 @@ class FleetRenewal:
                         return held
             except StoreUnavailable as error:
                 self.store_state = StoreState.AWAY
-                _log.warning("fleet.store_unavailable %s: %s", *self._noted(error))
+                _log.warning("fleet.store_unavailable %s", self._noted(error))
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
             now = time.monotonic()
             look = max(_FIRST_LOOK, min(_LOOK * (now - began), _LONGEST_LOOK, (deadline - now) / 2))
@@ -200,14 +200,14 @@ class FleetRenewal:
         """Note what the store has given; another key is told of in each renewal, once."""
         if unreadable and not self._told_unreadable:
             self._told_unreadable = True
-            _log.error("fleet.token_unreadable %s: %s", told(self.whose), _UNREADABLE)
+            _log.error("fleet.token_unreadable %s", told({**self.whose, "message": _UNREADABLE}))
         self.store_state = StoreState.UNREADABLE if unreadable else StoreState.WORKING
         self.store_error = _UNREADABLE if unreadable else None
 
-    def _noted(self, error: StoreUnavailable) -> tuple[str, StoreUnavailable]:
+    def _noted(self, error: StoreUnavailable) -> str:
         """Keep for `status` what is wrong with the store; gives what a line tells of it."""
         self.store_error = str(error)
-        return told({**self.whose, **error.details}), error
+        return told({**self.whose, **error.details, "message": error})
 
     def _remember(self, refused: str) -> None:
         """Keep in mind what is not to be taken again, for as long as it may live."""
@@ -229,7 +229,7 @@ class FleetRenewal:
                     self.lease_state = LeaseState.NONE
             except StoreUnavailable as error:
                 self._kept, self.lease_state = lease, LeaseState.KEPT
-                _log.warning("fleet.lease_not_released %s: %s", *self._noted(error))
+                _log.warning("fleet.lease_not_released %s", self._noted(error))
 
     def _give_back(self, deadline: float) -> None:
         """Release what could not be released when its work was done."""
@@ -259,7 +259,7 @@ class FleetRenewal:
         try:
             self._store.save(self._name, sealed, life=remaining, deadline=deadline)
         except StoreUnavailable as error:
-            _log.warning("fleet.token_not_shared %s: %s", *self._noted(error))
+            _log.warning("fleet.token_not_shared %s", self._noted(error))
 
 
 def _digest(token: SharedToken | str) -> bytes:

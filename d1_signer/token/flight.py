@@ -89,6 +89,14 @@ def not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError
     )
 
 
+def none_that_lives(patience: float) -> TokenTimeout:
+    """The error for who waited for so long and got tokens that had ended."""
+    return TokenTimeout(
+        f"No token that still lives within {patience:g} seconds.",
+        hint="D1's tokens live too short, or this machine's clock is being set.",
+    )
+
+
 def hangs(flight: Flight, total: float) -> TokenTimeout:
     """The error of a flight that is past its deadline: where it hangs."""
     return TokenTimeout(

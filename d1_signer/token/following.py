@@ -88,7 +88,9 @@ class Following:
         self._seen = seen
         self._away: tuple[str, ...] = ()
         self._taken_at = time.time()
-        self._changed: tuple[str, ...] = ()
+        # Kids, and names whose values the last change has changed; for the log.
+        self._kids: tuple[str, ...] = ()
+        self._changed: tuple[str, ...] | None = None
         self._error: D1SignerError | None = None
         # When the last of the renewals is over that began with what was used before.
         self._busy_until = time.monotonic()
@@ -112,6 +114,7 @@ class Following:
             take: Has settings serve from now on, all of them; or raises and changes nothing.
         """
         self._away, self._take, self._announce = keys.away, take, announce
+        self._kids = tuple(signer.kid for signer in keys.signers)
         self._told()
 
     def status(self) -> SettingsStatus:
@@ -241,6 +244,7 @@ class Following:
             self._opening.leave(before, until=time.monotonic())
             raise
         self.settings, self._away = settings, keys.away
+        self._kids = tuple(signer.kid for signer in keys.signers)
         names = (field.name for field in fields(settings) if field.compare)
         self._changed = tuple(n for n in names if getattr(settings, n) != getattr(before, n))
         self._busy_until = max(self._busy_until, time.monotonic() + before.limits.total)
@@ -248,18 +252,16 @@ class Following:
         return True
 
     def _told(self) -> None:
-        _log.info(
-            "settings.taken %s",
-            told(
-                {
-                    "file": shown_path(self._file),
-                    "digest": self.settings.digest,
-                    "keys": len(self.settings.key),
-                    "away": len(self._away),
-                    "changed": ",".join(self._changed) or "none",
-                }
-            ),
-        )
+        facts: dict[str, object] = {
+            "file": shown_path(self._file),
+            "digest": self.settings.digest,
+            "issuer": self.settings.issuer_id,
+            "kids": ",".join(self._kids),
+            "away": len(self._away),
+        }
+        if self._changed is not None:
+            facts["changed"] = ",".join(self._changed) or "none"
+        _log.info("settings.taken %s", told(facts))
 
     def close(self) -> None:
         """Follow no more, and close what was opened.

@@ -14,7 +14,7 @@ from d1_signer.token.clock import Clock
 from d1_signer.token.status import Failure, StoreState, Success
 
 _log = logging.getLogger("d1_signer.token")
-_TOLD_APART = frozenset({"host", "issuer", "code", "failures", "seconds", "message"})
+_TOLD_APART = frozenset({"valid_for", "host", "issuer", "code", "failures", "seconds", "message"})
 
 
 class Renews(Protocol):
@@ -59,7 +59,7 @@ class Journal:
 
     def succeeded(self, held: HeldToken, seconds: float) -> None:
         """A renewal has ended with a token."""
-        self.failures = 0
+        failures, self.failures = self.failures, 0
         names = held.attempt.details() if held.attempt else {}
         self.success = Success(
             at=self._wall(),
@@ -74,10 +74,18 @@ class Journal:
             "expires_at": round(held.token.expires_at),
             "shared": held.shared,
         }
+        if failures:
+            facts["after_failures"] = failures
         _log.info("token.renewed %s", told(facts))
 
-    def failed(self, error: D1SignerError, seconds: float | None) -> None:
-        """A renewal has ended without one; None where it never began."""
+    def failed(self, error: D1SignerError, seconds: float | None, life: float) -> None:
+        """A renewal has ended without one.
+
+        Args:
+            error: Why.
+            seconds: How long it took; None where it never began.
+            life: Seconds for which callers still get an earlier token.
+        """
         self.failures += 1
         correlation_id = error.details.get("correlation_id")
         self.failure = Failure(
@@ -89,17 +97,23 @@ class Journal:
             correlation_id=None if correlation_id is None else str(correlation_id),
         )
         facts: dict[str, object] = {"code": error.code, "failures": self.failures, **self.whose}
+        facts["valid_for"] = round(life, 1)
         if seconds is not None:
             facts["seconds"] = round(seconds, 3)
         facts |= {name: value for name, value in error.details.items() if name not in _TOLD_APART}
-        _log.warning("token.failed %s", told({**facts, "message": error}))
+        level = logging.WARNING if life else logging.ERROR
+        _log.log(level, "token.failed %s", told({**facts, "message": error}))
 
     def begin(self) -> None:
         """Tell the observers that a renewal begins."""
         notify_beginning(self._observers)
 
     def tell(
-        self, result: HeldToken | D1SignerError, seconds: float, callers: Sequence[tuple[str, str]]
+        self,
+        result: HeldToken | D1SignerError,
+        seconds: float,
+        life: float,
+        callers: Sequence[tuple[str, str]],
     ) -> None:
         """Tell the observers how a renewal ended, and which calls waited for it."""
         held = result if isinstance(result, HeldToken) else None
@@ -108,6 +122,7 @@ class Journal:
             error=result.code if isinstance(result, D1SignerError) else None,
             expires_in=held.token.expires_at - self._wall() if held else None,
             shared=held is not None and held.shared,
+            valid_for=life,
             callers=tuple(dict.fromkeys(callers)),
             store=str(self._renews.store_state),
         )

@@ -22,7 +22,6 @@ from d1_signer.errors import (
     D1SignerError,
     FetcherClosedError,
     TokenError,
-    TokenTimeout,
     TokenUnavailable,
 )
 from d1_signer.events import Observer, current_span
@@ -31,7 +30,7 @@ from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.flight import Flight, all_hang, hangs, left_to, not_in_time
+from d1_signer.token.flight import Flight, all_hang, hangs, left_to, none_that_lives, not_in_time
 from d1_signer.token.journal import Journal
 from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
 from d1_signer.transport.patching import require_patched_first
@@ -237,10 +236,7 @@ class TokenKeeper:
                 return held.token
             # It lived for a moment only, or the wall clock was set: it died while we woke up.
             if time.monotonic() >= until:
-                raise TokenTimeout(
-                    f"No token that still lives within {patience:g} seconds.",
-                    hint="D1's tokens live too short, or this machine's clock is being set.",
-                )
+                raise none_that_lives(patience)
 
     def _awaited(self, until: float) -> Flight | AccessToken:
         """The flight to wait for; or a token that came just now."""
@@ -260,6 +256,10 @@ class TokenKeeper:
         if held is None or self._wall() >= held.token.expires_at:
             return State.EXPIRED
         return held.state(self._clock())
+
+    def _life(self) -> float:
+        held = self._held
+        return 0.0 if held is None else held.left(self._clock(), self._wall())
 
     def _require_open(self) -> None:
         if self._closed:
@@ -359,7 +359,7 @@ class TokenKeeper:
                         self._note_failure(result, time.perf_counter() - started)
         finally:
             flight.end(result)
-        self._journal.tell(result, time.perf_counter() - started, flight.callers)
+        self._journal.tell(result, time.perf_counter() - started, self._life(), flight.callers)
 
     def _note_success(self, held: HeldToken, duration: float) -> None:
         self._held = held
@@ -372,7 +372,7 @@ class TokenKeeper:
 
     def _note_failure(self, error: D1SignerError, duration: float | None = None) -> None:
         self._last_failure = error
-        self._journal.failed(error, duration)
+        self._journal.failed(error, duration, self._life())
         doublings = min(self._journal.failures - 1, 10)
         back_off = min(self._retry_interval * 2.0**doublings, _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)

@@ -350,7 +350,11 @@ class Renewal:
             return False
         if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > MOST_SKEW:
             return False
-        _log.warning("token.clock_skew offset=%.0f: set this machine's clock right", offset)
+        _log.warning(
+            "token.clock_skew offset=%.0f: by so many seconds D1's clock is ahead of this machine's, "
+            "and the assertion is corrected: look at this machine's time service",
+            offset,
+        )
         self._clock_offset = offset
         return True
 

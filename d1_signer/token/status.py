@@ -120,6 +120,7 @@ class FetcherStatus:
     """How a `d1_signer.TokenFetcher` is; moments are in seconds since the epoch.
 
     Attributes:
+        at: When this was looked at.
         environment: Base URL of D1.
         issuer_id: Who asks.
         token: What the held token is good for; ``expired`` where there is none.
@@ -139,6 +140,7 @@ class FetcherStatus:
         closed: Whether the fetcher is closed.
     """
 
+    at: float
     environment: str
     issuer_id: str
     token: State

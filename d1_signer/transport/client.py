@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import certifi
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from d1_signer.errors import ConfigurationError, D1SignerError, SignerUnavailable
 from d1_signer.events import CertificateEvent, Observer, notify, told
@@ -263,8 +264,17 @@ class ClientTls:
         not_after = certificate.not_valid_after_utc
         subject = certificate.subject.rfc4514_string()
         if before is not None:
-            facts = {"subject": subject, "not_after": not_after.isoformat()}
-            _log.info("tls.client_certificate_replaced %s", told(facts))
+            ended = before.not_valid_after_utc
+            facts = {
+                "subject": subject,
+                "sha256": certificate.fingerprint(SHA256()).hex(),
+                "not_after": not_after.isoformat(),
+                "not_after_before": ended.isoformat(),
+            }
+            if not_after < ended:
+                facts["message"] = "it ends before the one that it replaces: is it the right one?"
+            level = logging.WARNING if not_after < ended else logging.INFO
+            _log.log(level, "tls.client_certificate_replaced %s", told(facts))
         event = CertificateEvent(
             subject=subject,
             serial_number=certificate.serial_number,
@@ -283,10 +293,19 @@ class ClientTls:
             self._warned_on = now
             _log.warning(
                 "tls.client_certificate_expires %s, on %s: %s",
-                "already" if left < 0 else f"in {left // _DAY:.0f} days",
+                _ahead(left),
                 self.certificate.not_valid_after_utc,
                 self._hints.expiry,
             )
+
+
+def _ahead(seconds: float) -> str:
+    if seconds < 0:
+        return "already"
+    for length, unit in ((_DAY, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"in {seconds // length:.0f} {unit}"
+    return "within two minutes"
 
 
 def _authorities(ca_file: str | os.PathLike[str] | None) -> Authorities:

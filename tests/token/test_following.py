@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from d1_signer.sandbox import Sandbox
 from d1_signer.token import fetcher as fetcher_module, following, opening
 from d1_signer.token.settings import Settings
 from tests.servers.redis_server import RedisServer
+from tests.token.conftest import ISSUER
 from tests.token.following import SettingsFile
 from tests.token.test_fetcher import until
 
@@ -262,7 +264,11 @@ def test_keys_and_their_order_change_in_place(
     session.close()
     until(lambda: len(messages(caplog, "settings.taken")) == 5, seconds=20)
     changed_names = [line.partition("changed=")[2] for line in messages(caplog, "settings.taken")]
-    assert changed_names == ["none", *["key"] * 4]
+    assert changed_names == ["", *["key"] * 4]
+    told = messages(caplog, "settings.taken")
+    assert all(f"issuer={ISSUER} " in line for line in told)
+    kids = [found[1] for line in told if (found := re.search(r"kids=(\S+)", line))]
+    assert kids == ["one", "one,two", "two,one", "two", "three,two"]
 
 
 def test_a_signer_that_stays_keeps_its_state_and_one_that_goes_is_closed_later(

@@ -269,7 +269,7 @@ def test_a_clock_that_is_far_off_is_told(
         error = failure(fetcher)
     assert isinstance(error, TokenRefusedError)
     assert error.details["clock_offset"] == pytest.approx(offset, abs=5)
-    told = re.search(r"clock right: it is (\d+) seconds (behind|ahead of)", error.hint)
+    told = re.search(r"clock is (\d+) seconds (behind|ahead of)", error.hint)
     assert told is not None
     assert int(told[1]) == pytest.approx(abs(offset), abs=5)
     assert told[2] == ("behind" if offset > 0 else "ahead of")

@@ -180,8 +180,22 @@ def test_failures_are_told_by_their_code(
     (point,) = points["d1_signer.token.request.duration"]
     assert point.attributes["error.type"] == "token_refused"
     assert point.attributes["http.response.status_code"] == 400
-    # Nothing is said of the life of a token that never was.
-    assert "d1_signer.token.remaining_life" not in points
+    (life,) = points["d1_signer.token.remaining_life"]
+    assert life.value == 0
+
+
+def test_a_token_that_the_api_refused_has_no_life_left(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, telemetry: Telemetry
+) -> None:
+    fetcher = make_fetcher(observers=[telemetry.observer])
+    assert "d1_signer.token.remaining_life" not in telemetry.points()
+    fetcher.invalidate(fetcher.token())
+    sandbox.misbehave(Fault.INVALID_GRANT)
+    with pytest.raises(TokenRefusedError):
+        fetcher.token()
+    until(lambda: len(telemetry.spans("d1_signer.token.renewal")) == 2)
+    (life,) = telemetry.points()["d1_signer.token.remaining_life"]
+    assert life.value == 0
 
 
 def test_no_value_of_one_call_becomes_an_attribute_of_a_metric(

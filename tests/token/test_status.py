@@ -22,6 +22,7 @@ import requests
 from d1_signer import (
     D1SignerError,
     Limits,
+    RenewalEvent,
     RequestEvent,
     SignerSet,
     SignEvent,
@@ -30,6 +31,7 @@ from d1_signer import (
     open_signer,
 )
 from d1_signer.errors import TokenError
+from d1_signer.events import Event
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.token.status import LeaseState, StoreState
 from tests.token.conftest import ISSUER, KID, FetcherMaker, one_attempt
@@ -167,6 +169,41 @@ def test_a_failure_is_told_with_its_names(
     # The id stands beside the advice, where the details are not shown.
     assert f"with the correlation id {sent.correlation_id}" in str(raised.value)
     assert f"with the correlation id {sent.correlation_id}" in text
+
+
+@pytest.mark.usefixtures("one_attempt")
+def test_a_failure_tells_for_how_long_the_last_token_serves(
+    make_fetcher: FetcherMaker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[RenewalEvent] = []
+    caplog.set_level(logging.INFO, "d1_signer.token")
+
+    def note(event: Event) -> None:
+        if isinstance(event, RenewalEvent):
+            events.append(event)
+
+    fetcher = make_fetcher(observers=[note])
+    fetcher.token()
+    until(lambda: len(events) == 1)
+    age(fetcher, 800)
+    sandbox.misbehave(Fault.STATUS_503, times=2)
+    fetcher.token_now()
+    until(lambda: len(events) == 2)
+    age(fetcher, 700)
+    with pytest.raises(TokenError):
+        fetcher.token()
+    until(lambda: len(events) == 3)
+    age(fetcher, 700)
+    fetcher.token()
+    until(lambda: len(events) == 4)
+    failed = [each for each in caplog.records if each.getMessage().startswith("token.failed")]
+    assert [each.levelname for each in failed] == ["WARNING", "ERROR"]
+    assert 80 < float(facts(failed[0].getMessage())["valid_for"]) < 100
+    assert facts(failed[1].getMessage())["valid_for"] == "0.0"
+    assert [round(event.valid_for, -2) for event in events] == [900, 100, 0, 900]
+    renewed = [text for text in caplog.messages if text.startswith("token.renewed")]
+    assert ["after_failures" in facts(text) for text in renewed] == [False, True]
+    assert facts(renewed[1])["after_failures"] == "2"
 
 
 def test_a_signer_that_fails_is_told_with_host_and_issuer(

@@ -64,6 +64,7 @@ _KIND = "D1 takes ES256 only: use an ECC_NIST_P256 key for SIGN_VERIFY."
 _STORE = "Look at the key's custom key store: keys for D1 are made without one by default."
 _POLICY = "Make the key in the console or with a template, where its policy can be written."
 _REQUEST = "Check the key and the region; else report it, with the versions of boto3 and botocore."
+_DISABLED = "Find out who disabled it (CloudTrail: DisableKey), then enable it in AWS KMS."
 _REPORT = "Report it, with the versions of boto3 and botocore."
 
 # What AWS KMS answers: the error, and what to do. Whether a retry helps is the error's own.
@@ -73,7 +74,7 @@ CODES: dict[str, tuple[type[D1SignerError], str]] = {
     "InvalidArnException": (KeyUriError, "Check the ARN in the key URI."),
     "InvalidAliasNameException": (KeyUriError, "Write alias/ and letters, digits, / _ -."),
     "AlreadyExistsException": (KeyExistsError, "Choose another alias."),
-    "DisabledException": (KeyDisabledError, "Enable the key in AWS KMS."),
+    "DisabledException": (KeyDisabledError, _DISABLED),
     "KMSInvalidStateException": (KeyDisabledError, "Look at the key's state in AWS KMS."),
     "KeyUnavailableException": (SignerUnavailable, _LATER),
     "InvalidKeyUsageException": (InvalidKeyError, _KIND),
@@ -137,7 +138,7 @@ CODES: dict[str, tuple[type[D1SignerError], str]] = {
 STATES: dict[str, tuple[str, bool]] = {
     "Creating": ("The key is being made: try again in a moment.", True),
     "Updating": ("The key is being updated: try again in a moment.", True),
-    "Disabled": ("Enable the key in AWS KMS.", False),
+    "Disabled": (_DISABLED, False),
     "PendingDeletion": ("Cancel the key's deletion in AWS KMS, and enable it.", False),
     "PendingReplicaDeletion": ("Its deletion waits for that of its replicas.", False),
     "PendingImport": ("Import the key material, or use a key that AWS KMS made.", False),

@@ -140,7 +140,7 @@ class Opener:
             if mark in refused:
                 return LoginError(
                     "The token refused this PIN before; it is not tried again.",
-                    hint="Correct it; the same PIN is refused until the process is restarted.",
+                    hint="Correct it. Do not restart before: each start costs a try of this PIN.",
                     details={"step": "login"},
                 )
             if _unanswered.get(mark, 0) > _UNANSWERED_RESENDS:

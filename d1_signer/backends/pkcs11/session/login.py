@@ -336,8 +336,8 @@ def _check_may_try(flags: int, *, known_bad: bool) -> None:
     if known_bad:
         raise _login_error(
             "A login with this PIN failed before; it is not tried again.",
-            "Correct the PIN at its source, which is read again before the next login; the same "
-            "value is refused until the process is restarted.",
+            "Correct the PIN at its source, which is read again before the next login. Do not "
+            "restart before: each start costs a try, and the token locks after a few.",
         )
     if flags & TokenFlag.USER_PIN_LOCKED:
         raise translated(sdk.PinLocked(), step="login")
