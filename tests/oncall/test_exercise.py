@@ -14,6 +14,8 @@ from d1_signer import Limits
 from tests.oncall.faults import FAULTS
 from tests.oncall.site import Pace, Prepared, Site
 
+pytestmark = pytest.mark.stress
+
 PACE = Pace(
     life=1.5,
     calls=0.1,
