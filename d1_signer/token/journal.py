@@ -101,8 +101,11 @@ class Journal:
         if seconds is not None:
             facts["seconds"] = round(seconds, 3)
         facts |= {name: value for name, value in error.details.items() if name not in _TOLD_APART}
-        level = logging.WARNING if life else logging.ERROR
-        _log.log(level, "token.failed %s", told({**facts, "message": error}))
+        line = told({**facts, "message": error})
+        if life:
+            _log.warning("token.failed %s", line)
+        else:
+            _log.error("token.failed %s", line)
 
     def begin(self) -> None:
         """Tell the observers that a renewal begins."""

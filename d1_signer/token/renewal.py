@@ -351,8 +351,8 @@ class Renewal:
         if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > MOST_SKEW:
             return False
         _log.warning(
-            "token.clock_skew offset=%.0f: by so many seconds D1's clock is ahead of this machine's, "
-            "and the assertion is corrected: look at this machine's time service",
+            "token.clock_skew offset=%.0f: by so many seconds D1's clock is ahead of ours, and the "
+            "assertion is corrected: look at this machine's time service",
             offset,
         )
         self._clock_offset = offset

@@ -273,8 +273,9 @@ class ClientTls:
             }
             if not_after < ended:
                 facts["message"] = "it ends before the one that it replaces: is it the right one?"
-            level = logging.WARNING if not_after < ended else logging.INFO
-            _log.log(level, "tls.client_certificate_replaced %s", told(facts))
+                _log.warning("tls.client_certificate_replaced %s", told(facts))
+            else:
+                _log.info("tls.client_certificate_replaced %s", told(facts))
         event = CertificateEvent(
             subject=subject,
             serial_number=certificate.serial_number,

@@ -199,7 +199,7 @@ FAULTS: Mapping[str, Fault] = {
     "clock off": Fault(
         plant=_clock,
         code="token_refused",
-        told=("Set this machine's clock right", "seconds behind D1's, as the Date"),
+        told=("look at its time service", "seconds behind D1's, as the Date"),
         facts=("clock_offset=3", "correlation_id="),
         series=(_renewals("token_refused"), 'http_response_status_code="400"'),
     ),

@@ -127,8 +127,8 @@ def test_the_log_says_why_and_the_error_which_kid(
     with pytest.raises(SignerUnavailable) as caught:
         two.attempt(Work(k0=reason, k1=down()))
     assert caught.value.details["kid"] == "k0"
-    told = "signer_set.failed kid=k0 error=signer_unavailable: The HSM is away. Look at it."
-    assert told in caplog.messages
+    why = "The HSM is away. Look at it."
+    assert f'signer_set.failed kid=k0 error=signer_unavailable message="{why}"' in caplog.messages
 
 
 def test_first_error_is_told_when_none_can(two: SignerSet) -> None:

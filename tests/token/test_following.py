@@ -267,8 +267,8 @@ def test_keys_and_their_order_change_in_place(
     assert changed_names == ["", *["key"] * 4]
     told = messages(caplog, "settings.taken")
     assert all(f"issuer={ISSUER} " in line for line in told)
-    kids = [found[1] for line in told if (found := re.search(r"kids=(\S+)", line))]
-    assert kids == ["one", "one,two", "two,one", "two", "three,two"]
+    shown = [found[1] for line in told if (found := re.search(r"kids=(\S+)", line))]
+    assert shown == ["one", "one,two", "two,one", "two", "three,two"]
 
 
 def test_a_signer_that_stays_keeps_its_state_and_one_that_goes_is_closed_later(

@@ -102,7 +102,8 @@ def test_a_set_tells_of_a_member_by_a_name_that_can_be_read_back(
     with caplog.at_level(logging.INFO, logger="d1_signer"), SignerSet([away, there]) as signers:
         signers.attempt(lambda signer: signer.sign(b"x"))
     (line,) = [line for line in caplog.messages if line.startswith("signer_set.failed ")]
-    assert pairs_of(line) == {"kid": KID, "error": "signer_closed"}
+    why = "The signer is closed. Open it anew with open_signer()."
+    assert pairs_of(line) == {"kid": KID, "error": "signer_closed", "message": why}
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,25 @@ def test_an_end_that_comes_near_is_told_once_a_day(
         assert ("already" if days < 0 else f"in {days} days") in told[0]
 
 
+@pytest.mark.parametrize(("days", "level"), [(60, "INFO"), (31, "WARNING")])
+def test_one_that_ends_before_the_last_is_told_as_odd(
+    make_fetcher: FetcherMaker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    days: int,
+    level: str,
+) -> None:
+    caplog.set_level(logging.INFO, "d1_signer.tls")
+    fetcher = make_fetcher(client_certificate=own_certificate(tmp_path, 45))
+    own_certificate(tmp_path, days)
+    fetcher.reload()
+    (told,) = [each for each in caplog.records if "certificate_replaced" in each.getMessage()]
+    assert told.levelname == level
+    assert ("is it the right one?" in told.getMessage()) == (level == "WARNING")
+    ended = dt.datetime.now(dt.UTC) + dt.timedelta(days=45, hours=1)
+    assert f"not_after_before={ended:%Y-%m-%d}" in told.getMessage()
+
+
 def own_certificate(folder: Path, days: int) -> ClientCertificate:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "client")])

@@ -329,7 +329,7 @@ def test_the_status_tells_of_store_and_lease(
     assert second.status().store_error == why
     (line,) = [line for line in caplog.messages if line.startswith("fleet.store_unavailable")]
     assert f"issuer={ISSUER}" in line
-    assert line.endswith(why)
+    assert line.endswith(f'message="{why}"')
     redis_server.start()
     refuse(second)
     second.token()
