@@ -21,6 +21,7 @@ from d1_signer.cli._output import (
     StdoutError,
     flush_stdout,
     is_full,
+    printable,
     with_output_options,
 )
 from d1_signer.cli._stdout import give_up_stdout
@@ -217,7 +218,7 @@ def _logging_to_stderr() -> Iterator[None]:
 @contextlib.contextmanager
 def _warnings_as_notes(output: Output) -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        output.note(f"Warning: {message}")
+        output.note(f"Warning: {printable(str(message))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -19,6 +19,8 @@ _STDOUT = 1
 class WithCommand(OptionsOnly):
     """Options, and behind ``--`` a command, as the parameter ``command``; empty without ``--``."""
 
+    options_only = "Write -- before COMMAND; else this takes options only."
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, see `click.Command`."""
         command: list[str] = []

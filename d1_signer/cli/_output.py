@@ -32,14 +32,20 @@ _log = logging.getLogger("d1_signer")
 
 
 class OptionsOnly(click.Command):
-    """A command without arguments; what it finds is not repeated: it may be part of a secret."""
+    """A command without arguments; what it finds is not repeated: it may be part of a secret.
+
+    Attributes:
+        options_only: What is told of an argument.
+    """
+
+    options_only = "This takes options only. Quote a value that has blanks in it."
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, see `click.Command`."""
         ctx.allow_extra_args = True
         found = super().parse_args(ctx, args)
         if found:
-            ctx.fail("This takes options only. Quote a value that has blanks in it.")
+            ctx.fail(self.options_only)
         return found
 
 

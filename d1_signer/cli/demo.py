@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from d1_signer.errors import ConfigurationError, D1SignerError
 
 if TYPE_CHECKING:
     from d1_signer.sandbox import Sandbox
+    from d1_signer.sandbox.commands import HeldSignals
     from d1_signer.signing.signer import Signer
     from d1_signer.token.fetcher import TokenFetcher
 
@@ -39,6 +41,7 @@ class _Story:
     """What happens, told as it happens; one JSON object in the end where that is wanted."""
 
     output: Output
+    signals: HeldSignals
     document: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def begin(self, name: str, title: str) -> None:
@@ -68,6 +71,8 @@ class _Story:
         self._tell(f"   ok: {what}")
 
     def _tell(self, line: str, *, heading: bool = False) -> None:
+        if (status := self.signals.status()) is not None:
+            raise click.exceptions.Exit(status)
         if not self.output.json:
             self.output.line(line, heading=heading)
 
@@ -82,12 +87,15 @@ def demo(*, output: Output) -> None:
     """
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.sandbox import Sandbox
+    from d1_signer.sandbox.commands import signals_held, unless_ignored
     from d1_signer.signing.opening import generate_key, open_signer
     from d1_signer.token.fetcher import TokenFetcher
     from d1_signer.transport.credentials import ClientCertificate
 
-    story = _Story(output)
-    with ExitStack() as stack:
+    # A signal ends it between two lines: a call of the module would write on in a removed folder.
+    ending = unless_ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with signals_held(*ending) as signals, ExitStack() as stack:
+        story = _Story(output, signals)
         uri = stack.enter_context(_place(story))
         key = generate_key(uri)
         story.show("key URI", key.uri.partition("?")[0])

@@ -32,6 +32,11 @@ class HeldSignals:
 
     _numbers: int  # the descriptor that those of what came are read from
 
+    def status(self) -> int | None:
+        """The exit status for the first that came, as shells have it; None where none came."""
+        came = select.select([self._numbers], [], [], 0)[0]
+        return _BY_SIGNAL + self.wait() if came else None
+
     def wait(self) -> signal.Signals:
         """Wait for one of them."""
         return signal.Signals(os.read(self._numbers, 1)[0])
@@ -50,8 +55,8 @@ class HeldSignals:
             Its exit status; 128 and the number of the signal that ended it, or that came before it
             was started; 127 where there is no such program, 126 where it cannot be run.
         """
-        if select.select([self._numbers], [], [], 0)[0]:
-            return _BY_SIGNAL + self.wait()
+        if (ended := self.status()) is not None:
+            return ended
         former = signal.signal(signal.SIGCHLD, _nothing)  # it wakes up who reads
         try:
             process = os.posix_spawnp(

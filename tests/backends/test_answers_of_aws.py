@@ -15,7 +15,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from d1_signer import errors
+from d1_signer import TokenFetcher, errors
 from d1_signer.backends.aws_kms.failures import CODES, STATES
 from d1_signer.backends.aws_kms.sources import STS
 from d1_signer.signing.opening import generate_key, open_signer
@@ -150,6 +150,23 @@ def test_each_answer_is_told_with_phase_endpoint_and_request_id(
                 "request_id": "request-17",
                 "status": 400,
             }
+
+
+def test_the_line_of_a_renewal_that_it_ended_names_endpoint_and_request_id(
+    proxy: FaultProxy, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        open_signer(f"awskms:///{key}", endpoint=proxy.url, max_attempts=1) as signer,
+        TokenFetcher(signer, issuer_id="bank", environment="http://127.0.0.1:9") as fetcher,
+    ):
+        proxy.fault = on_sign(aws.refusal(400, "DisabledException", "told so"))
+        with pytest.raises(errors.KeyDisabledError):
+            fetcher.token()
+    (line,) = [text for text in caplog.messages if text.startswith("token.failed ")]
+    for pair in ("host=127.0.0.1:9", "issuer=bank", "request_id=request-17", "status=400"):
+        assert f" {pair} " in line
+    assert f" endpoint={proxy.url} " in line
+    assert "(request request-17)" in line
 
 
 @pytest.mark.parametrize("operation", ["DescribeKey", "GetPublicKey"])

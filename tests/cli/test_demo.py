@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,30 @@ def test_in_softhsm(tmp_path: Path) -> None:
     # A JWT or the sandbox's opaque token; the thumbprint is 43 characters of base64url.
     assert not re.search(r"eyJ[\w-]{10,}", shown.out)
     assert len(re.findall(r"[\w-]{40,}", shown.out)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("place", ["SoftHSM", "file"])
+def test_a_signal_amid_it_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, place: str
+) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    if place == "file":
+        environment["PATH"] = "/nowhere"
+    with subprocess.Popen(
+        [*COMMAND, "demo"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 30
+        while not any(path.is_dir() for path in tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (128 + number, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["SoftHSM", "python-pkcs11"])

@@ -287,7 +287,11 @@ def test_a_token_that_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sandbox", "softhsm"])
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--"], "No COMMAND is given"), (["true"], "takes options only"), (["-x", "--", "a"], "-x")],
+    [
+        (["--"], "No COMMAND is given"),
+        (["true"], "Write -- before COMMAND"),
+        (["-x", "--", "a"], "-x"),
+    ],
 )
 def test_wrong_usage(run: Run, name: str, arguments: list[str], told: str) -> None:
     result = run(name, *arguments)

@@ -16,6 +16,7 @@
  *                       first time; room: C_Sign wants a buffer of 512 bytes; cut: sign.cut=N bytes of it
  *   state=N             state that C_GetSessionInfo tells
  *   token.label=HEX     label, filled up with NUL    token.set=F token.clear=F   flags
+ *   token.serial=HEX    serial number, likewise
  *   slot.empty          one slot more, whose token is not initialised
  *   slot.grow=N         the list of slots is longer than was told, N times; slot.shrink: shorter
  *   slot.count=N        C_GetSlotList tells so many slots: to the question for their number;
@@ -228,6 +229,8 @@ static ul answer(int i, ul a, ul b, ul c, ul d, ul e, ul f, ul g, ul h) {
     if (!rv && i == TOKEN_INFO) {
         const char *label = told("token.label=");
         if (label) { memset((u8 *)b, 0, 32); unhex(label, (u8 *)b, 32); }
+        const char *serial = told("token.serial=");
+        if (serial) { memset((u8 *)b + 80, 0, 16); unhex(serial, (u8 *)b + 80, 16); }
         *(ul *)(b + 96) |= number("token.set=");
         *(ul *)(b + 96) &= ~number("token.clear=");
     }

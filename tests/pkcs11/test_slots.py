@@ -10,7 +10,7 @@ from pkcs11 import exceptions as sdk
 
 from d1_signer.backends.pkcs11.module import owners
 from d1_signer.backends.pkcs11.module.token import read_slots
-from d1_signer.errors import KeyNotFoundError, SignerUnavailable
+from d1_signer.errors import KeyNotFoundError, LoginError, SignerUnavailable
 from d1_signer.signing.opening import open_signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import Call, Shim
@@ -85,3 +85,19 @@ def test_list_that_cannot_be_had_is_the_modules_own_failure(
             shim.fail(Call.GET_SLOT_LIST, answer)
             with pytest.raises(sdk.PKCS11Error):
                 read_slots(module.cryptoki)
+
+
+@pytest.mark.usefixtures("token")
+def test_a_token_whose_names_would_forge_a_line_is_told_in_one(
+    shim: Shim, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="d1_signer")
+    forged = b"7\nERROR \x1b[2J"
+    shim.script(f"token.label={forged.hex()} token.serial={forged.hex()}")
+    with pytest.raises(KeyNotFoundError) as raised:
+        open_signer("pkcs11:token=none;object=d1", module_path=shim.path)
+    assert "7\\nERROR" in raised.value.message
+    with pytest.raises(LoginError) as raised_too:
+        open_signer("pkcs11:manufacturer=SoftHSM%20project;object=d1", module_path=shim.path)
+    assert raised_too.value.message.isprintable()
+    assert all(text.isprintable() for text in (raised.value.message, *caplog.messages))

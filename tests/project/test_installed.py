@@ -87,3 +87,42 @@ def test_the_package_as_a_program(program: Path, module: str, tmp_path: Path) ->
     told = run(program.with_name("python"), "-m", module, "--help", home=tmp_path)
     for name in ("demo", "sandbox", "softhsm"):
         assert f"  {name} " in told
+
+
+PROJECT = """
+import d1_signer
+
+pytest_plugins = ["d1_signer.testing"]
+
+
+def test_a_call(d1_fetcher, d1_sandbox):
+    d1_sandbox.misbehave("status-503", times=1)
+    with d1_fetcher.session() as session:
+        assert session.get(d1_sandbox.banking_url + "/ping").ok
+
+
+def test_a_signature(in_memory_signer, softhsm_token):
+    assert len(in_memory_signer.sign(b"message")) == 64
+    d1_signer.generate_key(softhsm_token.uri)
+    with d1_signer.open_signer(softhsm_token.uri) as signer:
+        assert len(signer.sign(b"message")) == 64
+"""
+
+
+def test_the_fixtures_in_another_projects_tests(program: Path, tmp_path: Path) -> None:
+    home, project = tmp_path / "home", tmp_path / "project"
+    home.mkdir()
+    project.mkdir()
+    (project / "test_service.py").write_text(PROJECT)
+    options = ("-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'temporary'}")
+    told = run(
+        program.with_name("python"),
+        "-m",
+        "pytest",
+        *options,
+        "-W",
+        "error",
+        str(project),
+        home=home,
+    )
+    assert "2 passed" in told

@@ -118,7 +118,8 @@ def _listed(tokens: Iterable[Token]) -> str:
 
 def _text(token: Token) -> str:
     empty = "" if token.initialized else ", not initialised"
-    return f"{shown(token.label)!r} (serial {shown(token.serial)}, slot {token.slot_id}{empty})"
+    serial = repr(shown(token.serial))[1:-1]  # a device may have anything in it
+    return f"{shown(token.label)!r} (serial {serial}, slot {token.slot_id}{empty})"
 
 
 def listed(texts: Iterable[str]) -> str:
