@@ -20,11 +20,11 @@ from d1_signer.cli._output import (
     Output,
     StdoutError,
     flush_stdout,
-    is_full,
     with_output_options,
 )
 from d1_signer.cli._stdout import give_up_stdout
 from d1_signer.errors import ConfigurationError, D1SignerError, InvalidInputError
+from d1_signer.secret import is_full
 
 FAILED = 1
 MISUSED = 2
@@ -170,6 +170,8 @@ def _run(arguments: Sequence[str], output: Output) -> int:
     except StdoutError:
         raise
     except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
+        if isinstance(error, OSError):
+            flush_stdout()  # click writes its own texts there, without us
         if isinstance(error, OSError) and is_full(error):
             _report_full_disk(error, output)
         else:
@@ -179,7 +181,6 @@ def _run(arguments: Sequence[str], output: Output) -> int:
 
 
 def _report_full_disk(error: OSError, output: Output) -> None:
-    flush_stdout()  # click writes its own texts there, without us
     output.failure(
         D1SignerError(
             f"A file cannot be written: {error.strerror}.",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -41,14 +40,6 @@ class OptionsOnly(click.Command):
         if found:
             ctx.fail("This takes options only. Quote a value that has blanks in it.")
         return found
-
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a file system, or this user's share of it, has no room left."""
-    return error.errno in _FULL
 
 
 class StdoutError(Exception):

@@ -19,9 +19,9 @@ from urllib.parse import unquote
 import click
 
 from d1_signer.cli._config import texts_in
-from d1_signer.cli._output import Command, Output, is_full
+from d1_signer.cli._output import Command, Output
 from d1_signer.errors import ConfigurationError, D1SignerError
-from d1_signer.secret import shown_path
+from d1_signer.secret import is_full, shown_path
 
 _MODE = 0o644  # what is written is public, and nobody else's to change
 _LOOKED_AT = 1 << 16
@@ -115,7 +115,10 @@ class OutputFile:
     def _cannot(self, error: OSError) -> D1SignerError:
         text = f"{self.shown} cannot be written: {error.strerror}."
         if is_full(error):
-            return D1SignerError(text, hint="Make room on that file system.", retryable=True)
+            folder = shown_path(self.path.absolute().parent)
+            return D1SignerError(
+                text, hint=f"Make room on the file system of {folder}.", retryable=True
+            )
         return ConfigurationError(text)
 
 
