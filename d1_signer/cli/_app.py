@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -143,7 +143,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     # Looked for here as well, for a line that cannot be parsed.
     output = Output(json="--json" in arguments)
-    with _logging_to_stderr(), _warnings_as_notes(output):
+    with _logging_as_notes(output), _warnings_as_notes(output):
         try:
             return _run(arguments, output)
         except StdoutError as error:
@@ -160,7 +160,9 @@ def _run(arguments: Sequence[str], output: Output) -> int:
         if output.json:
             output.failure(UsageError(error.format_message()))
         else:
-            error.show()
+            told = io.StringIO()
+            error.show(told)
+            output.note(told.getvalue().rstrip("\n"))
         return MISUSED
     except click.Abort:
         return INTERRUPTED
@@ -202,9 +204,22 @@ def _report_defect(error: Exception, output: Output) -> None:
         output.note("".join(traceback.format_tb(error.__traceback__)), verbatim=True)
 
 
+class _Notes(logging.Handler):
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell it, see `logging.Handler`."""
+        try:
+            self._output.note(self.format(record), aside=record.levelno < logging.WARNING)
+        except Exception:  # noqa: BLE001 (whoever logs is not stopped by it)
+            self.handleError(record)
+
+
 @contextlib.contextmanager
-def _logging_to_stderr() -> Iterator[None]:
-    handler = logging.StreamHandler(sys.stderr)
+def _logging_as_notes(output: Output) -> Iterator[None]:
+    handler = _Notes(output)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     level = _log.level
     _log.addHandler(handler)

@@ -113,14 +113,20 @@ class Output:
         except OSError as error:
             raise _told(error) from None
 
-    def note(self, text: str, *, verbatim: bool = False) -> None:
-        """Tell a person something beside the result; never on standard output."""
+    def note(self, text: str, *, verbatim: bool = False, aside: bool = False) -> None:
+        """Tell a person something beside the result; never on standard output.
+
+        Args:
+            text: Lines.
+            verbatim: As for `result`.
+            aside: Whether it is less than the other notes, as most of a log is.
+        """
         with contextlib.suppress(OSError):  # it is closed or full: nothing is left to tell it to
             screen = None if verbatim else self._screen(sys.stderr)
             if screen is None:
                 click.echo(text, err=True)
             else:
-                screen.show(text)
+                screen.show(text, aside=aside)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

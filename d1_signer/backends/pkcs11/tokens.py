@@ -117,8 +117,10 @@ def _listed(tokens: Iterable[Token]) -> str:
 
 
 def _text(token: Token) -> str:
-    empty = "" if token.initialized else ", not initialised"
-    return f"{shown(token.label)!r} (serial {shown(token.serial)}, slot {token.slot_id}{empty})"
+    label, serial = shown(token.label), shown(token.serial)
+    told = [f"serial {serial}"] if serial else []
+    told += [f"slot {token.slot_id}", *([] if token.initialized else ["not initialised"])]
+    return f"{repr(label) if label else 'no label'} ({', '.join(told)})"
 
 
 def listed(texts: Iterable[str]) -> str:
