@@ -13,13 +13,16 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, add_completion_class
 
+import d1_signer
+from d1_signer.cli._completion import Bash
 from d1_signer.cli._help import HelpContext, with_our_help
 from d1_signer.cli._output import (
     Output,
     StdoutError,
     flush_stdout,
+    to_stdout,
     with_output_options,
 )
 from d1_signer.cli._stdout import give_up_stdout
@@ -31,6 +34,7 @@ MISUSED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _log = logging.getLogger("d1_signer")
+add_completion_class(Bash)
 
 
 # In the order in which they are listed: module, name there, what it does.
@@ -110,6 +114,13 @@ class _Commands(click.Group):
         ] + click.Command.shell_complete(self, ctx, incomplete)
 
 
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    """Show it, as a callback of click."""
+    if value and not context.resilient_parsing:
+        to_stdout(f"d1-signer {d1_signer.__version__}")
+        context.exit()
+
+
 @click.group(
     cls=_Commands,
     commands=_Late(),
@@ -117,7 +128,14 @@ class _Commands(click.Group):
     no_args_is_help=False,  # click before 8.2 would end with status 0
     invoke_without_command=True,
 )
-@click.version_option(package_name="d1-signer", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @with_output_options
 @click.pass_context
 def cli(context: click.Context, *, output: Output) -> None:

@@ -8,7 +8,6 @@ import errno
 import functools
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,6 +154,8 @@ def _holds_private_key(content: bytes) -> bool:
 
 
 def _put(target: Path, content: bytes, *, overwrite: bool) -> None:
+    import secrets  # not for the help, nor for a completion
+
     temporary = target.with_name(f".d1-signer-{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:

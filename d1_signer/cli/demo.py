@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -115,6 +114,8 @@ def demo(*, output: Output) -> None:
 @contextmanager
 def _place(story: _Story) -> Iterator[str]:
     """Where the key is made: its key URI."""
+    import tempfile
+
     from d1_signer.sandbox.softhsm import throw_away_token
 
     missing = _missing_for_softhsm()
