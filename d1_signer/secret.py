@@ -28,6 +28,7 @@ being_asked = threading.Event()
 """Set while a person is asked for a secret, on a terminal that is to show nothing else."""
 
 _MAX_FILE_SIZE = 1 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _LONGEST_PATH = 256
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)
@@ -182,6 +183,11 @@ def read_public_file(path: str) -> bytes:
         ValueError: Not a file name.
     """
     return _content(path, lambda _: None)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file system, or this user's share of it, has no room left."""
+    return error.errno in _FULL
 
 
 def unreadable(error: OSError | ValueError) -> str:

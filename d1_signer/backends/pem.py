@@ -34,9 +34,17 @@ from d1_signer.errors import (
     SecretSourceError,
     SignerClosedError,
     SignerError,
+    SignerUnavailable,
 )
 from d1_signer.es256 import PublicKey
-from d1_signer.secret import Secret, SecretSource, read_private_file, read_secret, shown_path
+from d1_signer.secret import (
+    Secret,
+    SecretSource,
+    is_full,
+    read_private_file,
+    read_secret,
+    shown_path,
+)
 from d1_signer.signing.backend import GeneratedKey, SignatureEncoding
 from d1_signer.signing.key_uri import KeyUri
 
@@ -140,6 +148,7 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
         KeyUriError: The URI names no absolute path.
         SecretSourceError: The file cannot be written, or the passphrase cannot be read or is longer
             than 1023 bytes.
+        SignerUnavailable: The disk is full; no part of a key is left.
     """
     path, source = _read_uri(uri, passphrase_source)
     encryption: KeySerializationEncryption = NoEncryption()
@@ -162,12 +171,22 @@ def generate_key(uri: str, *, passphrase_source: SecretSource | None = None) -> 
             hint="It is not overwritten; choose another path.",
         ) from None
     except OSError as error:
-        raise SecretSourceError(
-            f"The key file cannot be written: {shown_path(path)}: {error.strerror}.",
-            hint="Check that its folder is there, that this process's user may write to it, and "
-            "that the disk has room; no part of a key is left.",
-        ) from None
+        raise _unwritable(path, error) from None
     return GeneratedKey(uri=uri, public_key=PublicKey(key.public_key()))
+
+
+def _unwritable(path: str, error: OSError) -> SignerUnavailable | SecretSourceError:
+    text = f"The key file cannot be written: {shown_path(path)}: {error.strerror}."
+    if is_full(error):
+        folder = shown_path(Path(path).parent)
+        return SignerUnavailable(
+            text, hint=f"Make room on the file system of {folder}; no part of a key is left."
+        )
+    return SecretSourceError(
+        text,
+        hint="Check that its folder is there, that this process's user may write to it, and "
+        "that the disk has room; no part of a key is left.",
+    )
 
 
 def _write(file: int, path: str, pem: bytes) -> None:

@@ -5,33 +5,37 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, add_completion_class
 
+import d1_signer
+from d1_signer.cli._completion import Bash
 from d1_signer.cli._help import HelpContext, with_our_help
 from d1_signer.cli._output import (
     Output,
     StdoutError,
     flush_stdout,
-    is_full,
     printable,
+    to_stdout,
     with_output_options,
 )
 from d1_signer.cli._stdout import give_up_stdout
 from d1_signer.errors import ConfigurationError, D1SignerError, InvalidInputError
+from d1_signer.secret import is_full
 
 FAILED = 1
 MISUSED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _log = logging.getLogger("d1_signer")
+add_completion_class(Bash)
 
 
 # In the order in which they are listed: module, name there, what it does.
@@ -111,6 +115,13 @@ class _Commands(click.Group):
         ] + click.Command.shell_complete(self, ctx, incomplete)
 
 
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    """Show it, as a callback of click."""
+    if value and not context.resilient_parsing:
+        to_stdout(f"d1-signer {d1_signer.__version__}")
+        context.exit()
+
+
 @click.group(
     cls=_Commands,
     commands=_Late(),
@@ -118,7 +129,14 @@ class _Commands(click.Group):
     no_args_is_help=False,  # click before 8.2 would end with status 0
     invoke_without_command=True,
 )
-@click.version_option(package_name="d1-signer", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @with_output_options
 @click.pass_context
 def cli(context: click.Context, *, output: Output) -> None:
@@ -144,7 +162,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     # Looked for here as well, for a line that cannot be parsed.
     output = Output(json="--json" in arguments)
-    with _logging_to_stderr(), _warnings_as_notes(output):
+    with _logging_as_notes(output), _warnings_as_notes(output):
         try:
             return _run(arguments, output)
         except StdoutError as error:
@@ -161,7 +179,9 @@ def _run(arguments: Sequence[str], output: Output) -> int:
         if output.json:
             output.failure(UsageError(error.format_message()))
         else:
-            error.show()
+            told = io.StringIO()
+            error.show(told)
+            output.note(told.getvalue().rstrip("\n"))
         return MISUSED
     except click.Abort:
         return INTERRUPTED
@@ -171,6 +191,8 @@ def _run(arguments: Sequence[str], output: Output) -> int:
     except StdoutError:
         raise
     except Exception as error:  # noqa: BLE001 (nobody gets a raw traceback)
+        if isinstance(error, OSError):
+            flush_stdout()  # click writes its own texts there, without us
         if isinstance(error, OSError) and is_full(error):
             _report_full_disk(error, output)
         else:
@@ -180,7 +202,6 @@ def _run(arguments: Sequence[str], output: Output) -> int:
 
 
 def _report_full_disk(error: OSError, output: Output) -> None:
-    flush_stdout()  # click writes its own texts there, without us
     output.failure(
         D1SignerError(
             f"A file cannot be written: {error.strerror}.",
@@ -202,9 +223,22 @@ def _report_defect(error: Exception, output: Output) -> None:
         output.note("".join(traceback.format_tb(error.__traceback__)), verbatim=True)
 
 
+class _Notes(logging.Handler):
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell it, see `logging.Handler`."""
+        try:
+            self._output.note(self.format(record), aside=record.levelno < logging.WARNING)
+        except Exception:  # noqa: BLE001 (whoever logs is not stopped by it)
+            self.handleError(record)
+
+
 @contextlib.contextmanager
-def _logging_to_stderr() -> Iterator[None]:
-    handler = logging.StreamHandler(sys.stderr)
+def _logging_as_notes(output: Output) -> Iterator[None]:
+    handler = _Notes(output)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     level = _log.level
     _log.addHandler(handler)

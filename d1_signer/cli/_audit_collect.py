@@ -11,6 +11,7 @@ import click
 from d1_signer.cli._config import with_config
 from d1_signer.cli._output import Output, setting, to_stdout, with_output_options
 from d1_signer.cli._output_file import OutputFile, with_output_file
+from d1_signer.cli._paths import KEY_URI
 from d1_signer.cli._trail import TrailSettings
 from d1_signer.cli._trail_files import instances_of, notes_of, unreadable, verifier_keys
 from d1_signer.errors import AuditError, ConfigurationError
@@ -33,7 +34,11 @@ from d1_signer.errors import AuditError, ConfigurationError
     metavar="NAME",
 )
 @setting(
-    "--audit-key", "D1_AUDIT_KEY", "Key URI of the key that signs the collection.", metavar="URI"
+    "--audit-key",
+    "D1_AUDIT_KEY",
+    "Key URI of the key that signs the collection.",
+    metavar="URI",
+    type=KEY_URI,
 )
 @with_output_file
 @with_config

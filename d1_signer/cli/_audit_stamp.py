@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from datetime import UTC, datetime
 
@@ -57,6 +56,8 @@ def stamp(
 
     The authority sees a hash alone. Its response is written to -o FILE once it is verified.
     """
+    import secrets
+
     from d1_signer.audit.stamp import request, verify
     from d1_signer.transport.tls import read_authorities
 

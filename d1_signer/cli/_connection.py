@@ -19,11 +19,11 @@ from d1_signer.cli._trail import current_trail
 from d1_signer.errors import ConfigurationError
 from d1_signer.secret import SecretSource, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of
-from d1_signer.token.d1 import Environment
 
 if TYPE_CHECKING:
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
+    from d1_signer.token.d1 import Environment
     from d1_signer.token.fetcher import TokenFetcher
     from d1_signer.transport.client import ClientTls
     from d1_signer.transport.credentials import ClientCertificate

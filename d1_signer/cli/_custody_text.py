@@ -26,7 +26,7 @@ USES = {"assertion": "signs assertions", "client": "TLS client key", "audit": "a
 def key_text(told: KeyReport, unmet: Sequence[str] = ()) -> str:
     """What is told of one key."""
     if told.report is None:
-        lines = [f"{printable(told.location)}: could not be asked."]
+        lines = [f"Error: {printable(told.location)} could not be asked."]
         if told.error is not None:
             lines += [printable(told.error.message), *explanation(told.error)]
         return "\n  ".join(lines)

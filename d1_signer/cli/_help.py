@@ -11,8 +11,12 @@ import click
 from d1_signer.cli._tty import columns_of, is_terminal
 
 _WIDEST = 100
+_PIPED = 80
 _MARGIN = 2
+_MOST = 3  # what part of a line the names of options and commands have at most
 _UNBROKEN = "\N{NON-BREAKING HYPHEN}"
+_BLANK = "\N{NO-BREAK SPACE}"
+_VARIABLE = f"env{_BLANK}var:{_BLANK}"
 
 
 class _Formatter(click.HelpFormatter):
@@ -26,12 +30,15 @@ class _Formatter(click.HelpFormatter):
         self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
     ) -> None:
         """Write a list of definitions, see `click.HelpFormatter`."""
-        whole = [(name, said.replace("-", _UNBROKEN)) for name, said in rows]
-        super().write_dl(whole, col_max, col_spacing)
+        whole = [
+            (name, said.replace("-", _UNBROKEN).replace("env var: ", _VARIABLE))
+            for name, said in rows
+        ]
+        super().write_dl(whole, min(col_max, self.width // _MOST), col_spacing)
 
     def getvalue(self) -> str:
         """All that was written, see `click.HelpFormatter`."""
-        return super().getvalue().replace(_UNBROKEN, "-")
+        return super().getvalue().replace(_UNBROKEN, "-").replace(_BLANK, " ")
 
 
 class HelpContext(click.Context):
@@ -39,9 +46,8 @@ class HelpContext(click.Context):
 
     def make_formatter(self) -> click.HelpFormatter:
         """What lays out the help, see `click.Context`."""
-        if not is_terminal(sys.stdout):
-            return super().make_formatter()
-        return _Formatter(width=min(columns_of(sys.stdout), _WIDEST) - _MARGIN)
+        columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else _PIPED
+        return _Formatter(width=min(columns, _WIDEST) - _MARGIN)
 
 
 def with_our_help(command: click.Command) -> click.Command:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -121,6 +120,8 @@ class _ShellWords(click.types.StringParamType):
 
 
 def _split(text: str) -> list[str]:
+    import shlex  # not for the help, nor for a completion
+
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -47,14 +46,6 @@ class OptionsOnly(click.Command):
         if found:
             ctx.fail(self.options_only)
         return found
-
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a file system, or this user's share of it, has no room left."""
-    return error.errno in _FULL
 
 
 class StdoutError(Exception):
@@ -128,14 +119,20 @@ class Output:
         except OSError as error:
             raise _told(error) from None
 
-    def note(self, text: str, *, verbatim: bool = False) -> None:
-        """Tell a person something beside the result; never on standard output."""
+    def note(self, text: str, *, verbatim: bool = False, aside: bool = False) -> None:
+        """Tell a person something beside the result; never on standard output.
+
+        Args:
+            text: Lines.
+            verbatim: As for `result`.
+            aside: Whether it is less than the other notes, as most of a log is.
+        """
         with contextlib.suppress(OSError):  # it is closed or full: nothing is left to tell it to
             screen = None if verbatim else self._screen(sys.stderr)
             if screen is None:
                 click.echo(text, err=True)
             else:
-                screen.show(text)
+                screen.show(text, aside=aside)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

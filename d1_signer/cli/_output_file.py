@@ -8,7 +8,6 @@ import errno
 import functools
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from urllib.parse import unquote
 import click
 
 from d1_signer.cli._config import texts_in
-from d1_signer.cli._output import Command, Output, is_full
+from d1_signer.cli._output import Command, Output
 from d1_signer.errors import ConfigurationError, D1SignerError
-from d1_signer.secret import shown_path
+from d1_signer.secret import is_full, shown_path
 
 _MODE = 0o644  # what is written is public, and nobody else's to change
 _LOOKED_AT = 1 << 16
@@ -131,7 +130,10 @@ class OutputFile:
     def _cannot(self, error: OSError) -> D1SignerError:
         text = f"{self.shown} cannot be written: {error.strerror}."
         if is_full(error):
-            return D1SignerError(text, hint="Make room on that file system.", retryable=True)
+            folder = shown_path(self.path.absolute().parent)
+            return D1SignerError(
+                text, hint=f"Make room on the file system of {folder}.", retryable=True
+            )
         return ConfigurationError(text)
 
 
@@ -168,6 +170,8 @@ def _holds_private_key(content: bytes) -> bool:
 
 
 def _put(target: Path, content: bytes, *, overwrite: bool) -> None:
+    import secrets  # not for the help, nor for a completion
+
     temporary = target.with_name(f".d1-signer-{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:

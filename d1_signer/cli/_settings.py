@@ -16,6 +16,7 @@ from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._config import policy_in
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
+from d1_signer.cli._paths import KEY_URI
 from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.errors import (
     ConfigurationError,
@@ -25,13 +26,13 @@ from d1_signer.errors import (
     SignerError,
 )
 from d1_signer.signing.key_uri import scheme_of, without_secrets
-from d1_signer.token.d1 import AssertionProfile, Audience, Environment
 
 if TYPE_CHECKING:
     from d1_signer.audit.trail import AuditTrail
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.signing.signer import Signer
     from d1_signer.signing.signer_set import SignerSet
+    from d1_signer.token.d1 import AssertionProfile, Audience, Environment
 
 # As a `SignerSet` has it.
 _AWAY = (SignerError, SecretSourceError)
@@ -193,13 +194,14 @@ class Issuer:
         Raises:
             ConfigurationError: There is none, or it cannot be read.
         """
-        if self.environment is None:
+        environment = self.optional_environment()
+        if environment is None:
             raise ConfigurationError(
                 "No D1 environment is given.",
                 hint="Give --environment or set D1_ENVIRONMENT: production, staging, develop, "
                 "or an https URL.",
             )
-        return Environment.of(self.environment)
+        return environment
 
     def optional_environment(self) -> Environment | None:
         """The environment, None where there is none.
@@ -207,6 +209,8 @@ class Issuer:
         Raises:
             ConfigurationError: It cannot be read.
         """
+        from d1_signer.token.d1 import Environment
+
         return None if self.environment is None else Environment.of(self.environment)
 
     def profile(self, *, lifetime: int) -> AssertionProfile:
@@ -218,6 +222,8 @@ class Issuer:
         Raises:
             ConfigurationError: A setting is missing.
         """
+        from d1_signer.token.d1 import AssertionProfile, Audience
+
         audience = self.audience
         if audience is Audience.TOKEN_ENDPOINT:
             audience = Audience.of(audience, self.required_environment())
@@ -234,6 +240,7 @@ def with_keys(command: Command) -> Command:
         "several with blanks between them.",
         multiple=True,
         metavar="URI",
+        type=KEY_URI,
         callback=checked_keys,
     )
     @setting(
@@ -270,6 +277,8 @@ def with_issuer(command: Command) -> Command:
         no_audience: bool,
         **options: Any,
     ) -> Any:
+        from d1_signer.token.d1 import Audience
+
         if no_audience and audience is not None:
             # One of them may be the file's, over which the other wins.
             source = click.get_current_context().get_parameter_source

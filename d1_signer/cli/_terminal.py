@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -39,7 +39,10 @@ _OF_LINES = {
     "Passed; ": "green",
     "Whole: ": "green",
     "Verdict holds": "green",
+    "Every process has the settings of the file.": "green",
     "Stopped at ": "bold red",
+    "Not all can be read: ": "bold red",
+    "Not as the file: ": "bold red",
     "Not whole: ": "bold red",
     "Verdict DOES NOT HOLD": "bold red",
     "NOT SHOWN TO BE: ": "bold red",
@@ -48,8 +51,9 @@ _OF_LINES = {
 _SOON = 0.5  # seconds
 _PART = 1 << 18  # bytes that are worth to be shown
 _STEP = 4  # further in, where a column has no room
-# Where a word that is longer than a line is broken: a key URI, a URL, a path.
-_PARTS = re.compile(r"[^;?&,/|=]*[;?&,/|=]+|[^;?&,/|=]+")
+_NARROW = 4  # what part of a line the last column may have at least
+_CELL = re.compile(r"\S+(?: \S+)*")
+_NUMBER = re.compile(r"\d+\. ")
 
 
 class Screen:
@@ -68,12 +72,13 @@ class Screen:
         )
         self._in_group = False
 
-    def show(self, text: str, *, heading: bool = False) -> None:
+    def show(self, text: str, *, heading: bool = False, aside: bool = False) -> None:
         """Write lines, laid out; what is indented is a group, and groups have a line between them.
 
         Args:
             text: One line or several.
             heading: Whether they are headings.
+            aside: Whether they are beside what a person looks for, as a log is.
         """
         for line in text.split("\n"):
             indented = line.startswith(" ")
@@ -82,7 +87,7 @@ class Screen:
             self._in_group = indented
             word = _first_word(line)
             bold = heading or line.isupper()  # the head of a table is in capitals
-            style = "bold" if bold else _style_of(line)
+            style = "bold" if bold else "dim" if aside else _style_of(line)
             for number, piece in enumerate(laid_out(line, self._columns)):
                 shown = Text(piece, style=style)
                 if number == 0 and not style and word in _OF_WORDS:
@@ -136,60 +141,68 @@ def _style_of(line: str) -> str:
 def laid_out(line: str, columns: int) -> list[str]:
     """The line as lines of at most so many columns, the further ones further in.
 
-    No word is broken that fits in a line.
+    No word is broken. One that is longer than a line begins at the left edge, alone: the terminal
+    breaks it, and knows that it is one when it is copied.
     """
     if cell_len(line) <= columns:
         return [line]
-    lead, value, hang = _split(line.rstrip())
-    room = columns - hang
-    widest = max(map(cell_len, value.split()), default=0)
-    if room >= columns // 4 and widest <= room:
-        first, *others = _wrapped(value, room)
-        return [lead + first, *(" " * hang + other for other in others)]
-    indent = len(line) - len(line.lstrip(" "))
-    further = min(indent + _STEP, columns // 3)
-    head = laid_out(lead.rstrip(), columns) if lead.strip() else []
-    room = columns - further
-    return [*head, *(" " * further + other for other in _wrapped(value, room))]
-
-
-def _split(line: str) -> tuple[str, str, int]:
-    """What stands before the last column, that column, and where its further lines begin."""
-    indent = len(line) - len(line.lstrip(" "))
-    gap = line.rfind("  ")
-    if gap > indent:
-        return line[: gap + 2], line[gap + 2 :], cell_len(line[: gap + 2])
+    line = line.rstrip()
+    cells = [(cell_len(line[: match.start()]), match[0]) for match in _CELL.finditer(line)]
+    start, last = cells[-1]
+    room = columns - start
+    if len(cells) > 1 and not (
+        room >= columns // _NARROW and max(map(cell_len, last.split())) <= room
+    ):
+        return _in_tiers(cells, columns)
+    lead = line.removesuffix(last)
     word = _first_word(line)
-    if word in _OF_WORDS and word.endswith(":"):
-        hang = indent + len(word) + 1
-        return line[:hang], line[hang:], hang
-    return line[:indent], line[indent:], indent + 2
+    if len(cells) > 1:
+        hang = start
+    elif numbered := _NUMBER.match(line):
+        hang = numbered.end()
+    else:
+        hang = start + (len(word) + 1 if word in _OF_WORDS and word.endswith(":") else 2)
+    return _filled(last, lead, hang, columns)
+
+
+def _in_tiers(cells: list[tuple[int, str]], columns: int) -> list[str]:
+    """The columns that do not fit below the first ones, where they stand below each other too."""
+    indent, first = cells[0]
+    further = min(indent + _STEP, columns // 3)
+    if len(cells) > 2 and first in _OF_WORDS:  # noqa: PLR2004 (status, name, text)
+        further = cells[1][0]
+    lines: list[str] = []
+    moved = 0  # to the left, in this tier
+    ends = [start - 2 for start, _ in cells[1:]]  # of the columns, whatever this line has in them
+    ends.append(cells[-1][0] + cell_len(cells[-1][1]))
+    for (start, cell), end in zip(cells, ends, strict=True):
+        if end - moved <= columns and lines:
+            lines[-1] += " " * (start - moved - cell_len(lines[-1])) + cell
+        else:
+            at = further if lines else indent
+            moved = start - at
+            lines += _filled(cell, " " * at, further, columns)
+    return lines
+
+
+def _filled(text: str, lead: str, hang: int, columns: int) -> list[str]:
+    """Words in lines; `lead` stands before the first of them, blanks before the others."""
+    lines = [lead]
+    empty = True
+    for word in text.split():
+        width = cell_len(word)
+        if cell_len(lines[-1]) + (not empty) + width <= columns:
+            lines[-1] += word if empty else f" {word}"
+        else:
+            moved = " " * max(0, min(hang, columns - width))
+            if empty and not lead.strip():
+                lines[-1] = moved + word
+            else:
+                lines.append(moved + word)
+        empty = False
+    return lines
 
 
 def _first_word(line: str) -> str:
     """The word, empty where there is none."""
     return next(iter(line.split()), "")
-
-
-def _wrapped(text: str, room: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= room:
-            lines[-1] += f" {word}"
-        elif cell_len(word) <= room:
-            lines.append(word)
-        else:
-            lines += _in_parts(word, room)
-    return lines
-
-
-def _in_parts(word: str, room: int) -> list[str]:
-    """A word that is longer than a line, as lines."""
-    lines = [""]
-    for part in _PARTS.findall(word):
-        for piece in chop_cells(part, room):
-            if cell_len(lines[-1] + piece) <= room:
-                lines[-1] += piece
-            else:
-                lines.append(piece)
-    return lines

@@ -14,7 +14,7 @@ import click
 from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._config import policy_in
 from d1_signer.cli._output import Command, setting
-from d1_signer.cli._paths import FOLDER
+from d1_signer.cli._paths import FOLDER, KEY_URI
 from d1_signer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def with_trail(command: Command) -> Command:
         "D1_AUDIT_KEY",
         "Key URI of the key that seals the audit trail.",
         metavar="URI",
+        type=KEY_URI,
         callback=_checked_key,
     )
     @functools.wraps(command)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from d1_signer.audit import folder as folders
 from d1_signer.errors import AuditError, ConfigurationError
 from d1_signer.secret import shown_path
 
@@ -53,6 +52,8 @@ def notes_of(file: str, option: str = "--since") -> list[bytes]:
 
 def instances_of(name: str) -> list[Path]:
     """The instances in a folder."""
+    from d1_signer.audit import folder as folders
+
     path = Path(name).absolute()
     try:
         return folders.instances(path)

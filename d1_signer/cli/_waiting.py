@@ -14,11 +14,12 @@ from d1_signer.signing.steps import Step
 
 _PATIENCE = 2.0
 _LOOK = 0.2
+_AGAIN = 10.0  # what begins again within that is another attempt of the same, and one wait
 
 
 @contextlib.contextmanager
 def telling_of_waits(tell: Callable[[str, float], None]) -> Iterator[None]:
-    """Tell what the block waits for, after two seconds, four, eight and so on.
+    """Tell what the block waits for, after two seconds, four, eight and so on, over all attempts.
 
     Args:
         tell: Given what it is, and the seconds so far.
@@ -41,15 +42,16 @@ def telling_of_waits(tell: Callable[[str, float], None]) -> Iterator[None]:
 
 
 def _tell(tell: Callable[[str, float], None], over: threading.Event) -> None:
-    told: Step | None = None
-    patience = _PATIENCE
+    what, began, seen, patience = "", 0.0, 0.0, _PATIENCE
     while not over.wait(_LOOK):
-        step = Step.innermost()
+        step, now = Step.innermost(), time.monotonic()
         if step is None or being_asked.is_set():
             continue
-        if step is not told:
-            told, patience = step, _PATIENCE
-        waited = time.monotonic() - step.began
-        if waited >= patience:
-            tell(step.what, waited)
-            patience = 2 * waited
+        if step.what != what or now - seen > _AGAIN:
+            if now - step.began < _PATIENCE:
+                continue
+            what, began, patience = step.what, step.began, _PATIENCE
+        seen = now
+        if now - began >= patience:
+            tell(what, now - began)
+            patience = 2 * (now - began)

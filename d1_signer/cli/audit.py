@@ -29,7 +29,7 @@ from d1_signer.cli._output import (
     with_output_options,
 )
 from d1_signer.cli._output_file import OutputFile, with_output_file
-from d1_signer.cli._paths import FILE, FOLDER
+from d1_signer.cli._paths import FILE, FOLDER, KEY_URI
 from d1_signer.cli._trail import TrailSettings
 from d1_signer.cli._trail_files import instances_of, notes_of, unreadable, verifier_keys
 from d1_signer.errors import AuditError, ConfigurationError
@@ -229,7 +229,11 @@ def proof(
     metavar="NAME",
 )
 @setting(
-    "--audit-key", "D1_AUDIT_KEY", "Key URI of the key that seals the audit trail.", metavar="URI"
+    "--audit-key",
+    "D1_AUDIT_KEY",
+    "Key URI of the key that seals the audit trail.",
+    metavar="URI",
+    type=KEY_URI,
 )
 @with_output_options
 def seal(

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -123,6 +123,8 @@ def demo(*, output: Output) -> None:
 @contextmanager
 def _place(story: _Story) -> Iterator[str]:
     """Where the key is made: its key URI."""
+    import tempfile
+
     from d1_signer.sandbox.softhsm import throw_away_token
 
     missing = _missing_for_softhsm()
@@ -174,7 +176,7 @@ def _tell_custody(story: _Story, signer: Signer) -> None:
     for name in _SHOWN_FACTS:
         if name in facts:
             fact = facts[name]
-            told = f"{fact.value!s:<12} {fact.source}, {fact.assurance}"
+            told = f"{said(fact.value):<12} {fact.source}, {fact.assurance}"
             story.show(name, fact.value, told=told)
     story.show("exportable", evidence.exportable, told=said(evidence.exportable))
     story.show("hardware", evidence.hardware, told=said(evidence.hardware))
@@ -189,7 +191,7 @@ def _get_token(story: _Story, d1: Sandbox, fetcher: TokenFetcher) -> None:
     token = fetcher.token()
     (request,) = d1.requests  # as the sandbox received it
     story.show("endpoint", d1.token_endpoint)
-    story.show("header", dict(request.header))
+    story.show("header", dict(request.header), told=json.dumps(request.header))
     for name, value in request.claims.items():
         story.show(f"claim {name}", value)
     story.begin("token", "The access token, for all threads of the process until it expires")
@@ -207,6 +209,6 @@ def _call(story: _Story, d1: Sandbox, fetcher: TokenFetcher) -> None:
         response = session.get(f"{d1.banking_url}/ping", timeout=10)
     story.show("GET", response.url)
     story.show("status", response.status_code)
-    story.show("answer", response.json())
+    story.show("answer", response.json(), told=json.dumps(response.json()))
     story.require(response.status_code == _OK, "D1 took the token")
     story.require(d1.counters.token_requests == 1, "D1 was asked for no other token")

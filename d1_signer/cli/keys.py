@@ -22,6 +22,7 @@ from d1_signer.cli._output import (
     with_output_options,
 )
 from d1_signer.cli._output_file import OutputFile, with_output_file
+from d1_signer.cli._paths import KEY_URI
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.cli._trail import current_trail, with_trail
 from d1_signer.cli._tty import is_terminal
@@ -117,6 +118,7 @@ def _deliver(
     "--key",
     required=True,
     metavar="URI",
+    type=KEY_URI,
     callback=checked_client_key,
     help="Key URI of the client key. D1_SIGNER_KEY is not read: that one signs assertions.",
 )

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import signal
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,6 +111,8 @@ def sandbox(
 
 def _run(command: Sequence[str], server: Sandbox, keys: Keys, *, registered: bool) -> int:
     """Run a command with what it needs to get a token; its exit status."""
+    import tempfile
+
     with signals_held(*unless_ignored(*PASSED_ON)) as held, server, ExitStack() as stack:
         if keys.uris:
             replaced, settings = _ALL_SETTINGS, _settings_of(keys)

@@ -111,14 +111,30 @@ def _text(document: dict[str, Any]) -> str:
             "yes" if each["settings"] == document["settings"] else "no",
             ", ".join(each["kids"]),
             (each["certificate"] or "none")[:16],
-            moment(each["at"]),
+            f"{max(0, round(time.time() - each['at']))} s ago",
         )
         for each in document["processes"]
     ]
-    if not rows:
-        return f"{told}\n\nNo process has told of itself within a quarter of an hour."
     head = ("PROCESS", "SETTINGS", "AS THE FILE", "KIDS", "CERTIFICATE", "TOLD")
-    return f"{told}\n\n{table(head, rows)}"
+    return "\n\n".join([told, *([table(head, rows)] if rows else []), _conclusion(document)])
+
+
+def _conclusion(document: dict[str, Any]) -> str:
+    """What the exit status says, in words."""
+    others = [
+        _who(each) for each in document["processes"] if each["settings"] != document["settings"]
+    ]
+    found = []
+    if document["unreadable"]:
+        found.append(
+            f"Not all can be read: {document['unreadable']} sealed with another store key. Compare "
+            "key_source of the table [store] on every host."
+        )
+    if others:
+        found.append(f"Not as the file: {', '.join(others)}. Reload or restart there.")
+    if not found and document["processes"]:
+        found.append("Every process has the settings of the file.")
+    return "\n".join(found) or "No process has told of itself within a quarter of an hour."
 
 
 def _unreadable_text(entries: int) -> str:

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from d1_signer.errors import ConfigurationError
+from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.frames import without_locals
+from d1_signer.secret import is_full
 
 LABEL = "d1-throw-away"
 """Label of a token where the caller names none."""
@@ -118,6 +119,7 @@ def make_token(folder: Path, label: str = LABEL) -> SoftHsmToken:
     Raises:
         ConfigurationError: SoftHSM is not installed or makes no token, or the folder cannot be
             used.
+        D1SignerError: The disk is full; nothing is left in the folder.
     """
     utility, module = find_softhsm()
     folder = folder.absolute()
@@ -130,19 +132,41 @@ def make_token(folder: Path, label: str = LABEL) -> SoftHsmToken:
         configuration=folder / "softhsm2.conf",
     )
     try:
+        made = not folder.exists()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ConfigurationError(
                 f"{folder} is not empty.", hint="Name a new folder; a token is never overwritten."
             )
-        tokens = folder / "tokens"
-        tokens.mkdir(mode=0o700)
-        _write_private(token.configuration, _CONFIGURATION.format(directory=tokens))
-        _write_private(token.pin_file, token.pin)
+        with _all_or_nothing(folder, made=made):
+            tokens = folder / "tokens"
+            tokens.mkdir(mode=0o700)
+            _write_private(token.configuration, _CONFIGURATION.format(directory=tokens))
+            _write_private(token.pin_file, token.pin)
+            _initialise(utility, token)
     except OSError as error:
-        raise ConfigurationError(f"{folder} cannot hold a token: {error.strerror}.") from None
-    _initialise(utility, token)
+        text = f"{folder} cannot hold a token: {error.strerror}."
+        if is_full(error):
+            hint = f"Make room on the file system of {folder.parent}."
+            raise D1SignerError(text, hint=hint, retryable=True) from None
+        raise ConfigurationError(text) from None
     return token
+
+
+@contextlib.contextmanager
+def _all_or_nothing(folder: Path, *, made: bool) -> Iterator[None]:
+    """Leave the empty folder as it was, where what fills it fails."""
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        if made:
+            folder.rmdir()
+        raise
 
 
 def find_softhsm() -> tuple[Path, Path]:
@@ -209,7 +233,7 @@ def _initialise(utility: Path, token: SoftHsmToken) -> None:
         told = " ".join((transcript or "").split())
         raise ConfigurationError(
             f"softhsm2-util failed (exit status {process.returncode}): {told or 'it hung'}",
-            hint="A label has at most 32 bytes.",
+            hint="A label has at most 32 bytes; the disk must have room for a token.",
         )
 
 

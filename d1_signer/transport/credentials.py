@@ -144,7 +144,7 @@ class Hints:
     certificate: str = "Give the file in PEM that Thales sent for your CSR, its chain behind it."
     pair: str = "Give the key from whose CSR Thales signed the certificate."
     passphrase: str = "Name the source of its passphrase: file:PATH or env:NAME."  # noqa: S105 (advice)
-    authorities: str = "It must hold certificates in PEM."
+    authorities: str = "Name a file of certificates in PEM that this process's user may read."
     expiry: str | None = "have Thales sign a new one"
 
 

@@ -123,17 +123,25 @@ def test_a_defect_is_one_line_and_shows_no_values(
     assert PASSPHRASE not in result.err + detailed.err
 
 
-def test_a_reader_that_goes_away(key_uri: str) -> None:
+@pytest.mark.parametrize("command", ["custody", "help", "version", "completion"])
+def test_a_reader_that_goes_away(key_uri: str, command: str) -> None:
+    arguments, variables = {
+        "custody": (["custody", "--key", key_uri], {}),
+        "help": (["check", "--help"], {}),
+        "version": (["--version"], {}),
+        "completion": ([], {"_D1_SIGNER_COMPLETE": "bash_source"}),
+    }[command]
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
         done = subprocess.run(
-            [*COMMAND, "custody", "--key", key_uri],
+            [*COMMAND, *arguments],
             stdout=pipe,
             stderr=subprocess.PIPE,
             text=True,
             check=False,
             timeout=30,
+            env={**os.environ, **variables},
         )
     assert done.returncode == 1
     assert done.stderr == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,33 @@ def test_more_processes_than_there_is_room_for(opened: TokenFetcher) -> None:
         store._place.get()[:] = []
         store.announce(announcer._name, b"x", life=60.0)
     assert 100 < len(store.members(announcer._name)) <= 256
+
+
+def test_the_last_line_says_what_the_status_means(
+    run: Run, file: Path, opened: TokenFetcher, lines: Lines, tmp_path: Path
+) -> None:
+    announced(opened)
+    result = run("status", "--config", str(file))
+    assert (result.status, last_line(result.out)) == (
+        0,
+        "Every process has the settings of the file.",
+    )
+    assert re.search(r" \d+ s ago\n", result.out)
+    written(tmp_path, {**lines, "limits.total": 12})
+    result = run("status", "--config", str(file))
+    assert result.status == 1
+    assert re.fullmatch(
+        rf"Not as the file: \S+:{os.getpid()}. Reload or restart there.", last_line(result.out)
+    )
+    (tmp_path / "store-key").write_text(os.urandom(32).hex())
+    result = run("status", "--config", str(file))
+    assert result.status == 1
+    assert last_line(result.out) == (
+        "Not all can be read: 2 sealed with another store key. Compare key_source of the table "
+        "[store] on every host."
+    )
+    assert "No process" not in result.out
+
+
+def last_line(text: str) -> str:
+    return text.splitlines()[-1]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 import threading
@@ -125,6 +126,30 @@ def test_a_person_who_is_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
         assert heard.wait(20)
     assert set(told) == {"a key"}
     assert Step.innermost() is None
+
+
+def test_attempts_are_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_waiting, "_PATIENCE", 0.2)
+    monkeypatch.setattr(_waiting, "_LOOK", 0.01)
+    told: list[tuple[str, float]] = []
+    heard = threading.Semaphore(0)
+
+    def tell(what: str, seconds: float) -> None:
+        told.append((what, seconds))
+        heard.release()
+
+    with _waiting.telling_of_waits(tell):
+        while len(told) < 4:  # it is begun anew until it was told four times
+            with Step("a connection"):
+                assert heard.acquire(timeout=20)
+            with Step("what takes no time"):
+                pass
+        with Step("an answer"):
+            assert heard.acquire(timeout=20)
+    assert [what for what, _ in told] == [*["a connection"] * 4, "an answer"]
+    seconds = [seconds for _, seconds in told]
+    assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(seconds[:4]))
+    assert seconds[4] < seconds[3]
 
 
 def test_what_began_last_is_what_is_waited_for() -> None:

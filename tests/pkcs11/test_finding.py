@@ -213,7 +213,7 @@ def test_slot_whose_token_is_not_initialised_is_no_candidate(
 ) -> None:
     shim.script("slot.empty")
     signs(uri_of(token, "object=d1"), module_path=shim.path)
-    with pytest.raises(KeyNotFoundError, match="not initialised"):
+    with pytest.raises(KeyNotFoundError, match=r", no label \(slot \d+, not initialised\)"):
         open_signer(uri_of(token, "token=none;object=d1"), module_path=shim.path)
     # A module that never sets the flag, and a token that is named.
     shim.script("token.clear=400")

@@ -117,9 +117,11 @@ def _listed(tokens: Iterable[Token]) -> str:
 
 
 def _text(token: Token) -> str:
-    empty = "" if token.initialized else ", not initialised"
-    serial = repr(shown(token.serial))[1:-1]  # a device may have anything in it
-    return f"{shown(token.label)!r} (serial {serial}, slot {token.slot_id}{empty})"
+    label, serial = shown(token.label), shown(token.serial)
+    # A device may have anything in it.
+    told = [f"serial {repr(serial)[1:-1]}"] if serial else []
+    told += [f"slot {token.slot_id}", *([] if token.initialized else ["not initialised"])]
+    return f"{repr(label) if label else 'no label'} ({', '.join(told)})"
 
 
 def listed(texts: Iterable[str]) -> str:
