@@ -28,6 +28,7 @@ ELSEWHERE = {
         )
         for first in (
             "from d1_signer",
+            "fetcher = TokenFetcher.from_settings",
             "token = ",
             "import httpx",
             "tls_signer = ",
@@ -52,7 +53,15 @@ ELSEWHERE = {
     "docs/rotation.md: from __future__": (
         "tests/token/fleet/test_examples.py::test_the_pages_show_the_examples_as_they_are"
     ),
-    "docs/settings.md: # /etc/d1/production.toml": "tests/token/fleet/test_rotation.py",
+    "docs/settings.md: # /etc/d1/production.toml": (
+        "tests/docs/test_settings_page.py::test_the_service_reads_the_file_as_printed"
+    ),
+    "docs/settings.md: from d1_signer": (
+        "tests/docs/test_settings_page.py::test_the_service_reads_the_file_as_printed"
+    ),
+    "docs/settings.md: d1-signer check": (
+        "tests/docs/test_settings_page.py::test_the_commands_read_the_file_as_printed"
+    ),
     "docs/custody/attestation.md: { printf": "tests/attestation/test_securosys.py",
     "docs/cloud/aws.md: {": (
         "tests/backends/test_docs.py::test_policy_for_aws_is_json_with_the_permissions_that_are_used"
@@ -115,10 +124,6 @@ LEFT_OUT = {
     "docs/rotation.md: D1_CONFIG=": (
         "twenty workers: tests/token/fleet/test_rotation.py starts gunicorn with its own port"
     ),
-    "docs/settings.md: from d1_signer": (
-        "needs the keys, store and D1 of that file: tests/token/fleet/test_rotation.py has one"
-    ),
-    "docs/settings.md: d1-signer check": "needs that file's D1; tests/cli/test_config.py has one",
     "docs/cli.md: $ d1-signer status": "a screen; tests/cli/test_status.py has its lines",
     "docs/cli.md: until d1-signer status": (
         "waits for a fleet; tests/cli/test_status.py has the statuses it waits for"

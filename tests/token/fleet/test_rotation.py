@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import threading
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,15 +166,6 @@ def test_a_signal_to_the_workers_of_a_preloaded_server(file: SettingsFile, tmp_p
         until(
             lambda: requests.get(url, timeout=20).json()["settings"]["digest"] == digest, seconds=60
         )
-
-
-def test_the_page_of_settings_is_one_that_can_be_read(tmp_path: Path) -> None:
-    block = PAGE.partition("```toml\n")[2].partition("```")[0]
-    (tmp_path / "d1.toml").write_text(block)
-    settings = Settings.read(tmp_path / "d1.toml")
-    settings.require_complete()
-    assert settings.store is not None
-    assert {*tomllib.loads(block)} <= {name.strip("[]`, ") for name in PAGE.split()}
 
 
 def test_every_name_of_the_schema_is_on_the_page() -> None:

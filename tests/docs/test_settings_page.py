@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/settings.md, run as it stands: its file, its Python and its commands, in their order."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from d1_signer import TokenFetcher, generate_key, open_signer
+from d1_signer.sandbox import Sandbox
+from d1_signer.testing import make_softhsm_token
+from tests.servers.redis_server import RedisServer
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+PASSWORD = "of-the-user-d1"
+
+
+def block(language: str) -> str:
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return str(text)
+
+
+def secret(path: Path, text: str) -> None:
+    path.touch(0o600)
+    path.write_text(text)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder) as server:
+        with server.admin() as admin:
+            admin.acl_setuser(
+                "d1", enabled=True, passwords=f"+{PASSWORD}", keys="*", commands=["+@all"]
+            )
+        yield server
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """What the page has in /etc/d1; the file differs in nothing but where things are here."""
+    (tmp_path / "hsm").mkdir()
+    token = make_softhsm_token(tmp_path / "hsm", label="bank")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(token.configuration))
+    secret(tmp_path / "pin", token.pin)
+    secret(tmp_path / "redis-password", PASSWORD)
+    secret(tmp_path / "store-key", os.urandom(32).hex())
+    with Sandbox(issuer_id="my-issuer") as d1:
+        for year in ("2027", "2026"):
+            uri = token.key_uri(f"d1-{year}")
+            generate_key(uri)
+            with open_signer(uri) as signer:
+                d1.register_key(f"bank-{year}", signer.public_key.jwk())
+        secret(tmp_path / "client.pem", Path(d1.client_certificate).read_text())
+        secret(tmp_path / "client.key", Path(d1.client_key).read_text())
+        text = block("toml")
+        for old, new in {
+            'environment = "production"': f'environment = "{d1.base_url}"\nca_file = "{d1.ca_file}"',
+            "/usr/lib/softhsm/libsofthsm2.so": token.module_path,
+            "rediss://redis.bank.example:6379/0": redis_server.url,
+            "/etc/d1": str(tmp_path),
+        }.items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "production.toml").write_text(text)
+        yield tmp_path
+
+
+def test_the_service_reads_the_file_as_printed(folder: Path) -> None:
+    names: dict[str, object] = {}
+    exec(block("python").replace("/etc/d1", str(folder)), names)  # noqa: S102 (the page's own)
+    fetcher = names["fetcher"]
+    assert isinstance(fetcher, TokenFetcher)
+    with fetcher:
+        assert fetcher.token().value
+        status = fetcher.status()
+    assert [member.kid for member in status.members] == ["bank-2027", "bank-2026"]
+    assert status.store == "working"
+    assert status.settings is not None
+    assert status.settings.keys_away == ()
+
+
+def test_the_commands_read_the_file_as_printed(folder: Path) -> None:
+    told = subprocess.run(
+        ["bash", "-euc", block("sh").replace("/etc/d1", str(folder))],
+        env={name: text for name, text in os.environ.items() if not name.startswith("D1_")}
+        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "All steps passed." in told.stdout
+    assert "kid bank-2027" in told.stdout
+    assert "Bearer" in told.stdout
