@@ -109,7 +109,7 @@ class TokenFetcher(TokenKeeper):
             proxy_adds_certificate: State that an outgoing proxy adds the client certificate, so
                 that none is demanded here.
             audience: ``aud`` of the assertions; None leaves it out.
-            assertion_lifetime: Seconds from now to ``exp``, 1 to 900.
+            assertion_lifetime: Seconds from now to ``exp``, 1 to 900; without it 300.
             issued_at: Whether assertions carry ``iat``.
             jwt_id: Whether assertions carry ``jti``.
             request_format: Whether they are sent as a form or in JSON, for a gateway that takes

@@ -65,7 +65,7 @@ def folder(
         secret(tmp_path / "client.key", Path(d1.client_key).read_text())
         text = block("toml")
         for old, new in {
-            'environment = "production"': f'environment = "{d1.base_url}"\nca_file = "{d1.ca_file}"',
+            '"production"': f'"{d1.base_url}"\nca_file = "{d1.ca_file}"',
             "/usr/lib/softhsm/libsofthsm2.so": token.module_path,
             "rediss://redis.bank.example:6379/0": redis_server.url,
             "/etc/d1": str(tmp_path),
