@@ -218,7 +218,7 @@ class TokenFetcher(TokenKeeper):
         The file is looked at every few seconds when a token is asked for, or the `status`. Keys and
         their order, the client certificate, authorities, limits, ``aud`` and the request format
         change in place, all of it or nothing; for anything else a new fetcher is needed. A file
-        that cannot be used keeps what was good last. See `Settings` for the names in it.
+        that cannot be used keeps what was good last. Its names stand in ``docs/settings.md``.
 
         Args:
             file: Path of the file, in TOML.

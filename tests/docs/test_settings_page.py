@@ -15,7 +15,9 @@ import pytest
 from d1_signer import TokenFetcher, generate_key, open_signer
 from d1_signer.sandbox import Sandbox
 from d1_signer.testing import make_softhsm_token
+from tests.docs.reading import section
 from tests.servers.redis_server import RedisServer
+from tests.token.test_fetcher import until
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
@@ -90,9 +92,9 @@ def test_the_service_reads_the_file_as_printed(folder: Path) -> None:
     assert status.settings.keys_away == ()
 
 
-def test_the_commands_read_the_file_as_printed(folder: Path) -> None:
-    told = subprocess.run(
-        ["bash", "-euc", block("sh").replace("/etc/d1", str(folder))],
+def ran(folder: Path, script: str) -> str:
+    done = subprocess.run(
+        ["bash", "-euc", script.replace("/etc/d1", str(folder))],
         env={name: text for name, text in os.environ.items() if not name.startswith("D1_")}
         | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
@@ -100,7 +102,37 @@ def test_the_commands_read_the_file_as_printed(folder: Path) -> None:
         check=False,
         timeout=100,
     )
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "All steps passed." in told.stdout
-    assert "kid bank-2027" in told.stdout
-    assert "Bearer" in told.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_commands_read_the_file_as_printed(folder: Path) -> None:
+    told = ran(folder, block("sh"))
+    assert "All steps passed." in told
+    assert "kid bank-2027" in told
+    assert "Bearer" in told
+
+
+def test_the_status_of_a_fleet_as_the_other_page_prints_it(folder: Path) -> None:
+    page = section((ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), "The status of a fleet")
+    (screen,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (wait,) = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    command, *printed = screen.removeprefix("$ ").splitlines()
+    with TokenFetcher.from_settings(folder / "production.toml") as fetcher:
+        assert fetcher.token().value
+        until(lambda: "bank-2027, bank-2026" in ran(folder, command), seconds=60)
+        ran(folder, wait)
+        told = ran(folder, command).splitlines()
+        # A change that no process has: what is waited for is not there yet.
+        with (folder / "production.toml").open("a") as file:
+            file.write("cluster = false\n")
+        assert "AS THE FILE" in ran(folder, f"! {command}")
+    assert len(told) == len(printed)
+    for line, shown in zip(told, printed, strict=True):
+        assert columns(line)[0] == columns(shown)[0] or f":{os.getpid()}" in line
+        assert len(columns(line)) == len(columns(shown)), line
+    assert columns(told[-1])[2] == columns(printed[-1])[2] == "yes"
+
+
+def columns(line: str) -> list[str]:
+    return re.split(r" {2,}", line)
