@@ -175,6 +175,16 @@ def leave_out_arguments(
     return ("", None) if ours and thing is not D1SignerError else None
 
 
+def let_long_words_break(_app: Sphinx, doctree: nodes.document) -> None:
+    """Digests, and names of tests, would make a table wider than its page."""
+    for code in doctree.findall(nodes.literal):
+        if max(map(len, code.astext().split()), default=0) > _LONG:
+            code["classes"].append("long")
+
+
+_LONG = 50
+
+
 def label_cells(
     _app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object
 ) -> None:
@@ -217,6 +227,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("source-read", add_sidebar)
     app.connect("doctree-read", link_folders)
     app.connect("doctree-read", shorten_types)
+    app.connect("doctree-read", let_long_words_break)
     app.connect("missing-reference", link_homes)
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)
     app.connect("autodoc-process-signature", leave_out_arguments)
