@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 
+import click
 import pytest
 
+from d1_signer.cli._app import cli
 from tests.docs.reading import ROOT, Snippet, modules, snippets
 from tests.docs.test_snippets_of_python import RUN as PYTHON
 from tests.docs.test_snippets_of_shell import RUN as SHELL
@@ -183,10 +186,6 @@ LEFT_OUT = {
     "docs/cloud/vault.md: from pathlib": (
         "needs a key in an HSM behind Vault: tests/backends/vault has one that stands for it"
     ),
-    "docs/cloud/vault.md: path ": "a policy; tests/servers/vault.py gives its tokens the same",
-    "d1_signer/backends/vault/__init__.py: path ": (
-        "a policy; tests/servers/vault.py gives its tokens the same"
-    ),
     **{
         f"docs/custody/README.md: from d1_signer import {name}": (
             "needs a Luna that has signed a statement; tests/custody has statements of its own"
@@ -306,3 +305,33 @@ def test_tests_that_a_reason_names_are_there(first: str) -> None:
 )
 def test_python_is_python(snippet: Snippet) -> None:
     compile(snippet.text, snippet.key, "exec")
+
+
+def typed(text: str) -> list[list[str]]:
+    """The words of each of our commands, wherever in a line it stands."""
+    lexer = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="();<>|&\n")
+    lexer.whitespace, lexer.whitespace_split = " \t", True
+    commands: list[list[str]] = [[]]
+    for word in lexer:
+        if word == "d1-signer" or not set(word) - set("();<>|&\n"):
+            commands.append([])
+        commands[-1].append(word)
+    return [words[1:] for words in commands if words[:1] == ["d1-signer"]]
+
+
+def test_commands_that_are_left_out_have_these_names_and_options() -> None:
+    left = [each for each in ALL if places(each)[0] in LEFT_OUT and each.language == "sh"]
+    commands = [words for snippet in left for words in typed(snippet.text)]
+    assert len(commands) > 15
+    for words in commands:
+        command: click.Command = cli
+        rest = words
+        while isinstance(command, click.Group) and rest and rest[0] in command.commands:
+            command, rest = command.commands[rest[0]], rest[1:]
+        assert not isinstance(command, click.Group) or command is not cli, words
+        known = {flag for parameter in command.params for flag in parameter.opts}
+        given = {word for word in rest if re.match(r"--?[a-z]", word)}
+        assert given <= known, words
+        needed = [p for p in command.params if p.required and isinstance(p, click.Option)]
+        for option in needed:
+            assert given & {*option.opts} or option.envvar, words
