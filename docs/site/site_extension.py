@@ -176,13 +176,13 @@ def leave_out_arguments(
 
 
 def let_long_words_break(_app: Sphinx, doctree: nodes.document) -> None:
-    """Digests, and names of tests, would make a table wider than its page."""
+    """A digest is wider than a phone. Any other word of code is kept whole, so that an option is."""
     for code in doctree.findall(nodes.literal):
         if max(map(len, code.astext().split()), default=0) > _LONG:
             code["classes"].append("long")
 
 
-_LONG = 50
+_LONG = 36
 
 
 def label_cells(
