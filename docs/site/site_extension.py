@@ -176,7 +176,7 @@ def leave_out_arguments(
 
 
 def let_long_words_break(_app: Sphinx, doctree: nodes.document) -> None:
-    """A digest is wider than a phone. Any other word of code is kept whole, so that an option is."""
+    """A digest is wider than a phone. Any other word of code is kept whole, as an option is."""
     for code in doctree.findall(nodes.literal):
         if max(map(len, code.astext().split()), default=0) > _LONG:
             code["classes"].append("long")
