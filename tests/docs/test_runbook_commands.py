@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 
 from d1_signer import TokenFetcher, generate_key
 from tests.docs.reading import ROOT
-from tests.docs.test_settings_page import PASSWORD, folder, redis_server
+from tests.docs.test_settings_page import PASSWORD, folder, ran, redis_server
 
 __all__ = ["folder", "redis_server"]  # fixtures
+
+pytestmark = pytest.mark.timeout(300)  # several processes, one after another
 
 PAGE = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 OURS = sorted(
@@ -29,13 +29,15 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._settings = {n: text for n, text in os.environ.items() if not n.startswith("D1_")} | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        settings = {
             "D1_CONFIG": str(folder / "production.toml"),
             "D1_AUDIT_TRAIL": str(folder / "trail"),
             "D1_AUDIT_ORIGIN": "bank.example/d1",
             "D1_AUDIT_KEY": generate_key((folder / "seal.pem").as_uri()).uri,
         }
+        self._exports = "".join(
+            f"export {name}={shlex.quote(text)}\n" for name, text in settings.items()
+        )
         with TokenFetcher.from_settings(folder / "production.toml") as fetcher:
             fetcher.token()
         self.type("d1-signer token")
@@ -44,20 +46,10 @@ class Host:
         )
 
     def type(self, line: str) -> str:
-        ran = subprocess.run(
-            ["bash", "-euc", re.sub(r"\bFILE\b", str(self.folder / "production.toml"), line)],
-            cwd=self.folder,
-            env=self._settings,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=100,
-        )
-        assert ran.returncode == 0, (line, ran.stdout, ran.stderr)
-        return ran.stdout
+        script = re.sub(r"\bFILE\b", str(self.folder / "production.toml"), line)
+        return ran(self.folder, f"cd {shlex.quote(str(self.folder))}; {self._exports}{script}")
 
 
-@pytest.mark.timeout(300)  # some processes, one after another
 def test_each_of_ours_works_as_printed(folder: Path) -> None:
     host = Host(folder)
     told = {line: host.type(line) for line in OURS if "COMMAND" not in line}

@@ -19,6 +19,8 @@ from tests.docs.reading import section
 from tests.servers.redis_server import RedisServer
 from tests.token.test_fetcher import until
 
+pytestmark = pytest.mark.timeout(300)  # several processes, one after another
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 PASSWORD = "of-the-user-d1"
@@ -84,16 +86,21 @@ def test_the_service_reads_the_file_as_printed(folder: Path) -> None:
     fetcher = names["fetcher"]
     assert isinstance(fetcher, TokenFetcher)
     with fetcher:
-        assert fetcher.token().value
+        until(lambda: shared(fetcher), seconds=60)
         status = fetcher.status()
     assert [member.kid for member in status.members] == ["bank-2027", "bank-2026"]
-    assert status.store == "working"
     assert status.settings is not None
     assert status.settings.keys_away == ()
 
 
-def ran(folder: Path, script: str) -> str:
-    done = subprocess.run(
+def shared(fetcher: TokenFetcher) -> bool:
+    """Whether a new token went to the store, which has half a second for it, whatever else runs."""
+    fetcher.invalidate(fetcher.token())
+    return bool(fetcher.token().value) and fetcher.status().store == "working"
+
+
+def typed(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         ["bash", "-euc", script.replace("/etc/d1", str(folder))],
         env={name: text for name, text in os.environ.items() if not name.startswith("D1_")}
         | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
@@ -102,6 +109,14 @@ def ran(folder: Path, script: str) -> str:
         check=False,
         timeout=100,
     )
+
+
+def ran(folder: Path, script: str) -> str:
+    """What is printed; a store that was too slow for a busy machine is asked again."""
+    done = typed(folder, script)
+    for _ in range(10):
+        if "store_unavailable" in done.stderr:
+            done = typed(folder, script)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -119,8 +134,9 @@ def test_the_status_of_a_fleet_as_the_other_page_prints_it(folder: Path) -> None
     (wait,) = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     command, *printed = screen.removeprefix("$ ").splitlines()
     with TokenFetcher.from_settings(folder / "production.toml") as fetcher:
-        assert fetcher.token().value
-        until(lambda: "bank-2027, bank-2026" in ran(folder, command), seconds=60)
+        until(
+            lambda: shared(fetcher) and "bank-2027, bank-2026" in ran(folder, command), seconds=100
+        )
         ran(folder, wait)
         told = ran(folder, command).splitlines()
         # A change that no process has: what is waited for is not there yet.

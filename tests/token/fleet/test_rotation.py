@@ -170,6 +170,7 @@ def test_a_signal_to_the_workers_of_a_preloaded_server(file: SettingsFile, tmp_p
         )
 
 
+@pytest.mark.timeout(300)
 def test_the_commands_of_the_page_rotate(
     file: SettingsFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +205,7 @@ def test_the_commands_of_the_page_rotate(
         typed(move)
         typed(hang_up)
         digest = Settings.read(file.path).digest
-        until(lambda: digests(url, 2) == {digest}, seconds=60)
+        until(lambda: digests(url, 2) == {digest}, seconds=120)
         assert set(told(url, 2)) == set(workers)  # no worker was started anew
 
 
