@@ -109,7 +109,7 @@ class TokenFetcher(TokenKeeper):
             proxy_adds_certificate: State that an outgoing proxy adds the client certificate, so
                 that none is demanded here.
             audience: ``aud`` of the assertions; None leaves it out.
-            assertion_lifetime: Seconds from now to ``exp``, 1 to 900.
+            assertion_lifetime: Seconds from now to ``exp``, 1 to 900; without it 300.
             issued_at: Whether assertions carry ``iat``.
             jwt_id: Whether assertions carry ``jti``.
             request_format: Whether they are sent as a form or in JSON, for a gateway that takes
@@ -218,7 +218,7 @@ class TokenFetcher(TokenKeeper):
         The file is looked at every few seconds when a token is asked for, or the `status`. Keys and
         their order, the client certificate, authorities, limits, ``aud`` and the request format
         change in place, all of it or nothing; for anything else a new fetcher is needed. A file
-        that cannot be used keeps what was good last. See `Settings` for the names in it.
+        that cannot be used keeps what was good last. Its names stand in ``docs/settings.md``.
 
         Args:
             file: Path of the file, in TOML.

@@ -36,6 +36,7 @@ html_theme = "furo"
 html_title = f"d1_signer {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).parent / "scorer.js")
 html_copy_source = False
 html_use_index = html_domain_indices = False  # the reference is short, and searched
 html_show_sphinx = False

@@ -7,7 +7,9 @@ them is added here.
 
 from __future__ import annotations
 
+import html
 import inspect
+import re
 import shutil
 from enum import Enum
 from importlib import import_module
@@ -31,16 +33,14 @@ ROOT = "README"
 # The sidebar. What is named nowhere is added: to the README of its folder where there is one, else
 # to the end of the first group.
 SIDEBAR = {
-    "Use": [
-        *("docs/token", "docs/cli", "docs/onboarding", "docs/tls"),
-        *("docs/fleet", "docs/rotation", "docs/observability", "docs/runbook"),
-    ],
+    "Use": ["docs/onboarding", "docs/token", "docs/settings", "docs/cli", "docs/tls"],
+    "Operate": ["docs/fleet", "docs/rotation", "docs/observability", "docs/runbook"],
     "Keys": [
         *("docs/pkcs11/README", "docs/cloud/README", "softhsm/README"),
         *("docs/custody/README", "docs/audit/README"),
         *("docs/backends", "tests/plugin_example/README"),
     ],
-    "Reference": [
+    "API reference": [
         f"docs/site/reference/{page}"
         for page in ("tokens", "keys", "custody", "audit", "events", "errors", "testing")
     ],
@@ -99,6 +99,14 @@ def link_folders(app: Sphinx, doctree: nodes.document) -> None:
                 link["refdomain"], link["reftarget"], link["reftargetid"] = "doc", page, None
 
 
+def shorten_types(_app: Sphinx, doctree: nodes.document) -> None:
+    """Show the type of an attribute as it is written, as signatures do, not with its module."""
+    for link in doctree.findall(pending_xref):
+        if link.astext() == link["reftarget"] and link["reftarget"].startswith("d1_signer."):
+            for text in list(link.findall(nodes.Text)):
+                text.parent.replace(text, nodes.Text(text.rpartition(".")[2]))
+
+
 def link_homes(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.reference | None:
@@ -128,7 +136,10 @@ class PublicNames(SphinxDirective):
             for home in homes:
                 order = list(vars(import_module(f"d1_signer.{home}")))
                 names |= dict.fromkeys(sorted(HOMES[home], key=order.index))
-        return self.parse_text_to_nodes("\n".join(chain.from_iterable(map(entry, names))))
+        listed = " · ".join(f":py:obj:`~d1_signer.{name}`" for name in names)
+        return self.parse_text_to_nodes(
+            "\n".join([listed, "", *chain.from_iterable(map(entry, names))])
+        )
 
 
 def entry(name: str) -> list[str]:
@@ -164,6 +175,43 @@ def leave_out_arguments(
     return ("", None) if ours and thing is not D1SignerError else None
 
 
+def let_long_words_break(_app: Sphinx, doctree: nodes.document) -> None:
+    """A digest is wider than a phone. Any other word of code is kept whole, as an option is."""
+    for code in doctree.findall(nodes.literal):
+        if max(map(len, code.astext().split()), default=0) > _LONG:
+            code["classes"].append("long")
+
+
+_LONG = 36
+
+
+def label_cells(
+    _app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object
+) -> None:
+    """Tell each cell the head of its column: on a phone a row is a card, and has no head above."""
+    if "body" in context:
+        context["body"] = _TABLE.sub(_labelled, context["body"])
+
+
+_TABLE = re.compile(r"<table\b.*?</table>", re.DOTALL)
+_HEAD = re.compile(r"<th\b[^>]*>(.*?)</th>", re.DOTALL)
+_TAG = re.compile(r"<[^>]+>")
+# Of name and value none has to be told which it is.
+_PAIR = 2
+
+
+def _labelled(table: re.Match[str]) -> str:
+    heads = [html.unescape(_TAG.sub("", head)) for head in _HEAD.findall(table[0])]
+    if len(heads) <= _PAIR:
+        return table[0]
+    head, *rows = table[0].split("<tr")
+    for row in rows:
+        before, *cells = row.split("<td")
+        labels = (f'<td data-label="{html.escape(text)}: "' if text else "<td" for text in heads)
+        head += "<tr" + before + "".join(map("".join, zip(labels, cells, strict=False)))
+    return head
+
+
 def add_index(app: Sphinx, failure: Exception | None) -> None:
     """The first page under the name that a web server looks for."""
     if failure is None and app.builder.name == "html":
@@ -178,8 +226,11 @@ def setup(app: Sphinx) -> ExtensionMetadata:
             field.label = "Attributes"
     app.connect("source-read", add_sidebar)
     app.connect("doctree-read", link_folders)
+    app.connect("doctree-read", shorten_types)
+    app.connect("doctree-read", let_long_words_break)
     app.connect("missing-reference", link_homes)
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)
     app.connect("autodoc-process-signature", leave_out_arguments)
+    app.connect("html-page-context", label_cells)
     app.connect("build-finished", add_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +81,9 @@ def test_a_wait_is_told_on_a_terminal(
 ) -> None:
     settings["D1_ENVIRONMENT"] = f"https://127.0.0.1:{silent}/authz/v1"
     terminal = AtTerminal("token", *flags, **settings)
-    terminal.wait_for(f"Waiting for a connection to 127.0.0.1:{silent}: 2 s so far.")
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^Waiting for .*$", page, re.MULTILINE)
+    terminal.wait_for(re.sub(r" to \S+:\d+", f" to 127.0.0.1:{silent}", line))
     terminal.wait_for("4 s so far.")
     terminal.interrupt()
     assert terminal.end()[0] == 130

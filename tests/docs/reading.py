@@ -149,13 +149,20 @@ class Snippet:
     page: str
     language: str
     text: str
+    mark: str = ""
 
     @property
     def key(self) -> str:
-        """Page and first line, which is unique there."""
-        return f"{self.page}: {self.text.strip().splitlines()[0]}"
+        """Page, and the mark above the snippet or its first line: unique."""
+        return f"{self.page}: {self.mark or self.text.strip().splitlines()[0]}"
 
 
+# A fence of any kind, and the comment above it that names it for a test.
+_FENCED = re.compile(
+    r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?"
+    r"[ >]*(?P<fence>`{3,}|~{3,})(?P<language>[^\n]*)\n(?P<text>.*?)^[ >]*(?P=fence)[ ]*$",
+    re.DOTALL | re.MULTILINE,
+)
 _LITERAL = re.compile(r"^( *)(?:\S.*)?::\n\n((?:\1 +\S.*\n|\n)+)", re.MULTILINE)
 
 
@@ -168,8 +175,10 @@ def snippets() -> tuple[Snippet, ...]:
         if page.startswith((".", "build/", "dist/", "shared/")):
             continue
         text = path.read_text(encoding="utf-8")
-        fenced = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-        found += [Snippet(page, language, block) for language, block in fenced]
+        found += [
+            Snippet(page, block["language"], block["text"], block["mark"] or "")
+            for block in _FENCED.finditer(text)
+        ]
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

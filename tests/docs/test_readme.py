@@ -43,6 +43,20 @@ def request_of(signer: Signer) -> bytes:
     return builder.sign(signer.as_private_key(), SHA256()).public_bytes(Encoding.PEM)
 
 
+def settings_file(folder: Path, sandbox: Sandbox, uri: str) -> Path:
+    file = folder / "production.toml"
+    lines = {
+        "environment": sandbox.base_url,
+        "issuer_id": "my-issuer",
+        "key": f"{uri}#bank-2026",
+        "client_cert": str(sandbox.client_certificate),
+        "client_key": str(sandbox.client_key),
+        "ca_file": str(sandbox.ca_file),
+    }
+    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+    return file
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
@@ -70,6 +84,7 @@ def test_the_python_examples_run_in_the_order_of_the_page(
             "/etc/d1/client.pem": str(sandbox.client_certificate),
             "/etc/d1/client.key": str(sandbox.client_key),
             "/home/me/d1-dev.pem": str(tmp_path / "dev.pem"),
+            "/etc/d1/production.toml": str(settings_file(tmp_path, sandbox, softhsm_token.uri)),
         }.items():
             assert old in code
             code = code.replace(old, new)

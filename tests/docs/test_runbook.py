@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 
 import pytest
 
 from d1_signer import errors
-from d1_signer.cli._app import cli
 from d1_signer.secret import Secret
 from d1_signer.token import response
 from tests.docs.reading import (
@@ -143,28 +141,6 @@ def test_codes_in_the_text_exist() -> None:
         for word in re.findall(r"`([a-z]+_[a-z_]+)`", seen):
             details = {"hanging_in", "busy_sessions", "clock_offset", "invalid_grant"}
             assert word in known | details, word
-
-
-def commands(text: str) -> list[list[str]]:
-    inline = re.findall(r"`(d1-signer [^`]+)`", text)
-    fenced = [
-        line
-        for block in re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-        for line in block.splitlines()
-        if line.startswith("d1-signer ")
-    ]
-    return [shlex.split(line) for line in [*inline, *fenced]]
-
-
-def test_every_command_exists_with_its_flags() -> None:
-    found = commands(PAGE)
-    assert len(found) > 10
-    for _, name, *rest in found:
-        if name == "COMMAND":
-            continue
-        command = cli.commands[name]
-        flags = {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
-        assert {word for word in rest if word.startswith("-")} <= flags, name
 
 
 @pytest.mark.parametrize("name", ["runbook", "onboarding", "observability"])

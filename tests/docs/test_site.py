@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import d1_signer
+from d1_signer import sandbox, testing
 
 pytestmark = pytest.mark.timeout(600)  # Sphinx works for some ten seconds, more on a loaded machine
 
@@ -141,16 +142,23 @@ def test_every_public_name_has_an_entry(pages: dict[Path, Page]) -> None:
     public = {f"d1_signer.{name}" for name in dir(d1_signer)}
     assert len(public) > 70
     assert public - {"d1_signer.es256"} - anchors == set()
+    for module in (sandbox, testing):
+        assert {f"{module.__name__}.{name}" for name in module.__all__} - anchors == set()
     for name in (
         "module-d1_signer.es256",
         "d1_signer.es256.raw_from_der",
         "d1_signer.TokenFetcher.token",  # inherited from a class without a page
-        "d1_signer.testing.SignerConformance",
-        "d1_signer.testing.softhsm_token",
-        "d1_signer.sandbox.Sandbox",
+        "d1_signer.sandbox.Sandbox.misbehave",
         "d1_signer.otel.OpenTelemetryObserver",
     ):
         assert name in anchors
+
+
+def test_a_page_of_the_reference_begins_with_its_names(site: Path) -> None:
+    page = (site / "docs/site/reference/events.html").read_text(encoding="utf-8")
+    before = page.partition('<dl class="py')[0]
+    for name in ("SignEvent", "RenewalEvent"):
+        assert f'href="#d1_signer.{name}"' in before
 
 
 def test_an_annotation_leads_to_the_public_name(site: Path) -> None:
@@ -158,6 +166,37 @@ def test_an_annotation_leads_to_the_public_name(site: Path) -> None:
     signature = page[page.index('id="d1_signer.TokenFetcher"') :].partition("</dt>")[0]
     for target in ("keys.html#d1_signer.SignerSet", "#d1_signer.Environment"):
         assert f'href="{target}"' in signature
+
+
+def test_no_type_is_shown_with_the_module_that_defines_it(pages: dict[Path, Page]) -> None:
+    reference = [path for path in pages if path.parent.name == "reference"]
+    assert len(reference) >= 7
+    for path in reference:
+        assert not re.search(r"<em>d1_signer\.", path.read_text(encoding="utf-8")), path
+
+
+def test_a_cell_tells_the_head_of_its_column(site: Path) -> None:
+    """On a phone no head is above it."""
+    page = (site / "docs/runbook.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'<td data-label="cause: "', page)) > 50
+    for table in re.findall(r"<table\b.*?</table>", page, re.DOTALL):
+        heads = re.findall(r"<th\b[^>]*><p>(.*?)</p>", table)
+        body = table.partition("<tbody>")[2]
+        for row in re.findall(r"<tr\b.*?</tr>", body, re.DOTALL):
+            labels = re.findall(r'<td data-label="(.*?): "', row)
+            plain = [re.sub("<[^>]+>", "", head) for head in heads]
+            assert labels == (plain if len(heads) > 2 else [])
+
+
+def test_what_is_for_users_is_found_first(site: Path) -> None:
+    weights = (site / "_static/language_data.js").read_text(encoding="utf-8")
+    told = re.search(r"const INSIDE = /\^\((.*)\)/;", weights)
+    assert told
+    found = json.loads(
+        (site / "searchindex.js").read_text(encoding="utf-8")[len("Search.setIndex(") : -1]
+    )["docnames"]
+    for name in told[1].replace("\\/", "/").split("|"):
+        assert any(re.match(name, page) for page in found), name
 
 
 def test_no_description_of_a_property_is_taken_for_its_type(pages: dict[Path, Page]) -> None:

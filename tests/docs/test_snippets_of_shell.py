@@ -181,6 +181,27 @@ def on_vault(shell: Shell, block: str) -> None:
         )
 
 
+def policy(shell: Shell, block: str) -> None:
+    """What it allows is all that signing needs, of this key alone."""
+    (shell.folder / "vault").mkdir()
+    with vault.vault(shell.folder / "vault") as running:
+        running.make_key("d1")
+        running.make_key("another")
+        running.api("PUT", "sys/policies/acl/printed", policy=block)
+        shell.variables = {
+            name: text for name, text in shell.variables.items() if not name.startswith("D1_")
+        } | {
+            "VAULT_TOKEN": running.make_token("printed"),
+            "VAULT_ADDR": running.tls_url,
+            "VAULT_CACERT": str(running.ca_file),
+            "HOME": str(shell.folder),
+        }
+        told = shell.run("d1-signer check --key hashivault://d1")
+        assert re.search(r"^  ok +signature ", told, re.MULTILINE)
+        told = shell.run("d1-signer check --key hashivault://another", status=1)
+        assert "access_denied" in told
+
+
 def on_a_trail(shell: Shell, block: str) -> None:
     place = shell.folder / "trail"
     use = Use(purpose="d1-assertion", references=(("jti", "5f0c"), ("trace_id", TRACE)))
@@ -263,6 +284,8 @@ RUN: dict[str, Way] = {
     "docs/cli.md: d1-signer generate-key --key file": client_key,
     "docs/cloud/aws.md: pip": on_aws,
     "docs/cloud/vault.md: pip": on_vault,
+    "docs/cloud/vault.md: path ": policy,
+    "d1_signer/backends/vault/__init__.py: path ": policy,
     "docs/audit/README.md: d1-signer audit verify": on_a_trail,
     "docs/audit/README.md: d1-signer audit show /var/lib/d1/audit --jti": on_a_trail,
     "docs/audit/README.md: d1-signer audit show /var/lib/d1/audit --json": on_a_trail,

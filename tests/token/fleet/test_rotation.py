@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.token.following import SettingsFile
 from tests.token.test_fetcher import until
 
 PAGE = (ROOT / "docs/settings.md").read_text()
+ROTATION = (ROOT / "docs/rotation.md").read_text()
 
 
 @pytest.fixture
@@ -169,13 +170,47 @@ def test_a_signal_to_the_workers_of_a_preloaded_server(file: SettingsFile, tmp_p
         )
 
 
-def test_the_page_of_settings_is_one_that_can_be_read(tmp_path: Path) -> None:
-    block = PAGE.partition("```toml\n")[2].partition("```")[0]
-    (tmp_path / "d1.toml").write_text(block)
-    settings = Settings.read(tmp_path / "d1.toml")
-    settings.require_complete()
-    assert settings.store is not None
-    assert {*tomllib.loads(block)} <= {name.strip("[]`, ") for name in PAGE.split()}
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_page_rotate(
+    file: SettingsFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As printed; with two workers, since twenty take their time."""
+    monkeypatch.chdir(tmp_path)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/"
+    (block,) = re.findall(r"^```sh\n(D1_CONFIG=.*?)^```$", ROTATION, re.DOTALL | re.MULTILINE)
+    (move,) = re.findall(r"^2\. `(mv [^`]*)`", ROTATION, re.MULTILINE)
+    (hang_up,) = re.findall(r"`(pkill -HUP [^`]*)`", ROTATION)
+    (check,) = re.findall(r"`(d1-signer check --config [^`]*)`", ROTATION)
+    file.path = file.path.with_name("production.toml")
+    file.write()
+    (tmp_path / "gunicorn_settings.py").write_text((EXAMPLES / "gunicorn_settings.py").read_text())
+    command = block.replace("/etc/d1/production.toml", str(file.path))
+    assert "--workers 20 " in command
+    command = command.replace("--workers 20 ", "--workers 2 ")
+
+    def typed(line: str) -> None:
+        settings = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-euc", line], env=settings, check=True, timeout=100)
+
+    bind = {
+        "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port} --no-control-socket",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    with served(["bash", "-euc", command], bind, tmp_path / "log", lambda: accepts(port)):
+        workers = told(url, 2)
+        file.keys("key-1", "key-0")
+        Path(f"{file.path}.new").write_text(file.text())
+        typed(check)
+        typed(move)
+        typed(hang_up)
+        digest = Settings.read(file.path).digest
+        until(lambda: digests(url, 2) == {digest}, seconds=120)
+        assert set(told(url, 2)) == set(workers)  # no worker was started anew
+
+
+def digests(url: str, workers: int) -> set[str]:
+    return {each["settings"]["digest"] for each in told(url, workers).values()}
 
 
 def test_every_name_of_the_schema_is_on_the_page() -> None:
