@@ -23,6 +23,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, NoReturn, Self, Unpack, final
 
@@ -154,8 +155,7 @@ class TokenFetcher(TokenKeeper):
             accept=functools.partial(require_another_key, signers),
         )
         self._proxy = optional_proxy(proxy_url, proxy_credentials_source)
-        limits = Limits() if limits is None else limits
-        clock, wall = token_clock, time.time
+        limits, clock, wall = limits or Limits(), token_clock, time.time
         endpoint = TokenEndpoint(
             self._environment,
             self._tls,
@@ -164,15 +164,16 @@ class TokenFetcher(TokenKeeper):
             read_timeout=limits.read,
             request_format=RequestFormat.of(request_format),
         )
+        self._profile = AssertionProfile(
+            issuer_id=issuer_id,
+            audience=Audience.of(audience, self._environment),
+            lifetime=assertion_lifetime,
+            issued_at=issued_at,
+            jwt_id=jwt_id,
+        )
         alone = Renewal(
             signers,
-            AssertionProfile(
-                issuer_id=issuer_id,
-                audience=Audience.of(audience, self._environment),
-                lifetime=assertion_lifetime,
-                issued_at=issued_at,
-                jwt_id=jwt_id,
-            ),
+            self._profile,
             endpoint,
             limits=limits,
             clock=clock,
@@ -263,6 +264,8 @@ class TokenFetcher(TokenKeeper):
     def _take(self, settings: Settings, keys: Keys) -> None:
         """Have settings serve from now on, all of them; or raise, and change nothing."""
         audience = Audience.of(audience_in(settings), self._environment)
+        profile = replace(self._profile, audience=audience)
+        request_format = RequestFormat.of(settings.request_format)
         shown = certificate(settings, keys.client)
         if not settings.proxy_adds_certificate:
             require_certificate(self._environment, shown)
@@ -272,11 +275,10 @@ class TokenFetcher(TokenKeeper):
         except BaseException:
             self._signers.replace(before)
             raise
-        limits = settings.limits
+        # Nothing fails from here on.
+        self._limits = limits = settings.limits
         timeouts = (limits.connect, limits.read)
-        self._limits = limits
-        self._renewal.change(limits=limits, audience=audience)
-        request_format = RequestFormat.of(settings.request_format)
+        self._renewal.change(limits=limits, profile=profile)
         self._endpoint.change(timeouts=timeouts, request_format=request_format)
         for adapter in list(self._adapters):
             adapter.timeouts = timeouts

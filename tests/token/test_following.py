@@ -364,6 +364,7 @@ WRONG: dict[str, Callable[[SettingsFile], None]] = {
     "another environment": lambda f: f.lines.update(environment='"https://127.0.0.1:1/a"'),
     "another issuer": lambda f: f.lines.update(issuer_id='"other"'),
     "a proxy": lambda f: f.lines.update(proxy='"http://127.0.0.1:1"'),
+    "an audience with a blank": lambda f: f.lines.update(audience='"https://d1.example "'),
     "a trail": lambda f: f.lines.update(audit_trail=f'"{f.path.parent / "trail"}"'),
 }
 
