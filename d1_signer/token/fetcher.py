@@ -21,7 +21,6 @@ import functools
 import os
 import ssl
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -147,7 +146,6 @@ class TokenFetcher(TokenKeeper):
         observers = checked(observers)
         signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
         self._signers = signers
-        self._adapters: weakref.WeakSet[TlsAdapter] = weakref.WeakSet()
         self._tls = ClientTls(
             client_certificate,
             ca_file,
@@ -277,11 +275,11 @@ class TokenFetcher(TokenKeeper):
             raise
         # Nothing fails from here on.
         self._limits = limits = settings.limits
-        timeouts = (limits.connect, limits.read)
         self._renewal.change(limits=limits, profile=profile)
-        self._endpoint.change(timeouts=timeouts, request_format=request_format)
-        for adapter in list(self._adapters):
-            adapter.timeouts = timeouts
+        self._endpoint.change(timeouts=self._timeouts(), request_format=request_format)
+
+    def _timeouts(self) -> tuple[float, float]:
+        return self._limits.connect, self._limits.read
 
     @property
     def environment(self) -> Environment:
@@ -372,9 +370,7 @@ class TokenFetcher(TokenKeeper):
         bundles), follows no redirect, and its TLS verification cannot be switched off. A call
         without a ``timeout`` of its own has the `Limits` of this fetcher.
         """
-        timeouts = (self._limits.connect, self._limits.read)
-        adapter = TlsAdapter(self._tls, timeouts=timeouts, proxy=self._proxy)
-        self._adapters.add(adapter)
+        adapter = TlsAdapter(self._tls, timeouts=self._timeouts, proxy=self._proxy)
         session = new_session(adapter, for_callers=True)
         session.auth = D1Auth(self)
         return session
