@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from d1_signer.cli._callbacks import checked_keys
-from d1_signer.cli._config import policy_in
+from d1_signer.cli._config import policy_in, settings_in
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._paths import KEY_URI
@@ -252,6 +252,11 @@ def with_keys(command: Command) -> Command:
     def wrapper(
         *args: Any, key: tuple[str, ...], kid: str | None, options: BackendOptions, **others: Any
     ) -> Any:
+        context = click.get_current_context()
+        settings = settings_in(context)
+        of_the_file = context.get_parameter_source("kid") is DEFAULT_MAP
+        if settings is not None and of_the_file and key != settings.key:
+            kid = None  # another key has another name
         return command(*args, keys=Keys(uris=key, kid=kid, options=options), **others)
 
     return wrapper

@@ -122,7 +122,11 @@ class TokenEndpoint:
         self._url = environment.token_endpoint
         self._timeouts = (connect_timeout, read_timeout)
         self._adapter = TlsAdapter(
-            tls, timeouts=self._timeouts, pool_size=1, idle=_IDLE, proxy=proxy
+            tls,
+            timeouts=lambda: (connect_timeout, read_timeout),
+            pool_size=1,
+            idle=_IDLE,
+            proxy=proxy,
         )
         self._closed = False
         self._session = new_session(self._adapter)

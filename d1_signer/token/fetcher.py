@@ -21,8 +21,8 @@ import functools
 import os
 import ssl
 import time
-import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, NoReturn, Self, Unpack, final
 
@@ -146,7 +146,6 @@ class TokenFetcher(TokenKeeper):
         observers = checked(observers)
         signers = signer if isinstance(signer, SignerSet) else SignerSet([signer])
         self._signers = signers
-        self._adapters: weakref.WeakSet[TlsAdapter] = weakref.WeakSet()
         self._tls = ClientTls(
             client_certificate,
             ca_file,
@@ -154,8 +153,7 @@ class TokenFetcher(TokenKeeper):
             accept=functools.partial(require_another_key, signers),
         )
         self._proxy = optional_proxy(proxy_url, proxy_credentials_source)
-        limits = Limits() if limits is None else limits
-        clock, wall = token_clock, time.time
+        limits, clock, wall = limits or Limits(), token_clock, time.time
         endpoint = TokenEndpoint(
             self._environment,
             self._tls,
@@ -164,15 +162,16 @@ class TokenFetcher(TokenKeeper):
             read_timeout=limits.read,
             request_format=RequestFormat.of(request_format),
         )
+        self._profile = AssertionProfile(
+            issuer_id=issuer_id,
+            audience=Audience.of(audience, self._environment),
+            lifetime=assertion_lifetime,
+            issued_at=issued_at,
+            jwt_id=jwt_id,
+        )
         alone = Renewal(
             signers,
-            AssertionProfile(
-                issuer_id=issuer_id,
-                audience=Audience.of(audience, self._environment),
-                lifetime=assertion_lifetime,
-                issued_at=issued_at,
-                jwt_id=jwt_id,
-            ),
+            self._profile,
             endpoint,
             limits=limits,
             clock=clock,
@@ -263,6 +262,8 @@ class TokenFetcher(TokenKeeper):
     def _take(self, settings: Settings, keys: Keys) -> None:
         """Have settings serve from now on, all of them; or raise, and change nothing."""
         audience = Audience.of(audience_in(settings), self._environment)
+        profile = replace(self._profile, audience=audience)
+        request_format = RequestFormat.of(settings.request_format)
         shown = certificate(settings, keys.client)
         if not settings.proxy_adds_certificate:
             require_certificate(self._environment, shown)
@@ -272,14 +273,13 @@ class TokenFetcher(TokenKeeper):
         except BaseException:
             self._signers.replace(before)
             raise
-        limits = settings.limits
-        timeouts = (limits.connect, limits.read)
-        self._limits = limits
-        self._renewal.change(limits=limits, audience=audience)
-        request_format = RequestFormat.of(settings.request_format)
-        self._endpoint.change(timeouts=timeouts, request_format=request_format)
-        for adapter in list(self._adapters):
-            adapter.timeouts = timeouts
+        # Nothing fails from here on.
+        self._limits = limits = settings.limits
+        self._renewal.change(limits=limits, profile=profile)
+        self._endpoint.change(timeouts=self._timeouts(), request_format=request_format)
+
+    def _timeouts(self) -> tuple[float, float]:
+        return self._limits.connect, self._limits.read
 
     @property
     def environment(self) -> Environment:
@@ -372,9 +372,7 @@ class TokenFetcher(TokenKeeper):
         bundles), follows no redirect, and its TLS verification cannot be switched off. A call
         without a ``timeout`` of its own has the `Limits` of this fetcher.
         """
-        timeouts = (self._limits.connect, self._limits.read)
-        adapter = TlsAdapter(self._tls, timeouts=timeouts, proxy=self._proxy)
-        self._adapters.add(adapter)
+        adapter = TlsAdapter(self._tls, timeouts=self._timeouts, proxy=self._proxy)
         session = new_session(adapter, for_callers=True)
         session.auth = D1Auth(self)
         return session

@@ -23,7 +23,7 @@ from d1_signer.signing.steps import Step
 from d1_signer.token.access_token import HeldToken, hold
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
-from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
+from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, AssertionProfile, Environment
 from d1_signer.token.register import About, Announcer, name_of
 from d1_signer.token.renewal import Limits, Renewal
 from d1_signer.token.status import LeaseState, StoreState
@@ -102,10 +102,10 @@ class FleetRenewal:
         """End what goes on beside renewals."""
         self.announcer.close()
 
-    def change(self, *, limits: Limits, audience: str | None) -> None:
+    def change(self, *, limits: Limits, profile: AssertionProfile) -> None:
         """See `Renewal.change`."""
         self._total = limits.total
-        self._renewal.change(limits=limits, audience=audience)
+        self._renewal.change(limits=limits, profile=profile)
 
     def obtain(
         self, *, deadline: float, stopped: threading.Event, refused: str | None

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import FrameType
 from typing import Any
@@ -319,11 +319,14 @@ class _Waker:
     def after_fork(self) -> None:
         """In a forked child: the parent's thread is not here, and may have held the queue."""
         self.asked = queue.SimpleQueue()
-        self.begin()
+        with suppress(RuntimeError):  # the limit of threads; whatever else a child forgets goes on
+            self.begin()
 
     def _serve(self, asked: queue.SimpleQueue[None]) -> None:
         while True:
             asked.get()
+            while not asked.empty():  # of several signals at once the last is enough
+                asked.get()
             try:
                 self._reload()
             except FetcherClosedError:

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from d1_signer.errors import (
     AuditError,
@@ -150,10 +150,10 @@ class Renewal:
     def close(self) -> None:
         """There is nothing that goes on beside renewals."""
 
-    def change(self, *, limits: Limits, audience: str | None) -> None:
-        """Have the next attempts keep other limits, and say another ``aud``."""
+    def change(self, *, limits: Limits, profile: AssertionProfile) -> None:
+        """Have the next attempts keep other limits, and say something else; never fails."""
         self._limits = limits
-        self._profile = replace(self._profile, audience=audience)
+        self._profile = profile
 
     def obtain(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
@@ -41,15 +42,15 @@ class TlsAdapter(HTTPAdapter):
     to the context at the first call; here nothing is added.
 
     Attributes:
-        timeouts: Seconds to wait for a connection, and for the next bytes, where a call says
-            nothing else.
+        timeouts: Asked at each call that says nothing else: seconds to wait for a connection, and
+            for the next bytes.
     """
 
     def __init__(
         self,
         tls: ClientTls,
         *,
-        timeouts: tuple[float, float],
+        timeouts: Callable[[], tuple[float, float]],
         pool_size: int = 10,
         idle: float = _IDLE,
         proxy: Proxy | None = None,
@@ -82,7 +83,7 @@ class TlsAdapter(HTTPAdapter):
         self._tls.look()
         self._notice_new_files()
         if kwargs.get("timeout") is None:
-            kwargs["timeout"] = self.timeouts
+            kwargs["timeout"] = self.timeouts()
         return super().send(request, *args, **kwargs)
 
     def build_connection_pool_key_attributes(

@@ -87,7 +87,9 @@ def test_variables_win_over_the_file_and_flags_over_both(
         assert result.status == 0, result.out
         return str(result.document["keys"][0]["kid"])
 
-    assert kid() == "of-the-file"
+    assert kid() == kid("--key", key_uri) == "of-the-file"
+    # It is the name of the file's key, and of no other.
+    assert kid("--key", other_uri) == kid(D1_SIGNER_KEY=other_uri) == "next-2027"
     assert kid(D1_SIGNER_KID="of-the-variable") == "of-the-variable"
     assert kid("--kid", "of-the-flag") == "of-the-flag"
     assert kid("--key", other_uri, "--kid", "next-2027") == "next-2027"

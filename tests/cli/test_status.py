@@ -16,7 +16,7 @@ from d1_signer import TokenFetcher
 from d1_signer.sandbox import Sandbox
 from d1_signer.token.settings import Settings
 from tests.cli.conftest import ISSUER, Run
-from tests.servers.redis_server import RedisServer
+from tests.servers.redis_server import Cluster, RedisServer
 from tests.token.fleet.conftest import redis_server
 from tests.token.test_fetcher import until
 
@@ -159,6 +159,17 @@ def test_check_asks_the_store(
 def test_check_requires_a_store_that_is_not_given(run: Run, key_uri: str) -> None:
     result = run("check", "--json", "--key", key_uri, "--require", "store")
     assert (result.status, result.document["stopped_at"]["step"]) == (1, "store")
+
+
+def test_a_cluster_tells_it_too(run: Run, file: Path, lines: Lines, tmp_path: Path) -> None:
+    with Cluster(tmp_path, masters=2, replicas=0) as cluster:
+        url = f"redis://127.0.0.1:{cluster.nodes[0].port}"
+        file = written(tmp_path, {**lines, "store.url": url, "store.cluster": True})
+        with TokenFetcher.from_settings(file) as fetcher:
+            announced(fetcher)
+            result = run("status", "--json", "--config", str(file))
+    assert result.status == 0, result.out
+    assert [each["pid"] for each in result.document["processes"]] == [os.getpid()]
 
 
 def test_a_lease_without_an_end_is_told(run: Run, file: Path, opened: TokenFetcher) -> None:

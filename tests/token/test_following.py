@@ -310,7 +310,7 @@ def test_certificate_limits_audience_and_format_change_in_place(
     assert before.settings.digest != after.settings.digest  # type: ignore[union-attr]
     # A session that was given out has the new certificate and limits, too.
     assert session.get(url).status_code == 200
-    assert session.get_adapter(url).timeouts == (3, 6)  # type: ignore[attr-defined]
+    assert session.get_adapter(url).timeouts() == (3, 6)  # type: ignore[attr-defined]
     renewed(fetcher, file.sandbox)
     assert b'"grant_type"' in next(
         each.request_body for each in reversed(file.sandbox.exchanges) if "token" in each.path
@@ -376,6 +376,7 @@ WRONG: dict[str, Callable[[SettingsFile], None]] = {
     "another environment": lambda f: f.lines.update(environment='"https://127.0.0.1:1/a"'),
     "another issuer": lambda f: f.lines.update(issuer_id='"other"'),
     "a proxy": lambda f: f.lines.update(proxy='"http://127.0.0.1:1"'),
+    "an audience with a blank": lambda f: f.lines.update(audience='"https://d1.example "'),
     "a trail": lambda f: f.lines.update(audit_trail=f'"{f.path.parent / "trail"}"'),
 }
 

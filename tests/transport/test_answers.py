@@ -175,7 +175,7 @@ def place_of(server: Server, folder: Path, *, tls: bool) -> Iterator[tuple[str, 
 
 @contextmanager
 def session_of(url: str, context: ssl.SSLContext, proxy: Proxy | None = None) -> Iterator[Ask]:
-    adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0), proxy=proxy)
+    adapter = TlsAdapter(ClientTls(context, None), timeouts=lambda: (20.0, 20.0), proxy=proxy)
     with new_session(adapter, for_callers=True) as session:
 
         def ask(kind: str, name: str) -> str | None:
@@ -282,7 +282,7 @@ def test_what_comes_between_the_pool_and_the_request_ends_a_tunnel_too(tmp_path:
     server = Server()
     with tunnel() as (proxy, asked), place_of(server, tmp_path, tls=True) as (url, context):
         through = Proxy(f"http://127.0.0.1:{proxy}")
-        adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0), proxy=through)
+        adapter = TlsAdapter(ClientTls(context, None), timeouts=lambda: (20.0, 20.0), proxy=through)
         with new_session(adapter, for_callers=True) as session:
             session.get(f"{url}/plain_000000001")
             manager = next(iter(adapter.proxy_manager.values()))
@@ -322,7 +322,7 @@ def test_a_body_where_there_can_be_none_is_no_answer(
     monkeypatch.setitem(KINDS, kind, lambda name: (made(name) + OTHER, b"", False))
     server = Server()
     with place_of(server, tmp_path, tls=False) as (url, context):
-        adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
+        adapter = TlsAdapter(ClientTls(context, None), timeouts=lambda: (20.0, 20.0))
         with new_session(adapter, for_callers=True) as session:
             for number in range(5):
                 got = session.request(method, f"{url}/{kind}_{number:09}")
@@ -339,7 +339,7 @@ def test_a_body_where_there_can_be_none_is_no_answer(
 def test_a_body_that_nobody_read_is_left_with_its_connection(tmp_path: Path, leave: str) -> None:
     server = Server()
     with place_of(server, tmp_path, tls=False) as (url, context):
-        adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
+        adapter = TlsAdapter(ClientTls(context, None), timeouts=lambda: (20.0, 20.0))
         with new_session(adapter, for_callers=True) as session:
             for number, kind in enumerate(("plain", "chunked", "second", "interim") * 3):
                 unread = session.get(f"{url}/{kind}_{number:09}", stream=True)
@@ -364,7 +364,7 @@ def test_what_a_server_says_before_it_is_asked_is_no_answer(tmp_path: Path, tls:
             over.wait(20)
 
     context = ssl.create_default_context(cafile=str(certificate))
-    adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
+    adapter = TlsAdapter(ClientTls(context, None), timeouts=lambda: (20.0, 20.0))
     with listening(eager) as port, new_session(adapter) as session:
         url = f"http{'s' if tls else ''}://localhost:{port}/"
         pool: Any = adapter.get_connection_with_tls_context(
@@ -390,7 +390,7 @@ def test_interim_answers_without_end_are_no_answer() -> None:
 
     with listening(endless) as port:
         context = ssl.create_default_context()
-        adapter = TlsAdapter(ClientTls(context, None), timeouts=(20.0, 20.0))
+        adapter = TlsAdapter(ClientTls(context, None), timeouts=lambda: (20.0, 20.0))
         with (
             new_session(adapter, for_callers=True) as session,
             pytest.raises(requests.ConnectionError, match="informational"),

@@ -239,7 +239,7 @@ import ctypes, os, ssl, sys
 from d1_signer.transport.client import ClientTls
 from d1_signer.transport.session import TlsAdapter, new_session
 
-adapter = TlsAdapter(ClientTls(ssl.create_default_context(), None), timeouts=(10.0, 10.0))
+adapter = TlsAdapter(ClientTls(ssl.create_default_context(), None), timeouts=lambda: (10.0, 10.0))
 with new_session(adapter) as session:
     os.write(1, b"%d\\n" % session.get(sys.argv[1]).status_code)
     child = ctypes.PyDLL(None).fork()
