@@ -58,7 +58,7 @@ def _carried_out(site: Site, fault: Fault) -> Seen:
     site.healthy()
     fault.plant(site)
     seen = site.until(fault.missing)
-    told = len(seen.lines(fault.event)) + (0 if fault.once else _MORE_LINES)
+    told = len(seen.lines(fault.event)) + _MORE_LINES
     renewed = seen.count("", "token.renewed")
 
     def missing(seen: Seen) -> list[str]:

@@ -35,7 +35,6 @@ class Fault:
         plant: Makes it happen.
         needs: What the service uses.
         event: Of the line that names it.
-        once: Whether that line is written once.
         told: Words of that line and of the status: the cause, and the next step.
         facts: Other words of the line.
         before: Words of a line that came before it.
@@ -48,7 +47,6 @@ class Fault:
     plant: Callable[[Site], object]
     needs: Needs = field(default_factory=Needs)
     event: str = "token.failed"
-    once: bool = False
     told: tuple[str, ...]
     facts: tuple[str, ...]
     before: tuple[str, ...] = ()
@@ -86,7 +84,7 @@ def _together(words: tuple[str, ...], lines: list[str]) -> bool:
 def _renewals(code: str) -> str:
     return (
         "d1_signer_token_renewal_duration_seconds_count{"
-        f'd1_signer_shared="False",error_type="{code}"'
+        f'd1_signer_shared="False",d1_signer_store="none",error_type="{code}"'
     )
 
 
@@ -94,11 +92,11 @@ def _signatures(code: str) -> str:
     return f'd1_signer_kid="{KID}",error_type="{code}"'
 
 
-def _own(host: str) -> str:
+def _own(host: str, store: str) -> str:
     """Tokens that a host has fetched for itself."""
     return (
         "d1_signer_token_renewal_duration_seconds_count{"
-        f'd1_signer_shared="False",host_name="{host}"}}'
+        f'd1_signer_shared="False",d1_signer_store="{store}",host_name="{host}"}}'
     )
 
 
@@ -207,7 +205,7 @@ FAULTS: Mapping[str, Fault] = {
         plant=lambda site: site.hsm.kill(),
         code="signer_unavailable",
         told=("The PKCS#11 token does not work (CKR_", "Check the HSM, its connection"),
-        facts=("token='pkcs11:token=nordbank'", f"kid={KID}"),
+        facts=('token="pkcs11:token=nordbank"', f"kid={KID}"),
         before=("pkcs11.away token=pkcs11:token=nordbank", "CKR_"),
         series=(_renewals("signer_unavailable"), _signatures("signer_unavailable")),
         member="signer_unavailable",
@@ -216,7 +214,7 @@ FAULTS: Mapping[str, Fault] = {
         plant=lambda site: site.hsm.signal(signal.SIGSTOP),
         code="signer_timeout",
         told=("The HSM gave no answer within the deadline", "Check the HSM and its connection"),
-        facts=("busy_sessions=1", "token='pkcs11:token=nordbank'", f"kid={KID}"),
+        facts=("busy_sessions=1", 'token="pkcs11:token=nordbank"', f"kid={KID}"),
         series=(_renewals("signer_timeout"), _signatures("signer_timeout")),
         member="signer_timeout",
     ),
@@ -224,8 +222,8 @@ FAULTS: Mapping[str, Fault] = {
         plant=_change_pin,
         code="login",
         told=("PIN", "Correct the PIN at its source"),
-        facts=("CKR_PIN_INCORRECT", "token='pkcs11:token=nordbank'", f"kid={KID}"),
-        before=("pkcs11.pin_refused_after_it_worked token='nordbank'", "it was probably changed"),
+        facts=("CKR_PIN_INCORRECT", 'token="pkcs11:token=nordbank"', f"kid={KID}"),
+        before=("pkcs11.pin_refused_after_it_worked token='nordbank'", "probably changed"),
         series=(_renewals("login"), _signatures("login")),
         member="login",
     ),
@@ -251,23 +249,22 @@ FAULTS: Mapping[str, Fault] = {
         told=("The token store 127.0.0.1:", "does not answer", "Look at Redis"),
         facts=("host=", f"issuer={ISSUER}"),
         store="away",
-        series=(_own("issuer-1"), _own("issuer-2")),
+        series=(_own("issuer-1", "away"), _own("issuer-2", "away")),
     ),
     "wrong store key": Fault(
         plant=_other_store_key,
         needs=Needs(hosts=2, store=True),
         event="fleet.token_unreadable",
-        once=True,
         told=("was not sealed with this store_key", "Give all of the fleet the same store_key"),
         facts=("host=", f"issuer={ISSUER}"),
         store="unreadable",
-        series=(_own("issuer-2"),),
+        series=(_own("issuer-2", "unreadable"),),
     ),
     "key disabled": Fault(
         plant=_disable_key,
         needs=Needs(kms=True),
         code="key_disabled",
-        told=("AWS KMS refused to sign: DisabledException", "Enable the key in AWS KMS."),
+        told=("AWS KMS refused to sign: DisabledException", "Find out who disabled it"),
         facts=("endpoint=http", "request_id=", f"kid={KID}"),
         series=(_renewals("key_disabled"), _signatures("key_disabled")),
         member="key_disabled",

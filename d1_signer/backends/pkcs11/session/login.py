@@ -271,8 +271,8 @@ class Login:
             return False
         uncounted = self._uncounted()
         _log.warning(
-            "pkcs11.pin_refused_after_it_worked token=%r counted=%s: it was probably changed; "
-            "correct the PIN at its source",
+            "pkcs11.pin_refused_after_it_worked token=%r counted=%s, towards its lock: the PIN was "
+            "probably changed; correct it at its source",
             self._token.label,
             not uncounted,
         )
