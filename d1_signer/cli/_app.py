@@ -223,6 +223,10 @@ def _report_defect(error: Exception, output: Output) -> None:
         output.note("".join(traceback.format_tb(error.__traceback__)), verbatim=True)
 
 
+# The command tells itself why there is no token.
+_OF_RENEWALS = "d1_signer.token"
+
+
 class _Notes(logging.Handler):
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -230,6 +234,8 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it, see `logging.Handler`."""
+        if record.name == _OF_RENEWALS and not self._output.verbosity:
+            return
         try:
             self._output.note(self.format(record), aside=record.levelno < logging.WARNING)
         except Exception:  # noqa: BLE001 (whoever logs is not stopped by it)

@@ -253,7 +253,7 @@ def loud_uri(loud_path: Path, token: SoftHsmToken, monkeypatch: pytest.MonkeyPat
 def test_what_a_module_prints_goes_to_standard_error(loud_uri: str, isolation: str) -> None:
     given = options(isolation=isolation)
     document = run_process("public-key", "--json", "--key", loud_uri, *given)
-    assert set(document.document) == {"format", "keys", "public_key"}
+    assert set(document.document) == {"away", "format", "keys", "public_key"}
     assert "SDK Version" in document.err
     der = subprocess.run(
         [*COMMAND, "public-key", "--format", "der", "--key", loud_uri, *given],

@@ -128,7 +128,7 @@ def test_authorities(
         signs(signer)
     wrong = {"CACERT": str(another), "CACERT_BYTES": another.read_text(), "CAPATH": str(other)}
     monkeypatch.setenv(prefix + name, wrong[name])
-    with pytest.raises(errors.SignerUnavailable, match="SSL") as refused:
+    with pytest.raises(errors.SignerUnavailable, match="TLS failed") as refused:
         open_signer("hashivault://d1", address=server.tls_url)
     assert not refused.value.retryable
 
@@ -223,11 +223,11 @@ def test_client_certificate_that_is_renewed_serves_new_connections(
         http: Any = signer._backend._clients.get().http._http  # type: ignore[attr-defined]
         renew((-9, -8))  # one that the server refuses shows that it is used
         http.forget()
-        with pytest.raises(errors.SignerUnavailable, match="SSL"):
+        with pytest.raises(errors.SignerUnavailable, match="TLS failed"):
             signer.sign(b"m")
         certificate.write_text("half-written")
         http.forget()
-        with pytest.raises(errors.SignerUnavailable, match="SSL"):
+        with pytest.raises(errors.SignerUnavailable, match="TLS failed"):
             signer.sign(b"m")
         renew((-1, 90))
         http.forget()
