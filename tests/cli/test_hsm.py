@@ -17,6 +17,13 @@ from tests.cli.conftest import ISSUER, Result, run_process
 from tests.cli.test_process import AtTerminal
 
 PKCS11_STEPS = ["module", "token", "login", "key"]
+_HINTS = {
+    "module": "module-path",
+    "token": "Name the token",
+    "login": "The token counts each wrong PIN and locks itself after some: correct the PIN at its "
+    "source before this is run again.",
+    "key": "Check object and id",
+}
 
 
 @pytest.fixture
@@ -151,7 +158,8 @@ def test_check_says_at_which_step_it_stops(
     result = run_process("check", "--json", "--key", uri)
     assert result.status == 1
     assert result.document["stopped_at"]["step"] == step
-    assert result.document["stopped_at"]["error"]["hint"]
+    hint = result.document["stopped_at"]["error"]["hint"]
+    assert _HINTS[step] in hint
     at = PKCS11_STEPS.index(step)
     states = ["ok"] * at + ["failed"] + ["skipped"] * (len(PKCS11_STEPS) - at - 1)
     assert key_steps(result) == dict(zip(PKCS11_STEPS, states, strict=True))
