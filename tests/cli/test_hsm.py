@@ -58,6 +58,14 @@ def test_generated_key_is_found_by_what_was_printed(softhsm_token: SoftHsmToken)
     assert (again.status, again.document["code"]) == (1, "key_exists")
 
 
+def test_check_says_whether_custody_was_judged(uri: str) -> None:
+    for policy, judged in (("generated-in-place", True), ("", False)):
+        told = run_process("check", "--key", uri, D1_CUSTODY_POLICY=policy)
+        assert told.status == 0, told.out
+        assert "exportable: no (claimed), generated in place: yes (claimed), hardware" in told.out
+        assert ("not judged" not in told.out) == judged
+
+
 def test_custody_tells_where_the_key_lives(uri: str) -> None:
     result = run_process("custody", "--json", "--key", uri)
     report = result.document["keys"][0]
