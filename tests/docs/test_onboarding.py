@@ -86,7 +86,7 @@ def test_the_whole_way_works_as_printed(shell: Shell, d1: Sandbox, tmp_path: Pat
     # Thales has not registered the key yet: the gate is closed, and names the step.
     early = shell(printed("prove"))
     assert early.returncode == 1
-    assert "Stopped at access-token" in early.stdout + early.stderr
+    assert "Failed: access-token" in early.stdout + early.stderr
 
     d1.register_key(KID, key.jwk())
     told = worked(shell(printed("prove")))

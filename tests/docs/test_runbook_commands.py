@@ -58,7 +58,7 @@ def test_each_of_ours_works_as_printed(folder: Path) -> None:
     jwks = json.loads(told["d1-signer public-key --format jwks"])
     assert [key["kid"] for key in jwks["keys"]] == ["bank-2027", "bank-2026"]
     (verified,) = (text for line, text in told.items() if "audit verify" in line)
-    assert "Whole: nothing was found." in verified
+    assert "Whole: no findings." in verified
     for line, text in told.items():
         if line.startswith("d1-signer check"):
             assert "All steps passed." in text, line
