@@ -788,8 +788,24 @@ thread.start()
 thread.join()
 for number in (signal.SIGKILL, 0, -1, 4711, 2**80, "SIGHUP", None, 1.5):
     told(number)
+
+def refuses(thread):
+    raise RuntimeError("can't start new thread")
+
 print(signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)
-print([each.name for each in threading.enumerate() if "reload" in each.name])
+
+def threads():
+    return [each.name for each in threading.enumerate() if "reload" in each.name]
+
+print(threads())
+start, threading.Thread.start = threading.Thread.start, refuses  # as at the limit of threads
+try:
+    fetcher.reload_on(signal.SIGHUP)
+except D1SignerError as error:
+    print(error.code, error.retryable)
+threading.Thread.start = start
+fetcher.reload_on(signal.SIGHUP)
+print(threads())
 """
 
 
@@ -802,8 +818,10 @@ def test_what_cannot_be_followed_is_our_error_and_changes_nothing(file: Settings
         timeout=60,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    *told, handler, threads = ran.stdout.splitlines()
+    *told, handler, threads, unstarted, again = ran.stdout.splitlines()
     assert len(told) == 9
+    assert unstarted == "token True"
+    assert again == "['d1-signer-reload']"
     for line in told:
         assert line.startswith("invalid_input True None The signal cannot be followed: "), line
     assert (handler, threads) == ("True", "[]")
