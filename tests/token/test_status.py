@@ -189,11 +189,11 @@ def test_a_failure_tells_for_how_long_the_last_token_serves(
     sandbox.misbehave(Fault.STATUS_503, times=2)
     fetcher.token_now()
     until(lambda: len(events) == 2)
-    age(fetcher, 700)
+    age(fetcher, 800)  # beyond any back-off
     with pytest.raises(TokenError):
         fetcher.token()
     until(lambda: len(events) == 3)
-    age(fetcher, 700)
+    age(fetcher, 800)  # beyond any back-off
     fetcher.token()
     until(lambda: len(events) == 4)
     failed = [each for each in caplog.records if each.getMessage().startswith("token.failed")]
