@@ -320,7 +320,8 @@ class TokenFetcher(TokenKeeper):
         What cannot be used is told by the log and by `status`.
 
         Raises:
-            ValueError: This is not the main thread.
+            InvalidInputError: This is not the main thread, or the number is no signal that can be
+                handled.
         """
         reload_on(number, self.reload)
 

@@ -21,7 +21,13 @@ from dataclasses import fields
 from types import FrameType
 from typing import Any
 
-from d1_signer.errors import ConfigurationError, D1SignerError, FetcherClosedError, TokenError
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    FetcherClosedError,
+    InvalidInputError,
+    TokenError,
+)
 from d1_signer.events import Observer, checked, told
 from d1_signer.frames import without_locals
 from d1_signer.secret import shown_path
@@ -160,9 +166,8 @@ class Following:
 
     def _in_passing(self) -> None:
         try:
-            self.reload()
-        except D1SignerError:
-            pass  # told by the log and the status
+            with suppress(D1SignerError):  # told by the log and the status
+                self.reload()
         finally:
             self._thread = None
 
@@ -215,12 +220,8 @@ class Following:
     def _failed(self, error: D1SignerError, known: D1SignerError | None) -> None:
         self._error = error
         if known is None or str(known) != str(error):
-            _log.warning(
-                "settings.unusable %s: the last good ones are used on",
-                told(
-                    {"file": shown_path(self._file), "code": error.code, "message": error},
-                ),
-            )
+            facts = {"file": shown_path(self._file), "code": error.code, "message": error}
+            _log.warning("settings.unusable %s: the last good ones are used on", told(facts))
 
     def _renew(self) -> bool:
         settings = Settings.read(self._file)
@@ -312,14 +313,16 @@ class _Waker:
 
     def begin(self) -> None:
         """Start the thread."""
-        threading.Thread(
-            target=self._serve, args=(self.asked,), name="d1-signer-reload", daemon=True
-        ).start()
+        name = "d1-signer-reload"
+        try:
+            threading.Thread(None, self._serve, name, (self.asked,), daemon=True).start()
+        except RuntimeError:
+            raise TokenError("No thread can be started for it.", retryable=True) from None
 
     def after_fork(self) -> None:
         """In a forked child: the parent's thread is not here, and may have held the queue."""
         self.asked = queue.SimpleQueue()
-        with suppress(RuntimeError):  # the limit of threads; whatever else a child forgets goes on
+        with suppress(TokenError):  # the limit of threads; whatever else a child forgets goes on
             self.begin()
 
     def _serve(self, asked: queue.SimpleQueue[None]) -> None:
@@ -349,14 +352,20 @@ def reload_on(number: int, reload: Callable[[], None]) -> None:
     but wake a thread up.
     """
     waker = _Waker(reload)
-    before = signal.getsignal(number)
 
     def handler(received: int, frame: FrameType | None) -> None:
         waker.asked.put(None)  # which is made to be called from handlers
         if callable(before) and before is not signal.default_int_handler:
             before(received, frame)
 
-    signal.signal(number, handler)
+    try:
+        before = signal.getsignal(number)
+        signal.signal(number, handler)
+    except (OSError, OverflowError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"The signal cannot be followed: {error}.",
+            hint="Call it in the main thread, for a signal such as signal.SIGHUP.",
+        ) from None
     waker.begin()
     _wakers.append(waker)
 

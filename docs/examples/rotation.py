@@ -42,23 +42,31 @@ def rotate(folder: Path, d1: Sandbox) -> None:
     new = open_signer(generate_key((folder / "2027.pem").as_uri()).uri, kid="bank-2027")
     d1.register_key(old.kid, old.public_key.jwk())
     with SignerSet([old]) as signers:
-        # 1. The new key joins behind the old one, and both are published.
+        # 1. The new key joins behind the old one.
         signers.add(new)
+
+        # 2. Both are published.
         for key in signers.jwks()["keys"]:
             print("send to Thales:", key["kid"], key["x"][:8])
         expect("bank-2026", signers, d1)
 
-        # 2. Promoted too early: D1 does not know the new kid, so the old one signs as well.
+        # What comes of a promotion too early: D1 does not know the new kid, the old one signs.
         signers.promote("bank-2027")
         expect("bank-2026", signers, d1)
+        signers.promote("bank-2026")
 
-        # 3. D1 knows it: from now on it signs, and the old one stands by.
+        # 3. Thales has confirmed that both are registered.
         d1.register_key(new.kid, new.public_key.jwk())
+        expect("bank-2026", signers, d1)
+
+        # 4. From now on the new one signs, and the old one stands by.
+        signers.promote("bank-2027")
         expect("bank-2027", signers, d1)
 
-        # 4. Thales has confirmed, the old key goes.
-        d1.forget_key("bank-2026")
+        # 5. No process signs with the old key any more; this is the only one here.
+        # 6. The old key goes, here first and then at D1.
         signers.remove("bank-2026")
+        d1.forget_key("bank-2026")
         expect("bank-2027", signers, d1)
 
 

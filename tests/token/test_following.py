@@ -771,6 +771,44 @@ def test_a_signal_is_enough_for_a_process_that_nobody_calls(file: SettingsFile) 
         assert process.wait(30) == 0
 
 
+NOT_FOLLOWED = """
+import signal, sys, threading
+from d1_signer import D1SignerError, TokenFetcher
+
+fetcher = TokenFetcher.from_settings(sys.argv[1])
+
+def told(number):
+    try:
+        fetcher.reload_on(number)
+    except D1SignerError as error:
+        print(error.code, "main thread" in error.hint, error.__cause__, error.message)
+
+thread = threading.Thread(target=told, args=(signal.SIGHUP,))
+thread.start()
+thread.join()
+for number in (signal.SIGKILL, 0, -1, 4711, 2**80, "SIGHUP", None, 1.5):
+    told(number)
+print(signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)
+print([each.name for each in threading.enumerate() if "reload" in each.name])
+"""
+
+
+def test_what_cannot_be_followed_is_our_error_and_changes_nothing(file: SettingsFile) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", NOT_FOLLOWED, str(file.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    *told, handler, threads = ran.stdout.splitlines()
+    assert len(told) == 9
+    for line in told:
+        assert line.startswith("invalid_input True None The signal cannot be followed: "), line
+    assert (handler, threads) == ("True", "[]")
+
+
 WOKEN = """
 import os, signal, sys, time
 from d1_signer import TokenFetcher
