@@ -119,8 +119,8 @@ class Following:
             announce: Tells others what is used now.
             take: Has settings serve from now on, all of them; or raises and changes nothing.
         """
-        self._away, self._take, self._announce = keys.away, take, announce
-        self._kids = tuple(signer.kid for signer in keys.signers)
+        self._take, self._announce = take, announce
+        self._serve(keys)
         self._told()
 
     def status(self) -> SettingsStatus:
@@ -244,13 +244,18 @@ class Following:
         except BaseException:
             self._opening.leave(before, until=time.monotonic())
             raise
-        self.settings, self._away = settings, keys.away
-        self._kids = tuple(signer.kid for signer in keys.signers)
+        self.settings = settings
+        self._serve(keys)
         names = (field.name for field in fields(settings) if field.compare)
         self._changed = tuple(n for n in names if getattr(settings, n) != getattr(before, n))
         self._busy_until = max(self._busy_until, time.monotonic() + before.limits.total)
         self._opening.leave(settings, until=self._busy_until)
         return True
+
+    def _serve(self, keys: Keys) -> None:
+        self._opening.taken(keys)
+        self._away = keys.away
+        self._kids = tuple(signer.kid for signer in keys.signers)
 
     def _told(self) -> None:
         facts: dict[str, object] = {

@@ -31,10 +31,12 @@ from d1_signer import (
     SignerUnavailable,
     TokenFetcher,
     TokenRefusedError,
+    generate_key,
     open_signer,
 )
 from d1_signer.events import Event
 from d1_signer.sandbox import Sandbox
+from d1_signer.sandbox.softhsm import SoftHsmToken
 from d1_signer.token import fetcher as fetcher_module, following, opening
 from d1_signer.token.settings import Settings
 from tests.servers.redis_server import RedisServer
@@ -178,6 +180,69 @@ def test_a_key_of_several_may_be_away_and_joins_when_it_is_back(
     first.with_suffix(".away").rename(first)
     until(lambda: fetcher.status().settings.keys_away == (), seconds=20)  # type: ignore[union-attr]
     assert renewed(fetcher, file.sandbox) == "first"
+
+
+def test_a_key_that_is_refused_at_the_start_is_not_away(
+    file: SettingsFile,
+    opened: Opener,
+    softhsm_token: SoftHsmToken,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else it would be tried for ever, under a warning that speaks of a device."""
+    generate_key(softhsm_token.uri)
+    uri, pin = f"{softhsm_token.uri}#hsm", softhsm_token.pin_file
+
+    def refused(*uris: str, policy: str | None = None) -> D1SignerError:
+        file.lines["key"] = json.dumps(uris)
+        file.lines.pop("custody_policy", None)
+        if policy is not None:
+            file.lines["custody_policy"] = f'"{policy}"'
+        file.write()
+        with pytest.raises(D1SignerError) as caught:
+            opened()
+        return caught.value
+
+    here = file.key("one")
+    assert refused(uri, here, policy="non-exportable").code == "custody"
+    assert refused(here, softhsm_token.key_uri("d2") + "#d2").code == "key_not_found"
+    pin.write_text("wrong-pin")
+    assert refused(here, uri).code == "login"
+    assert messages(caplog, "settings.key_away") == []
+    pin.unlink()  # that is trouble of this one device, and another try may find it
+    file.lines["key"] = json.dumps([here, uri])
+    file.write()
+    assert opened()._signers.kids == ("one",)
+    (told,) = messages(caplog, "settings.key_away")
+    assert " code=secret_source " in told
+
+
+def test_a_key_that_is_away_may_be_so_after_a_change_that_was_refused(
+    file: SettingsFile, opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    file.keys("away", "one")
+    file.write()
+    good = file.text()
+    away = file.path.parent / "away.pem"
+    away.unlink()
+    fetcher = opened()
+    good_certificate = file.lines["client_cert"]
+    for key in (file.key("one"), file.key("two")):
+        file.lines |= {"key": f'"{key}"', "client_cert": '"/absent.pem"'}
+        file.write()
+        with pytest.raises(D1SignerError, match=r"/absent\.pem"):
+            fetcher.reload()
+        assert fetcher.status().settings.keys_away == (away.as_uri(),)  # type: ignore[union-attr]
+        file.write(good)
+        fetcher.reload()
+    assert fetcher.status().settings.error is None  # type: ignore[union-attr]
+    # Nor is a key away, where the change that names it so is not taken.
+    file.lines |= {"key": f'"{file.key("one")}"', "client_cert": good_certificate}
+    file.write()
+    fetcher.reload()
+    file.write(good)
+    with pytest.raises(D1SignerError, match=r"/away\.pem"):
+        fetcher.reload()
+    assert len(messages(caplog, "settings.key_away")) == 1
 
 
 def test_options_limits_of_a_key_and_custody_are_held(
