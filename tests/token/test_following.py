@@ -917,6 +917,162 @@ def test_a_signal_reaches_all_fetchers_children_of_a_fork_and_the_handler_before
     assert ran.stdout.strip() == f"0 True [({signal.SIGHUP:d}, False)]", ran.stdout + ran.stderr
 
 
+def test_a_file_that_is_put_back_is_told_with_no_change(
+    file: SettingsFile, opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "d1_signer.settings")
+    fetcher = opened()
+    file.keys("two", "one")
+    file.write()
+    fetcher.reload()
+    file.write("broken")
+    with pytest.raises(ConfigurationError):
+        fetcher.reload()
+    file.write()
+    fetcher.reload()
+    lines = [line.partition(" changed=")[2] for line in messages(caplog, "settings.taken")]
+    assert lines == ["", "key", "none"]
+
+
+TOLD = """
+import logging, os, signal, sys, threading, time
+from d1_signer import TokenFetcher
+
+class Lines(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+
+lines, done = [], threading.Semaphore(0)
+logging.getLogger("d1_signer.settings").addHandler(Lines())
+fetcher = TokenFetcher.from_settings(sys.argv[1])
+fetcher.reload_on(signal.SIGHUP)
+reload = fetcher._tls.reload
+
+def counted():
+    try:
+        reload()
+    finally:
+        done.release()
+
+fetcher._tls.reload = counted  # with which each reload ends
+
+def signalled():
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert done.acquire(timeout=30)
+
+os.rename(sys.argv[2], sys.argv[2] + ".away")
+signalled()
+end = time.monotonic() + 30
+while not lines and time.monotonic() < end:
+    time.sleep(0.01)
+os.rename(sys.argv[2] + ".away", sys.argv[2])
+with open(sys.argv[1], "w") as file:
+    file.write("broken")
+for _ in range(3):
+    signalled()
+print(*(line.partition(" message=")[0] for line in lines), sep="\\n")
+"""
+
+
+def test_a_signal_tells_what_the_file_does_not_tell_and_nothing_twice(file: SettingsFile) -> None:
+    certificate, key = file.sandbox.issue_client_certificate()
+    file.certificate(certificate, key)
+    file.write()
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TOLD, str(file.path), str(certificate)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    failed, unusable = ran.stdout.splitlines()
+    assert unusable == f"settings.unusable file={file.path} code=configuration"
+    assert failed == "settings.reload_failed code=secret_source"
+
+
+LET_GO = """
+import gc, os, signal, sys, threading, time, weakref
+from d1_signer import TokenFetcher
+
+before = []
+signal.signal(signal.SIGHUP, lambda number, frame: before.append(number))
+
+def threads():
+    return sum(each.name == "d1-signer-reload" for each in threading.enumerate())
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)
+    return condition()
+
+def followed(closed):
+    fetcher = TokenFetcher.from_settings(sys.argv[1])
+    fetcher.reload_on(signal.SIGHUP)
+    fetcher.reload_on(signal.SIGHUP)
+    if closed:
+        fetcher.close()
+    return fetcher
+
+three = [followed(closed=False) for _ in range(3)]
+print(threads(), end=" ")
+three[0].close()
+print(until(lambda: threads() == 2), end=" ")
+three[0].reload_on(signal.SIGHUP)  # which is over at once
+os.kill(os.getpid(), signal.SIGHUP)
+print(until(lambda: threads() == 2), end=" ")
+gone = [weakref.ref(each) for each in three]
+del three
+print(until(lambda: not any(each() for each in gone) and threads() == 0), end=" ")
+# However many there were, the handler that was there is called once.
+for _ in range(3):
+    followed(closed=True)
+os.kill(os.getpid(), signal.SIGHUP)
+print(before, signal.getsignal(signal.SIGHUP)._before.__name__, until(lambda: threads() == 0))
+"""
+
+
+def test_a_signal_keeps_no_fetcher_and_no_thread_of_one_that_is_closed(file: SettingsFile) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LET_GO, str(file.path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    hup = int(signal.SIGHUP)
+    assert ran.stdout.strip() == f"3 True True True [{hup}, {hup}] <lambda> True", ran.stderr
+
+
+def test_a_broken_file_keeps_nothing_else_from_a_reload(file: SettingsFile, opened: Opener) -> None:
+    certificate, key = (file.path.parent / name for name in ("client.pem", "client.key"))
+
+    def put() -> None:
+        for path, fresh in zip(
+            (certificate, key), file.sandbox.issue_client_certificate(), strict=True
+        ):
+            path.touch(0o600)
+            path.write_bytes(fresh.read_bytes())
+
+    put()
+    file.certificate(certificate, key)
+    file.write()
+    fetcher = opened()
+    before = fetcher.status().client_certificate
+    put()
+    file.write("broken")
+    with pytest.raises(ConfigurationError, match="no TOML"):
+        fetcher.reload()
+    assert fetcher.status().client_certificate != before
+    certificate.unlink()
+    with pytest.raises(ConfigurationError, match="no TOML"):  # the first of the two
+        fetcher.reload()
+    file.write()
+    with pytest.raises(SecretSourceError, match=r"client\.pem"):
+        fetcher.reload()
+
+
 FORKED = """
 import os, sys, threading, time
 from d1_signer import TokenFetcher
