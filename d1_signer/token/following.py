@@ -132,7 +132,10 @@ class Following:
         )
 
     def look(self) -> None:
-        """Have the file read again where it has changed; every few seconds at most, never waits."""
+        """Have the file read again where it has changed; every few seconds at most.
+
+        Waits for no thread and no key, but for one ``stat``, which the caller makes.
+        """
         now = time.monotonic()
         if now < self._next_look or self._take is None:
             return

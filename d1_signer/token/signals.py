@@ -14,24 +14,28 @@ import threading
 import weakref
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from d1_signer.errors import D1SignerError, FetcherClosedError, InvalidInputError, TokenError
 from d1_signer.events import told
 from d1_signer.signing import forks
-
-if TYPE_CHECKING:
-    from d1_signer.token.fetcher import TokenFetcher
+from d1_signer.token.status import FetcherStatus
 
 _Asked = queue.SimpleQueue[Literal["reload", "end"]]
 
 _log = logging.getLogger("d1_signer.settings")
 
 
+class _Fetcher(Protocol):
+    def reload(self) -> None: ...
+
+    def status(self) -> FetcherStatus: ...
+
+
 class _Waker:
     """A thread that reloads when it is woken up, in this process and in each child of it."""
 
-    def __init__(self, fetcher: TokenFetcher, wakers: list[_Waker]) -> None:
+    def __init__(self, fetcher: _Fetcher, wakers: list[_Waker]) -> None:
         # Whoever follows a signal is not kept by it.
         self._fetcher = weakref.ref(fetcher, lambda _: self.end())
         self._wakers = wakers
@@ -57,7 +61,7 @@ class _Waker:
         """Have it reload; never waits."""
         self._asked.put("reload")
 
-    def is_for(self, fetcher: TokenFetcher) -> bool:
+    def is_for(self, fetcher: _Fetcher) -> bool:
         """Whether it reloads this one."""
         return self._fetcher() is fetcher
 
@@ -113,7 +117,7 @@ class _Handler:
 _handlers: list[_Handler] = []
 
 
-def reload_on(number: int, fetcher: TokenFetcher) -> None:
+def reload_on(number: int, fetcher: _Fetcher) -> None:
     """Have a fetcher reload at a signal, besides what a handler that is there does at it."""
     try:
         handler = signal.getsignal(number)
@@ -131,7 +135,7 @@ def reload_on(number: int, fetcher: TokenFetcher) -> None:
         _Waker(fetcher, handler.wakers).begin()
 
 
-def let_go(fetcher: TokenFetcher) -> None:
+def let_go(fetcher: _Fetcher) -> None:
     """Have a fetcher follow no signal any more."""
     for handler in _handlers:
         for waker in tuple(handler.wakers):

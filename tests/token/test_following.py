@@ -24,7 +24,6 @@ from d1_signer import (
     CustodyError,
     D1SignerError,
     FetcherClosedError,
-    KeyNotFoundError,
     SecretSourceError,
     Signer,
     SignerClosedError,
@@ -34,6 +33,7 @@ from d1_signer import (
     generate_key,
     open_signer,
 )
+from d1_signer.audit.trail import AuditTrail
 from d1_signer.events import Event
 from d1_signer.sandbox import Sandbox
 from d1_signer.sandbox.softhsm import SoftHsmToken
@@ -146,17 +146,36 @@ def test_closing_it_closes_what_it_opened(opened: Opener) -> None:
         fetcher.reload()
 
 
-def test_what_cannot_be_opened_leaves_nothing_open(file: SettingsFile) -> None:
+NOT_OPENED: dict[str, Callable[[SettingsFile], None]] = {
+    "a client key that is not there": lambda f: f.lines.update(client_key='"/absent.key"'),
+    "two keys under one kid": lambda f: f.lines.update(
+        key=f'["{f.key("one")}", "{f.key("two").replace("#two", "#one")}"]'
+    ),
+    "an authority that is none": lambda f: f.lines.update(ca_file='"/etc/hostname"'),
+}
+
+
+@pytest.mark.parametrize("change", NOT_OPENED.values(), ids=NOT_OPENED)
+def test_what_cannot_be_opened_leaves_nothing_open(
+    file: SettingsFile, monkeypatch: pytest.MonkeyPatch, change: Callable[[SettingsFile], None]
+) -> None:
     trail = file.path.parent / "trail"
-    file.lines |= {"audit_trail": f'"{trail}"', "client_key": '"/absent.key"'}
+    file.lines["audit_trail"] = f'"{trail}"'
+    change(file)
     file.write()
-    with pytest.raises(SecretSourceError, match=r"/absent\.key"):
+    go, made = hold_up(monkeypatch)
+    go.set()
+    with pytest.raises(D1SignerError):
         TokenFetcher.from_settings(file.path)
-    file.keys("one")
-    file.lines["key"] = '"file:///absent.pem"'
-    file.write()
-    with pytest.raises((KeyNotFoundError, SecretSourceError), match=r"/absent\.pem"):
-        TokenFetcher.from_settings(file.path)
+    assert made
+    for signer in made:
+        with pytest.raises(SignerClosedError):
+            signer.sign(b"x")
+    assert trail.is_dir()
+    held = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert [link for link in held if str(trail) in os.path.realpath(link)] == []
+    with AuditTrail(trail, origin="bank.example/d1"):
+        pass
 
 
 @pytest.mark.usefixtures("looks_at_once")
