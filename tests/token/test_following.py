@@ -39,6 +39,7 @@ from d1_signer.sandbox import Sandbox
 from d1_signer.sandbox.softhsm import SoftHsmToken
 from d1_signer.token import fetcher as fetcher_module, following, opening
 from d1_signer.token.settings import Settings
+from tests.servers.connect_proxy import ConnectProxy
 from tests.servers.redis_server import RedisServer
 from tests.token.conftest import ISSUER
 from tests.token.following import SettingsFile
@@ -1090,6 +1091,33 @@ def test_a_broken_file_keeps_nothing_else_from_a_reload(file: SettingsFile, open
     file.write()
     with pytest.raises(SecretSourceError, match=r"client\.pem"):
         fetcher.reload()
+
+
+def test_a_broken_file_keeps_no_proxy_from_being_asked_again(
+    file: SettingsFile, opened: Opener
+) -> None:
+    credentials = file.path.parent / "proxy-credentials"
+    credentials.touch(0o600)
+    credentials.write_text("d1-service:correct horse:battery")
+    with ConnectProxy(credentials="d1-service:correct horse:battery").running() as proxy:
+        file.lines |= {
+            "proxy": f'"{proxy.url}"',
+            "proxy_credentials_source": f'"file:{credentials}"',
+        }
+        file.write()
+        fetcher = opened(retry_interval=0.01)
+        proxy.status = 407
+        for _ in range(2):
+            forget(fetcher)
+            with pytest.raises(D1SignerError):
+                fetcher.token()
+        assert len(proxy.sent) == 1
+        proxy.status = None
+        file.write("broken")
+        with pytest.raises(ConfigurationError, match="no TOML"):
+            fetcher.reload()
+        forget(fetcher)
+        assert fetcher.token().value
 
 
 FORKED = """
