@@ -172,8 +172,12 @@ def read_private_file(path: str, *, what: str, trusted_owner: int | None = None)
         ) from None
 
 
-def read_public_file(path: str) -> bytes:
+def read_public_file(path: str, check: Callable[[os.stat_result], None] = lambda _: None) -> bytes:
     """Read a file that holds no secret, such as a certificate.
+
+    Args:
+        path: Where it is.
+        check: Raises where the file that was opened is not to be read.
 
     Returns:
         The content, at most 1 MiB.
@@ -182,7 +186,7 @@ def read_public_file(path: str) -> bytes:
         OSError: Unreadable, not a regular file, or too large.
         ValueError: Not a file name.
     """
-    return _content(path, lambda _: None)
+    return _content(path, check)
 
 
 def is_full(error: OSError) -> bool:

@@ -22,13 +22,14 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal, NoReturn, Self, Unpack, final
 
 import requests
 
-from d1_signer.errors import ConfigurationError
+from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.events import Observer, checked
 from d1_signer.frames import without_locals
 from d1_signer.secret import Secret, SecretSource
@@ -38,19 +39,15 @@ from d1_signer.signing.signer_set import SignerSet
 from d1_signer.token.auth import D1Auth
 from d1_signer.token.certificates import require_another_key, require_certificate
 from d1_signer.token.clock import token_clock
-from d1_signer.token.d1 import (
-    DEFAULT_ASSERTION_LIFETIME,
-    AssertionProfile,
-    Audience,
-    Environment,
-)
+from d1_signer.token.d1 import DEFAULT_ASSERTION_LIFETIME, AssertionProfile, Audience, Environment
 from d1_signer.token.endpoint import RequestFormat, TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.following import LOOK_INTERVAL, Following, opened, reload_on
+from d1_signer.token.following import LOOK_INTERVAL, Following, opened
 from d1_signer.token.keeper import TokenKeeper
 from d1_signer.token.opening import InCode, Keys, arguments_of, audience_in, certificate
 from d1_signer.token.renewal import Limits, Renewal, seconds
 from d1_signer.token.settings import Settings
+from d1_signer.token.signals import let_go, reload_on
 from d1_signer.token.status import CertificateStatus, FetcherStatus
 from d1_signer.token.stores import TokenStore
 from d1_signer.transport.client import ClientTls
@@ -235,12 +232,9 @@ class TokenFetcher(TokenKeeper):
             arguments = arguments_of(following.settings, keys, store)
             signers = SignerSet(keys.signers, observers=observers)
             fetcher = cls(signers, **arguments, **options, observers=observers)
-            fetcher._follow(following, keys)
+            fetcher._following, fetcher._looks_every = following, LOOK_INTERVAL
+            following.begin(keys, fetcher._take, fetcher._announce)
         return fetcher
-
-    def _follow(self, following: Following, keys: Keys) -> None:
-        self._following, self._looks_every = following, LOOK_INTERVAL
-        following.begin(keys, self._take, self._announce)
 
     def _look(self) -> None:
         if self._following is not None:
@@ -306,12 +300,17 @@ class TokenFetcher(TokenKeeper):
         proxy has refused is asked of it again.
 
         Raises:
-            D1SignerError: They cannot be used; the last good ones are used on.
+            D1SignerError: One cannot be used, the first of them; its last good one is used on.
         """
-        if self._following is not None:
-            self._following.reload()
         if self._proxy is not None:
             self._proxy.forget_refusals()
+        try:
+            if self._following is not None:
+                self._following.reload()
+        except D1SignerError:
+            with suppress(D1SignerError):  # a broken file of settings keeps no other from its turn
+                self._tls.reload()
+            raise
         self._tls.reload()
 
     def reload_on(self, number: int) -> None:
@@ -320,10 +319,9 @@ class TokenFetcher(TokenKeeper):
         What cannot be used is told by the log and by `status`.
 
         Raises:
-            InvalidInputError: This is not the main thread, or the number is no signal that can be
-                handled.
+            InvalidInputError: This is not the main thread, or no signal that can be handled.
         """
-        reload_on(number, self.reload)
+        reload_on(number, self)
 
     def close(self) -> None:
         """Forget the token, end a renewal under way, close the connections.
@@ -331,6 +329,7 @@ class TokenFetcher(TokenKeeper):
         Those who wait for the renewal get a `FetcherClosedError`. The signer stays open, but for
         those that a file of settings named.
         """
+        let_go(self)
         super().close()
         if self._following is not None:
             self._following.close()

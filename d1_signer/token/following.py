@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
-import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from types import FrameType
 from typing import Any
 
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
     FetcherClosedError,
-    InvalidInputError,
     TokenError,
 )
 from d1_signer.events import Observer, checked, told
@@ -119,8 +115,8 @@ class Following:
             announce: Tells others what is used now.
             take: Has settings serve from now on, all of them; or raises and changes nothing.
         """
-        self._away, self._take, self._announce = keys.away, take, announce
-        self._kids = tuple(signer.kid for signer in keys.signers)
+        self._take, self._announce = take, announce
+        self._serve(keys)
         self._told()
 
     def status(self) -> SettingsStatus:
@@ -136,7 +132,10 @@ class Following:
         )
 
     def look(self) -> None:
-        """Have the file read again where it has changed; every few seconds at most, never waits."""
+        """Have the file read again where it has changed; every few seconds at most.
+
+        Waits for no thread and no key, but for one ``stat``, which the caller makes.
+        """
         now = time.monotonic()
         if now < self._next_look or self._take is None:
             return
@@ -195,7 +194,7 @@ class Following:
 
     def _reload(self) -> None:
         seen = state_of(self._file)
-        known = self._error
+        known, self._changed = self._error, ()
         try:
             changed = self._renew()
         except FetcherClosedError:
@@ -244,13 +243,18 @@ class Following:
         except BaseException:
             self._opening.leave(before, until=time.monotonic())
             raise
-        self.settings, self._away = settings, keys.away
-        self._kids = tuple(signer.kid for signer in keys.signers)
+        self.settings = settings
+        self._serve(keys)
         names = (field.name for field in fields(settings) if field.compare)
         self._changed = tuple(n for n in names if getattr(settings, n) != getattr(before, n))
         self._busy_until = max(self._busy_until, time.monotonic() + before.limits.total)
         self._opening.leave(settings, until=self._busy_until)
         return True
+
+    def _serve(self, keys: Keys) -> None:
+        self._opening.taken(keys)
+        self._away = keys.away
+        self._kids = tuple(signer.kid for signer in keys.signers)
 
     def _told(self) -> None:
         facts: dict[str, object] = {
@@ -304,72 +308,6 @@ def opened(
         raise
 
 
-class _Waker:
-    """A thread that reloads when it is woken up, in this process and in each child of it."""
-
-    def __init__(self, reload: Callable[[], None]) -> None:
-        self._reload = reload
-        self.asked: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def begin(self) -> None:
-        """Start the thread."""
-        name = "d1-signer-reload"
-        try:
-            threading.Thread(None, self._serve, name, (self.asked,), daemon=True).start()
-        except RuntimeError:
-            raise TokenError("No thread can be started for it.", retryable=True) from None
-
-    def after_fork(self) -> None:
-        """In a forked child: the parent's thread is not here, and may have held the queue."""
-        self.asked = queue.SimpleQueue()
-        with suppress(TokenError):  # the limit of threads; whatever else a child forgets goes on
-            self.begin()
-
-    def _serve(self, asked: queue.SimpleQueue[None]) -> None:
-        while True:
-            asked.get()
-            while not asked.empty():  # of several signals at once the last is enough
-                asked.get()
-            try:
-                self._reload()
-            except FetcherClosedError:
-                pass
-            except D1SignerError as error:
-                facts = {"code": error.code, "message": error}
-                _log.warning("settings.reload_failed %s", told(facts))
-            except Exception as error:  # noqa: BLE001 (the next signal is to find this thread)
-                facts = {"code": TokenError.code, "message": type(error).__name__}
-                _log.warning("settings.reload_failed %s", told(facts))
-
-
-_wakers: list[_Waker] = []
-
-
-def reload_on(number: int, reload: Callable[[], None]) -> None:
-    """Have something reloaded at a signal, besides what a handler that is there does at it.
-
-    A handler runs between two lines of the main thread, which may hold any lock: so it does nothing
-    but wake a thread up.
-    """
-    waker = _Waker(reload)
-
-    def handler(received: int, frame: FrameType | None) -> None:
-        waker.asked.put(None)  # which is made to be called from handlers
-        if callable(before) and before is not signal.default_int_handler:
-            before(received, frame)
-
-    try:
-        before = signal.getsignal(number)
-        signal.signal(number, handler)
-    except (OSError, OverflowError, TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"The signal cannot be followed: {error}.",
-            hint="Call it in the main thread, for a signal such as signal.SIGHUP.",
-        ) from None
-    waker.begin()
-    _wakers.append(waker)
-
-
 def state_of(path: str | os.PathLike[str]) -> tuple[Any, ...]:
     """What tells whether a file has changed."""
     try:
@@ -393,8 +331,6 @@ _all: weakref.WeakSet[Following] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     for following in list(_all):
         following.begin_without_thread()
-    for waker in _wakers:
-        waker.after_fork()
 
 
 forks.in_child(_after_fork_in_child)

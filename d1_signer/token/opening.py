@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from d1_signer.audit.trail import AuditTrail
 from d1_signer.custody.policy import CustodyPolicy
-from d1_signer.errors import ConfigurationError, SecretSourceError, SignerError
+from d1_signer.errors import ConfigurationError, D1SignerError, SecretSourceError, SignerError
 from d1_signer.events import Observer, told
 from d1_signer.secret import Secret, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of, without_secrets
@@ -60,12 +60,17 @@ class Keys:
     Attributes:
         signers: Those of assertions, first the active one.
         client: That of the client certificate; None where its key is a file, or there is none.
-        away: The keys that cannot be opened now, as they may be shown.
+        reasons: Why those that are away cannot be opened now.
     """
 
     signers: tuple[Signer, ...]
     client: Signer | None
-    away: tuple[str, ...]
+    reasons: dict[_Place, D1SignerError]
+
+    @property
+    def away(self) -> tuple[str, ...]:
+        """The keys that are away, as they may be shown."""
+        return tuple(place.shown for place in self.reasons)
 
 
 class Opening:
@@ -93,7 +98,9 @@ class Opening:
         """The signers of settings: those that are open, and those that are opened now.
 
         Of several keys one at least is there. Others may be away at the first time, and later those
-        that were: what is named anew must be there.
+        that were: what is named anew must be there. Away is what another try may find, or whose
+        secret cannot be read; a refusal is none of that, and a device that counts wrong PINs is not
+        to be asked again and again.
 
         Args:
             settings: Name the keys.
@@ -106,30 +113,35 @@ class Opening:
         client = _client_place(settings)
         KeyOptions(given=settings.option).require_known(settings.key)
         may_be_away = {*settings.key} if first else {place.uri for place in self._away}
-        away: dict[_Place, SignerError | SecretSourceError] = {}
+        away: dict[_Place, D1SignerError] = {}
         with ExitStack() as opened:
             for place in places:
                 try:
                     self._require(place, opened)
                 # A PIN file that cannot be read is one device's trouble, like one that is down.
                 except (SignerError, SecretSourceError) as error:
-                    if place.uri not in may_be_away:
+                    is_away = error.retryable or isinstance(error, SecretSourceError)
+                    if not is_away or place.uri not in may_be_away:
                         raise error.fresh() from None
-                    away[place] = error
+                    away[place] = error.fresh()
                     if len(away) == len(places):
-                        raise next(iter(away.values())).fresh() from None
+                        raise next(iter(away.values())) from None
             if client is not None:
                 self._require(client, opened)
             opened.pop_all()
-        for place, why in away.items():
-            if place not in self._away:
-                _log.warning("settings.key_away %s", told({"key": place.shown, "message": why}))
-        self._away = {*away}
         return Keys(
             signers=tuple(self._open[place] for place in places if place in self._open),
             client=None if client is None else self._open[client],
-            away=tuple(place.shown for place in away),
+            reasons=away,
         )
+
+    def taken(self, keys: Keys) -> None:
+        """These keys serve now, and those of them that are away may stay so."""
+        for place, why in keys.reasons.items():
+            if place not in self._away:
+                facts = {"key": place.shown, "code": why.code, "message": why}
+                _log.warning("settings.key_away %s", told(facts))
+        self._away = {*keys.reasons}
 
     def _require(self, place: _Place, opened: ExitStack) -> None:
         if place in self._open:

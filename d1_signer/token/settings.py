@@ -130,19 +130,21 @@ _PAIRS = (
 
 
 def _document(path: str, shown: str) -> dict[str, Any]:
-    try:
-        content = read_public_file(path)
+    def check(status: os.stat_result) -> None:
         # Whoever may write it chooses which libraries are loaded, and whom we trust.
-        open_to_others = os.stat(path).st_mode & stat.S_IWOTH  # noqa: PTH116
+        if status.st_mode & stat.S_IWOTH:
+            raise ConfigurationError(
+                f"The settings {shown} can be written by every user.",
+                hint="Run chmod o-w on the file.",
+            )
+
+    try:
+        content = read_public_file(path, check)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"The settings {shown} cannot be read: {unreadable(error)}.",
             hint="Check the path, and that this process's user may read it.",
         ) from None
-    if open_to_others:
-        raise ConfigurationError(
-            f"The settings {shown} can be written by every user.", hint="Run chmod o-w on the file."
-        )
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -24,19 +24,22 @@ from d1_signer import (
     CustodyError,
     D1SignerError,
     FetcherClosedError,
-    KeyNotFoundError,
     SecretSourceError,
     Signer,
     SignerClosedError,
     SignerUnavailable,
     TokenFetcher,
     TokenRefusedError,
+    generate_key,
     open_signer,
 )
+from d1_signer.audit.trail import AuditTrail
 from d1_signer.events import Event
 from d1_signer.sandbox import Sandbox
+from d1_signer.sandbox.softhsm import SoftHsmToken
 from d1_signer.token import fetcher as fetcher_module, following, opening
 from d1_signer.token.settings import Settings
+from tests.servers.connect_proxy import ConnectProxy
 from tests.servers.redis_server import RedisServer
 from tests.token.conftest import ISSUER
 from tests.token.following import SettingsFile
@@ -144,17 +147,36 @@ def test_closing_it_closes_what_it_opened(opened: Opener) -> None:
         fetcher.reload()
 
 
-def test_what_cannot_be_opened_leaves_nothing_open(file: SettingsFile) -> None:
+NOT_OPENED: dict[str, Callable[[SettingsFile], None]] = {
+    "a client key that is not there": lambda f: f.lines.update(client_key='"/absent.key"'),
+    "two keys under one kid": lambda f: f.lines.update(
+        key=f'["{f.key("one")}", "{f.key("two").replace("#two", "#one")}"]'
+    ),
+    "an authority that is none": lambda f: f.lines.update(ca_file='"/etc/hostname"'),
+}
+
+
+@pytest.mark.parametrize("change", NOT_OPENED.values(), ids=NOT_OPENED)
+def test_what_cannot_be_opened_leaves_nothing_open(
+    file: SettingsFile, monkeypatch: pytest.MonkeyPatch, change: Callable[[SettingsFile], None]
+) -> None:
     trail = file.path.parent / "trail"
-    file.lines |= {"audit_trail": f'"{trail}"', "client_key": '"/absent.key"'}
+    file.lines["audit_trail"] = f'"{trail}"'
+    change(file)
     file.write()
-    with pytest.raises(SecretSourceError, match=r"/absent\.key"):
+    go, made = hold_up(monkeypatch)
+    go.set()
+    with pytest.raises(D1SignerError):
         TokenFetcher.from_settings(file.path)
-    file.keys("one")
-    file.lines["key"] = '"file:///absent.pem"'
-    file.write()
-    with pytest.raises((KeyNotFoundError, SecretSourceError), match=r"/absent\.pem"):
-        TokenFetcher.from_settings(file.path)
+    assert made
+    for signer in made:
+        with pytest.raises(SignerClosedError):
+            signer.sign(b"x")
+    assert trail.is_dir()
+    held = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert [link for link in held if str(trail) in os.path.realpath(link)] == []
+    with AuditTrail(trail, origin="bank.example/d1"):
+        pass
 
 
 @pytest.mark.usefixtures("looks_at_once")
@@ -178,6 +200,69 @@ def test_a_key_of_several_may_be_away_and_joins_when_it_is_back(
     first.with_suffix(".away").rename(first)
     until(lambda: fetcher.status().settings.keys_away == (), seconds=20)  # type: ignore[union-attr]
     assert renewed(fetcher, file.sandbox) == "first"
+
+
+def test_a_key_that_is_refused_at_the_start_is_not_away(
+    file: SettingsFile,
+    opened: Opener,
+    softhsm_token: SoftHsmToken,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else it would be tried for ever, under a warning that speaks of a device."""
+    generate_key(softhsm_token.uri)
+    uri, pin = f"{softhsm_token.uri}#hsm", softhsm_token.pin_file
+
+    def refused(*uris: str, policy: str | None = None) -> D1SignerError:
+        file.lines["key"] = json.dumps(uris)
+        file.lines.pop("custody_policy", None)
+        if policy is not None:
+            file.lines["custody_policy"] = f'"{policy}"'
+        file.write()
+        with pytest.raises(D1SignerError) as caught:
+            opened()
+        return caught.value
+
+    here = file.key("one")
+    assert refused(uri, here, policy="non-exportable").code == "custody"
+    assert refused(here, softhsm_token.key_uri("d2") + "#d2").code == "key_not_found"
+    pin.write_text("wrong-pin")
+    assert refused(here, uri).code == "login"
+    assert messages(caplog, "settings.key_away") == []
+    pin.unlink()  # that is trouble of this one device, and another try may find it
+    file.lines["key"] = json.dumps([here, uri])
+    file.write()
+    assert opened()._signers.kids == ("one",)
+    (told,) = messages(caplog, "settings.key_away")
+    assert " code=secret_source " in told
+
+
+def test_a_key_that_is_away_may_be_so_after_a_change_that_was_refused(
+    file: SettingsFile, opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    file.keys("away", "one")
+    file.write()
+    good = file.text()
+    away = file.path.parent / "away.pem"
+    away.unlink()
+    fetcher = opened()
+    good_certificate = file.lines["client_cert"]
+    for key in (file.key("one"), file.key("two")):
+        file.lines |= {"key": f'"{key}"', "client_cert": '"/absent.pem"'}
+        file.write()
+        with pytest.raises(D1SignerError, match=r"/absent\.pem"):
+            fetcher.reload()
+        assert fetcher.status().settings.keys_away == (away.as_uri(),)  # type: ignore[union-attr]
+        file.write(good)
+        fetcher.reload()
+    assert fetcher.status().settings.error is None  # type: ignore[union-attr]
+    # Nor is a key away, where the change that names it so is not taken.
+    file.lines |= {"key": f'"{file.key("one")}"', "client_cert": good_certificate}
+    file.write()
+    fetcher.reload()
+    file.write(good)
+    with pytest.raises(D1SignerError, match=r"/away\.pem"):
+        fetcher.reload()
+    assert len(messages(caplog, "settings.key_away")) == 1
 
 
 def test_options_limits_of_a_key_and_custody_are_held(
@@ -868,6 +953,189 @@ def test_a_signal_reaches_all_fetchers_children_of_a_fork_and_the_handler_before
         check=True,
     )
     assert ran.stdout.strip() == f"0 True [({signal.SIGHUP:d}, False)]", ran.stdout + ran.stderr
+
+
+def test_a_file_that_is_put_back_is_told_with_no_change(
+    file: SettingsFile, opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "d1_signer.settings")
+    fetcher = opened()
+    file.keys("two", "one")
+    file.write()
+    fetcher.reload()
+    file.write("broken")
+    with pytest.raises(ConfigurationError):
+        fetcher.reload()
+    file.write()
+    fetcher.reload()
+    lines = [line.partition(" changed=")[2] for line in messages(caplog, "settings.taken")]
+    assert lines == ["", "key", "none"]
+
+
+TOLD = """
+import logging, os, signal, sys, threading, time
+from d1_signer import TokenFetcher
+
+class Lines(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+
+lines, done = [], threading.Semaphore(0)
+logging.getLogger("d1_signer.settings").addHandler(Lines())
+fetcher = TokenFetcher.from_settings(sys.argv[1])
+fetcher.reload_on(signal.SIGHUP)
+reload = fetcher._tls.reload
+
+def counted():
+    try:
+        reload()
+    finally:
+        done.release()
+
+fetcher._tls.reload = counted  # with which each reload ends
+
+def signalled():
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert done.acquire(timeout=30)
+
+os.rename(sys.argv[2], sys.argv[2] + ".away")
+signalled()
+end = time.monotonic() + 30
+while not lines and time.monotonic() < end:
+    time.sleep(0.01)
+os.rename(sys.argv[2] + ".away", sys.argv[2])
+with open(sys.argv[1], "w") as file:
+    file.write("broken")
+for _ in range(3):
+    signalled()
+print(*(line.partition(" message=")[0] for line in lines), sep="\\n")
+"""
+
+
+def test_a_signal_tells_what_the_file_does_not_tell_and_nothing_twice(file: SettingsFile) -> None:
+    certificate, key = file.sandbox.issue_client_certificate()
+    file.certificate(certificate, key)
+    file.write()
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TOLD, str(file.path), str(certificate)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    failed, unusable = ran.stdout.splitlines()
+    assert unusable == f"settings.unusable file={file.path} code=configuration"
+    assert failed == "settings.reload_failed code=secret_source"
+
+
+LET_GO = """
+import gc, os, signal, sys, threading, time, weakref
+from d1_signer import TokenFetcher
+
+before = []
+signal.signal(signal.SIGHUP, lambda number, frame: before.append(number))
+
+def threads():
+    return sum(each.name == "d1-signer-reload" for each in threading.enumerate())
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)
+    return condition()
+
+def followed(closed):
+    fetcher = TokenFetcher.from_settings(sys.argv[1])
+    fetcher.reload_on(signal.SIGHUP)
+    fetcher.reload_on(signal.SIGHUP)
+    if closed:
+        fetcher.close()
+    return fetcher
+
+three = [followed(closed=False) for _ in range(3)]
+print(threads(), end=" ")
+three[0].close()
+print(until(lambda: threads() == 2), end=" ")
+three[0].reload_on(signal.SIGHUP)  # which is over at once
+os.kill(os.getpid(), signal.SIGHUP)
+print(until(lambda: threads() == 2), end=" ")
+gone = [weakref.ref(each) for each in three]
+del three
+print(until(lambda: not any(each() for each in gone) and threads() == 0), end=" ")
+# However many there were, the handler that was there is called once.
+for _ in range(3):
+    followed(closed=True)
+os.kill(os.getpid(), signal.SIGHUP)
+print(before, signal.getsignal(signal.SIGHUP)._before.__name__, until(lambda: threads() == 0))
+"""
+
+
+def test_a_signal_keeps_no_fetcher_and_no_thread_of_one_that_is_closed(file: SettingsFile) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LET_GO, str(file.path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    hup = int(signal.SIGHUP)
+    assert ran.stdout.strip() == f"3 True True True [{hup}, {hup}] <lambda> True", ran.stderr
+
+
+def test_a_broken_file_keeps_nothing_else_from_a_reload(file: SettingsFile, opened: Opener) -> None:
+    certificate, key = (file.path.parent / name for name in ("client.pem", "client.key"))
+
+    def put() -> None:
+        for path, fresh in zip(
+            (certificate, key), file.sandbox.issue_client_certificate(), strict=True
+        ):
+            path.touch(0o600)
+            path.write_bytes(fresh.read_bytes())
+
+    put()
+    file.certificate(certificate, key)
+    file.write()
+    fetcher = opened()
+    before = fetcher.status().client_certificate
+    put()
+    file.write("broken")
+    with pytest.raises(ConfigurationError, match="no TOML"):
+        fetcher.reload()
+    assert fetcher.status().client_certificate != before
+    certificate.unlink()
+    with pytest.raises(ConfigurationError, match="no TOML"):  # the first of the two
+        fetcher.reload()
+    file.write()
+    with pytest.raises(SecretSourceError, match=r"client\.pem"):
+        fetcher.reload()
+
+
+def test_a_broken_file_keeps_no_proxy_from_being_asked_again(
+    file: SettingsFile, opened: Opener
+) -> None:
+    credentials = file.path.parent / "proxy-credentials"
+    credentials.touch(0o600)
+    credentials.write_text("d1-service:correct horse:battery")
+    with ConnectProxy(credentials="d1-service:correct horse:battery").running() as proxy:
+        file.lines |= {
+            "proxy": f'"{proxy.url}"',
+            "proxy_credentials_source": f'"file:{credentials}"',
+        }
+        file.write()
+        fetcher = opened(retry_interval=0.01)
+        proxy.status = 407
+        for _ in range(2):
+            forget(fetcher)
+            with pytest.raises(D1SignerError):
+                fetcher.token()
+        assert len(proxy.sent) == 1
+        proxy.status = None
+        file.write("broken")
+        with pytest.raises(ConfigurationError, match="no TOML"):
+            fetcher.reload()
+        forget(fetcher)
+        assert fetcher.token().value
 
 
 FORKED = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer import ConfigurationError, Limits
+from d1_signer import ConfigurationError, Limits, secret
 from d1_signer.token.settings import Settings
 from d1_signer.token.values import FIELDS, StoreSettings
 from tests.leaks.known import known
@@ -280,6 +280,27 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="can be written by every user") as caught:
         Settings.read(file)
     assert "chmod o-w" in caught.value.hint
+
+
+def test_the_file_that_is_read_is_the_one_that_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may be in its place before it is looked at."""
+    file = written(tmp_path, 'issuer_id = "bank"')
+    file.chmod(0o646)
+    opened = secret._open_without_blocking
+
+    def and_replaced(path: str, flags: int) -> int:
+        descriptor = opened(path, flags)
+        fresh = file.with_suffix(".new")
+        fresh.touch(0o600)
+        fresh.replace(file)
+        return descriptor
+
+    monkeypatch.setattr(secret, "_open_without_blocking", and_replaced)
+    with pytest.raises(ConfigurationError, match="can be written by every user"):
+        Settings.read(file)
+    assert Settings.read(file).issuer_id is None
 
 
 def test_a_bom_is_dropped(tmp_path: Path) -> None:
