@@ -81,7 +81,7 @@ def show(
                 tell("\n".join(together))
     except OSError as error:
         raise unreadable(error) from None
-    output.note(_UNVERIFIED)
+    output.note(_UNVERIFIED if output.json or file is not None else f"\n{_UNVERIFIED}")
 
 
 def _readable(found: Iterator[Shown], output: Output) -> Iterator[tuple[str, dict[str, Any]]]:

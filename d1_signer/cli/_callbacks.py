@@ -46,14 +46,16 @@ def checked_keys(
         )
     if not all(map(scheme_of, value)):
         raise KeyUriError(
-            f"{name} has something in it that is no key URI: it has no scheme.",
-            hint="It begins with pkcs11:, awskms:, gcpkms:, hashivault: or file:.",
+            f"{name} is not a key URI: it has no scheme.",
+            hint="A key URI begins with pkcs11:, awskms:, gcpkms:, hashivault: or file:. For "
+            "example pkcs11:token=bank;object=d1",
         )
     on_command_line = _source(context, parameter) is ParameterSource.COMMANDLINE
     if on_command_line and any(map(holds_pin_itself, value)):
         raise click.UsageError(
             "A key URI with pin-value is not taken from the command line, which every user of "
-            "this machine can read. Use pin-source=file:PATH, env:NAME or prompt."
+            "this machine can read. Use pin-source=file:PATH, pin-source=env:NAME or "
+            "pin-source=prompt. The PIN may stand in the shell's history now: change it."
         )
     return value
 

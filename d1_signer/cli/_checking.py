@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+import click
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, utils
@@ -20,10 +21,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from d1_signer.cli._checking_store import check_store
 from d1_signer.cli._checking_trail import check_trail
 from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist
+from d1_signer.cli._config import policy_in
 from d1_signer.cli._connection import Connection
+from d1_signer.cli._custody_text import answered
 from d1_signer.cli._opening import Opening
-from d1_signer.cli._output import moment, said
+from d1_signer.cli._output import moment
 from d1_signer.cli._settings import Issuer, Keys
+from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.errors import (
     ConfigurationError,
     D1SignerError,
@@ -95,13 +99,20 @@ def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> 
     able = checklist.passed()
     with checklist.step("custody") as detail:
         evidence = signer.custody().evidence
-        detail(f"exportable: {said(evidence.exportable)}")
-        detail(f"generated in place: {said(evidence.generated_in_place)}")
-        detail(f"hardware: {said(evidence.hardware)}")
+        for name in ("exportable", "generated_in_place", "hardware"):
+            detail(f"{name.replace('_', ' ')}: {answered(evidence, name)}")
         for fact in evidence.facts:
             if fact.name == "locking":
                 detail(f"locking: {fact.value}")
+        if not _is_judged():
+            detail("not judged: no D1_CUSTODY_POLICY is set")
     return signer if able else None
+
+
+def _is_judged() -> bool:
+    """Whether a key that falls short would not have been opened."""
+    of_the_file = policy_in(click.get_current_context())
+    return of_the_file is not None or CustodyPolicy.from_environment() is not None
 
 
 def _about(keys: Keys, uri: str) -> str:
@@ -173,7 +184,8 @@ def _check_d1(
     environment = issuer.optional_environment()
     checklist.begin(*_shown_environment(environment))
     if not (issuer.given or connection.given):
-        for name in (CERTIFICATE, ENDPOINT, ACCESS_TOKEN):
+        checklist.skipped(CERTIFICATE, "give --environment and --issuer-id to check D1 as well")
+        for name in (ENDPOINT, ACCESS_TOKEN):
             checklist.skipped(name, "no setting of D1 is given")
         return
     tls = _check_certificate(checklist, environment, connection, warn_days)
@@ -284,7 +296,10 @@ def _check_endpoint(
         checklist.failed(ENDPOINT, _wrong_clock(reply.clock_offset or 0.0))
         return False
     if isinstance(outcome, TokenRefusedError) and outcome.error:
-        checklist.ok(ENDPOINT, f"HTTP {reply.status}{_clock(reply)}")
+        checklist.ok(
+            ENDPOINT,
+            f"refuses what is no assertion, as it should (HTTP {reply.status}){_clock(reply)}",
+        )
     elif isinstance(outcome, D1SignerError):
         checklist.unclear(ENDPOINT, f"{outcome.message}{_clock(reply)}")
     else:

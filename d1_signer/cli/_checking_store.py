@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import click
 
-from d1_signer.cli._checklist import Checklist
+from d1_signer.cli._checklist import STORE, Checklist
 from d1_signer.cli._config import settings_in
 from d1_signer.cli._settings import Issuer
 from d1_signer.errors import ConfigurationError
-
-STORE = "store"
 
 
 def check_store(checklist: Checklist, issuer: Issuer, *, not_taken: str | None = None) -> None:

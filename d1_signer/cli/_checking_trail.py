@@ -81,4 +81,5 @@ def _check_seal(checklist: Checklist, trail: AuditTrail) -> None:
         return
     with checklist.step("audit-seal") as detail:
         trail.seal()
-        detail(f"verifier key {trail.verifier_key()}")
+        name, key_id, _ = str(trail.verifier_key()).split("+", 2)
+        detail(f"verifier key {name}+{key_id}…")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,23 @@ from d1_signer.errors import ConfigurationError, D1SignerError
 CERTIFICATE = "client-certificate"
 ENDPOINT = "endpoint"
 ACCESS_TOKEN = "access-token"  # noqa: S105 (a step's name)
+STORE = "store"
+
+_PKCS11 = "a key URI that begins with pkcs11:"
+_TRAIL = "--audit-trail"
+# What has to be given for a step.
+_NEEDS = {
+    "module": _PKCS11,
+    "token": _PKCS11,
+    "login": f"{_PKCS11}, with pin-source in it",
+    "audit-record": _TRAIL,
+    "audit-folder": _TRAIL,
+    "audit-seal": f"{_TRAIL} and --audit-key",
+    CERTIFICATE: "--client-cert and --client-key",
+    ENDPOINT: "--environment",
+    ACCESS_TOKEN: "--environment, --issuer-id and a key that works",
+    STORE: "--config FILE, whose table [store] names the store",
+}
 
 
 class Status(StrEnum):
@@ -127,8 +145,11 @@ class Checklist:
 
     def end(self) -> None:
         """No step follows; what is required and did not come up fails."""
-        for name in sorted(self.required - {step.name for step in self.steps}):
-            self.failed(name, _not_passed(name, "no such step for what is given"))
+        missing = sorted(self.required - {step.name for step in self.steps})
+        for part, names in itertools.groupby(missing, _part_of):
+            self.begin(part, part.lower())
+            for name in names:
+                self.failed(name, _not_passed(name, "no such step for what is given"))
 
     @property
     def failures(self) -> list[Step]:
@@ -166,8 +187,15 @@ class Checklist:
             self.output.line(line, heading=heading)
 
 
+def _part_of(name: str) -> str:
+    """What a step is about that did not come up."""
+    if name.startswith("audit-"):
+        return "Audit trail"
+    return "Store" if name == STORE else "Keys"
+
+
 def _not_passed(name: str, reason: str) -> ConfigurationError:
     return ConfigurationError(
         f"The step {name} is required and did not pass: {reason}.",
-        hint="Give what it needs, or leave --require out.",
+        hint=f"It needs {_NEEDS.get(name, 'a key that works')}; else leave --require {name} out.",
     )

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from d1_signer.cli._output import explanation, facts, indented, moment, printable, said, table
+from d1_signer.errors import CustodyError
 
 if TYPE_CHECKING:
     from d1_signer.custody.bundle import KeyReport
     from d1_signer.custody.evidence import Evidence
+    from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.custody.report import CustodyReport
 
 NAMES = {
@@ -31,7 +33,24 @@ def key_text(told: KeyReport, unmet: Sequence[str] = ()) -> str:
             lines += [printable(told.error.message), *explanation(told.error)]
         return "\n  ".join(lines)
     text = report_text(told.report, told.use)
-    return text if not unmet else f"{text}\n\n  NOT SHOWN TO BE: {', '.join(unmet)}"
+    return text if not unmet else f"{text}\n\n  NOT SHOWN TO BE: {', '.join(unmet)}."
+
+
+def shortfall(told: KeyReport, unmet: Sequence[str], policy: CustodyPolicy) -> CustodyError:
+    """Why a key's report is not enough, and what to do about it."""
+    assert told.report is not None  # noqa: S101 (of a key that is away nothing is judged)
+    report = told.report
+    hint = "Use a key that meets them, or demand less: --require, or D1_CUSTODY_POLICY."
+    if policy.attested and not report.evidence.attestations:
+        hint = (
+            f"No statement about it was verified: what {report.backend} says is a claim, and not "
+            f"attested. Give the device's statement with --option attestation=FORMAT:FILE. {hint}"
+        )
+    return CustodyError(
+        f"kid {report.kid} does not meet what is demanded ({', '.join(policy.words)}): it is not "
+        f"shown to be {', '.join(unmet)}.",
+        hint=hint,
+    )
 
 
 def report_text(report: CustodyReport, use: str) -> str:
@@ -44,7 +63,7 @@ def report_text(report: CustodyReport, use: str) -> str:
             "Thumbprint": report.thumbprint,
             "Backend": report.backend,
             "Location": evidence.location,
-            **{told: _said(evidence, name) for name, told in NAMES.items()},
+            **{told: answered(evidence, name) for name, told in NAMES.items()},
             "Collected": moment(report.collected_at),
         }
     )
@@ -72,7 +91,8 @@ def by_whom(evidence: Evidence, name: str, backend: str) -> str:
     return f"attested by {by.verified.device}, anchor {by.verified.anchor[:16]}…"
 
 
-def _said(evidence: Evidence, name: str) -> str:
+def answered(evidence: Evidence, name: str) -> str:
+    """An answer, and whether it is claimed or attested."""
     answer: bool | None = getattr(evidence, name)
     if answer is None:
         return said(None)

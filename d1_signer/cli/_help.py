@@ -14,6 +14,7 @@ _WIDEST = 100
 _PIPED = 80
 _MARGIN = 2
 _MOST = 3  # what part of a line the names of options and commands have at most
+_WHOLE = 1000  # characters: more than a sentence has
 _UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 _BLANK = "\N{NO-BREAK SPACE}"
 _VARIABLE = f"env{_BLANK}var:{_BLANK}"
@@ -48,6 +49,18 @@ class HelpContext(click.Context):
         """What lays out the help, see `click.Context`."""
         columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else _PIPED
         return _Formatter(width=min(columns, _WIDEST) - _MARGIN)
+
+
+class Listing(click.Group):
+    """A group whose help tells all of what each command does, in lines."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Their list, see `click.Group`."""
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(_WHOLE)) for name, command in commands]
+            )
 
 
 def with_our_help(command: click.Command) -> click.Command:

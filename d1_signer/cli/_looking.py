@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from d1_signer.cli._custody_text import key_text
+from d1_signer.cli._custody_text import key_text, shortfall
 from d1_signer.cli._options import BackendOptions
 from d1_signer.cli._output import Output
 from d1_signer.cli._output_file import OutputFile
@@ -97,6 +97,10 @@ def look(
         "keys": [one.to_dict() for one in looked],
     }
     output.result(document, "\n\n".join(key_text(one.told, one.unmet) for one in looked))
+    if not output.json:
+        for one in looked:
+            if one.unmet:
+                output.failure(shortfall(one.told, one.unmet, policy))
     if bundle is not None and falls_short:
         output.note("No bundle is written: a key is not shown to be what is required.")
     return int(falls_short or any(one.told.report is None for one in looked))

@@ -99,7 +99,7 @@ def with_options(command: Command) -> Command:
     )
     @click.option(
         "--timeout",
-        type=float,
+        type=SECONDS,
         metavar="SECONDS",
         callback=_read_timeout,
         help="Time limit of the HSM or KMS, for opening the key and for each signature.",
@@ -169,6 +169,22 @@ def _pairs(texts: Iterable[str], where: str) -> dict[str, str]:
             raise click.UsageError(f"{where} has an option twice.")
         pairs[name] = value
     return pairs
+
+
+class _Seconds(click.types.FloatParamType):
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read the number, see `click.ParamType`."""
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+
+
+SECONDS = _Seconds()
 
 
 def _read_timeout(

@@ -182,6 +182,9 @@ def explanation(error: D1SignerError) -> list[str]:
     lines = [printable(error.hint)] if error.hint else []
     if error.retryable:
         lines.append("Trying again later may help.")
+    attempt = error.details.get("attempt")
+    if isinstance(attempt, int) and attempt > 1:
+        lines.append(f"{attempt} attempts were made; this is what the last one met.")
     facts = {"code": error.code, **error.details}
     return [*lines, "(" + ", ".join(f"{k}: {printable(str(v))}" for k, v in facts.items()) + ")"]
 

@@ -40,7 +40,7 @@ _OF_LINES = {
     "Whole: ": "green",
     "Verdict holds": "green",
     "Every process has the settings of the file.": "green",
-    "Stopped at ": "bold red",
+    "Failed: ": "bold red",
     "Not all can be read: ": "bold red",
     "Not as the file: ": "bold red",
     "Not whole: ": "bold red",
@@ -53,6 +53,7 @@ _PART = 1 << 18  # bytes that are worth to be shown
 _STEP = 4  # further in, where a column has no room
 _NARROW = 4  # what part of a line the last column may have at least
 _CELL = re.compile(r"\S+(?: \S+)*")
+_COMMA = re.compile(r"(?<=,) ")
 _NUMBER = re.compile(r"\d+\. ")
 
 
@@ -165,6 +166,14 @@ def laid_out(line: str, columns: int) -> list[str]:
     return _filled(last, lead, hang, columns)
 
 
+def _pieces(text: str, room: int) -> list[str]:
+    """What is not broken: words, and of the details of an error each name with its value."""
+    if not text.startswith("(code: "):
+        return text.split()
+    pairs = _COMMA.split(text)
+    return [word for pair in pairs for word in ([pair] if cell_len(pair) <= room else pair.split())]
+
+
 def _in_tiers(cells: list[tuple[int, str]], columns: int) -> list[str]:
     """The columns that do not fit below the first ones, where they stand below each other too."""
     indent, first = cells[0]
@@ -189,7 +198,7 @@ def _filled(text: str, lead: str, hang: int, columns: int) -> list[str]:
     """Words in lines; `lead` stands before the first of them, blanks before the others."""
     lines = [lead]
     empty = True
-    for word in text.split():
+    for word in _pieces(text, columns - hang):
         width = cell_len(word)
         if cell_len(lines[-1]) + (not empty) + width <= columns:
             lines[-1] += word if empty else f" {word}"

@@ -18,6 +18,7 @@ from d1_signer.cli._audit_reconcile import reconcile
 from d1_signer.cli._audit_show import show
 from d1_signer.cli._audit_stamp import stamp
 from d1_signer.cli._config import with_config
+from d1_signer.cli._help import Listing
 from d1_signer.cli._output import (
     Command,
     OptionsOnly,
@@ -43,7 +44,7 @@ def _folder(command: Command) -> Command:
     return with_config(setting("--audit-trail", name, text, metavar="FOLDER", type=FOLDER)(command))
 
 
-@click.group()
+@click.group(cls=Listing)
 def audit() -> None:
     """The audit trail: who signed what, when, and whether the list is whole.
 
@@ -147,7 +148,7 @@ def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
         lines.append(printable(f"Instance {report.name}"))
         lines.append(
             f"  {report.records} records, {report.sealed} of them sealed by {report.checkpoints} "
-            f"checkpoints{_of(report.origins)}; {report.unfinished} begun without an end"
+            f"accepted checkpoints{_of(report.origins)}; {report.unfinished} begun without an end"
         )
         lines += (f"  note     {printable(note)}" for note in report.notes)
         for finding in report.findings:
@@ -158,12 +159,14 @@ def _told(reports: Sequence[verifying.InstanceReport], *, whole: bool) -> str:
         lines.append("FINDING  There is no instance of an audit trail in these folders.")
     unsealed = sum(report.records - report.sealed for report in reports)
     if not whole:
-        lines += ["", f"Not whole: {found or 1} found."]
+        count = f"{found} findings" if found > 1 else "1 finding"
+        what_to_do = "Leave the folder as it is, keep a copy, and compare with the checkpoints that"
+        lines += ["", f"Not whole: {count}. {what_to_do} were collected (--since)."]
     elif unsealed:
         who = "anybody who can write the folder"
         lines += ["", f"Nothing was found in what is sealed. {unsealed} records may be of {who}."]
     else:
-        lines += ["", "Whole: nothing was found."]
+        lines += ["", "Whole: no findings."]
     return "\n".join(lines)
 
 

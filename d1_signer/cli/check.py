@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import click
 
-from d1_signer.cli._checking_store import STORE
-from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist, Status
+from d1_signer.cli._checklist import (
+    ACCESS_TOKEN,
+    CERTIFICATE,
+    ENDPOINT,
+    STORE,
+    Checklist,
+    Status,
+    Step,
+)
 from d1_signer.cli._connection import Connection, with_connection
 from d1_signer.cli._opening import PKCS11_STEPS
 from d1_signer.cli._output import OptionsOnly, Output, printable, with_output_options
@@ -52,7 +59,7 @@ def check(
 ) -> None:
     """Check keys, TLS and D1 step by step.
 
-    It says at which step it stopped and what to do. With a key alone, the key is checked; with
+    It says which steps failed and what to do. With a key alone, the key is checked; with
     any setting of D1, the client certificate, the endpoint and a token for each key as well, and
     settings that are missing then fail. The exit status is 0 only if no step failed.
     """
@@ -73,14 +80,25 @@ def check(
         context.exit(1)
 
 
+def _is_token(step: Step) -> bool:
+    return step.name == ACCESS_TOKEN and step.status is Status.OK
+
+
 def _conclusion(checklist: Checklist) -> str:
     if checklist.failures:
-        first, *others = (f"{step.name} of {printable(step.about)}" for step in checklist.failures)
-        too = f"; failed too: {', '.join(others)}" if others else ""
-        return f"Stopped at {first}{too}."
+        return _failed(checklist)
     found = [
         f"{word}: {', '.join(names)}"
         for word, status in (("unclear", Status.UNCLEAR), ("not checked", Status.SKIPPED))
         if (names := [step.name for step in checklist.steps if step.status is status])
     ]
     return f"Passed; {'; '.join(found)}." if found else "All steps passed."
+
+
+def _failed(checklist: Checklist) -> str:
+    names: dict[str, list[str]] = {}
+    for step in checklist.failures:
+        names.setdefault(step.about, []).append(step.name)
+    failed = "; ".join(f"{', '.join(of)} ({printable(about)})" for about, of in names.items())
+    works = [printable(step.about) for step in checklist.steps if _is_token(step)]
+    return f"Failed: {failed}." + (f" A token was given: {', '.join(works)}." if works else "")

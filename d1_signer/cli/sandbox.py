@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d1_signer.cli._command import WithCommand, exports, stdout_descriptor
-from d1_signer.cli._options import VARIABLE
+from d1_signer.cli._options import SECONDS, VARIABLE
 from d1_signer.cli._output import Output, printable, setting, with_output_options
 from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.errors import ConfigurationError, InvalidKeyError
@@ -65,7 +65,7 @@ _ALL_SETTINGS = _TLS_SETTINGS | {"D1_SIGNER_KEY", "D1_SIGNER_KID", VARIABLE}
 )
 @click.option(
     "--token-lifetime",
-    type=float,
+    type=SECONDS,
     default=900,
     show_default=True,
     help="Seconds that access tokens live.",

@@ -47,8 +47,9 @@ def status(context: click.Context, issuer: Issuer, *, output: Output) -> None:
     store = None if settings is None or settings.store is None else store_of(settings.store)
     if settings is None or settings.store is None or store is None:
         raise ConfigurationError(
-            "No store is given that could be asked.",
-            hint="Give --config FILE, whose table [store] names it.",
+            "No token store is configured.",
+            hint="Give --config FILE, whose table [store] names it; processes without one share "
+            "no token, and there is nothing to ask.",
         )
     issuer_id, environment = issuer.required_id(), issuer.required_environment()
     key = store_key_of(settings.store)
@@ -98,7 +99,7 @@ def _text(document: dict[str, Any]) -> str:
         {
             "Environment": document["environment"],
             "Issuer": document["issuer_id"],
-            "Token": moment(token["expires_at"]) if token else "none that can be read",
+            "Token": f"expires {moment(token['expires_at'])}" if token else "none that can be read",
             "Lease": _lease_text(lease),
             "Unreadable": _unreadable_text(document["unreadable"]),
             "Settings": document["settings"],
@@ -122,7 +123,9 @@ def _text(document: dict[str, Any]) -> str:
 def _conclusion(document: dict[str, Any]) -> str:
     """What the exit status says, in words."""
     others = [
-        _who(each) for each in document["processes"] if each["settings"] != document["settings"]
+        f"{_who(each)} (settings {each['settings'] or 'in code'})"
+        for each in document["processes"]
+        if each["settings"] != document["settings"]
     ]
     found = []
     if document["unreadable"]:

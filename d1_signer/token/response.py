@@ -178,7 +178,7 @@ def _refused(
         f"D1 refused the assertion (HTTP {status}): {said}.",
         status=status,
         error=error,
-        hint=f"{_HINTS.get(error, _ANY_CAUSE)} Where it is all right, {_ASK}.",
+        hint=f"{_HINTS.get(error, _ANY_CAUSE)} If all of that is right, {_ASK}.",
         details=details,
     )
 
@@ -192,7 +192,7 @@ def _told(answer: Members, assertion: Secret) -> tuple[str, str]:
     nested = inner if isinstance(inner, Members) else Members()
     texts = (_shown(each.once(name), assertion) for each in (answer, nested) for name in _REASONS)
     reason = next(filter(None, texts), "")
-    said = " ".join(repr(text) for text in (error, reason) if text)
+    said = " ".join(repr(text.rstrip(".")) for text in (error, reason) if text)
     return error, said or "no reason was given"
 
 

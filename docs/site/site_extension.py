@@ -19,10 +19,11 @@ from typing import Any
 
 from docutils import nodes
 from pygments.lexers.special import TextLexer
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_annotation, pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PythonDomain
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
@@ -42,7 +43,7 @@ SIDEBAR = {
     ],
     "API reference": [
         f"docs/site/reference/{page}"
-        for page in ("tokens", "keys", "custody", "audit", "events", "errors", "testing")
+        for page in ("README", "tokens", "keys", "custody", "audit", "events", "errors", "testing")
     ],
     "Project": [
         *("docs/architecture", "docs/adr/README", "docs/releases"),
@@ -167,12 +168,28 @@ def keep_first_line(_app: Sphinx, what: str, *rest: Any) -> None:
         rest[-1][:0] = ["..", ""]
 
 
+def take_own_words(_app: Sphinx, what: str, name: str, *rest: Any) -> None:
+    """Describe an alias of types by what stands below it, not by what Python says of its kind."""
+    if what == "data" and name in PUBLIC.values():
+        (home,) = (place.rpartition(".")[0] for place, public in PUBLIC.items() if public == name)
+        told = ModuleAnalyzer.for_module(home).find_attr_docs()
+        rest[-1][:] = told["", name.rpartition(".")[2]]
+
+
 def leave_out_arguments(
     _app: Sphinx, what: str, _name: str, thing: object, *_rest: object
 ) -> tuple[str, None] | None:
-    """All errors are made as their root is."""
+    """All errors are made as their root is, and nobody makes a protocol."""
     ours = what == "exception" and D1SignerError in getattr(thing, "__mro__", ())
-    return ("", None) if ours and thing is not D1SignerError else None
+    protocol = what == "class" and getattr(thing, "_is_protocol", False)
+    return ("", None) if protocol or (ours and thing is not D1SignerError) else None
+
+
+def leave_out_objects(_app: Sphinx, doctree: nodes.document) -> None:
+    """Show no value that holds an object: its ``repr`` tells nothing."""
+    for value in list(doctree.findall(desc_annotation)):
+        if re.search(r"<[\w.]+ object", value.astext()):
+            value.parent.remove(value)
 
 
 def let_long_words_break(_app: Sphinx, doctree: nodes.document) -> None:
@@ -229,6 +246,8 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("doctree-read", shorten_types)
     app.connect("doctree-read", let_long_words_break)
     app.connect("missing-reference", link_homes)
+    app.connect("doctree-read", leave_out_objects)
+    app.connect("autodoc-process-docstring", take_own_words, priority=300)
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)
     app.connect("autodoc-process-signature", leave_out_arguments)
     app.connect("html-page-context", label_cells)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,7 +94,7 @@ def test_a_refused_key_file_is_recorded(run: Run, audited: dict[str, str], place
 def test_check_tells_of_the_trail(run: Run, audited: dict[str, str]) -> None:
     steps = {step["step"]: step for step in run("check", "--json", **audited).document["steps"]}
     assert "MiB free" in steps["audit-folder"]["detail"]
-    assert f"verifier key {ORIGIN}+" in steps["audit-seal"]["detail"]
+    assert re.fullmatch(rf"verifier key {ORIGIN}\+[0-9a-f]{{8}}…", steps["audit-seal"]["detail"])
 
 
 def test_nothing_is_signed_without_the_trail(
@@ -131,6 +132,8 @@ def test_a_tampered_record_is_named(run: Run, audited: dict[str, str], place: Pa
     result = run("audit", "verify", str(place), "--key", key)
     assert result.status == 1
     assert "FINDING  Record 2: " in result.out
+    assert "0 of them sealed by 0 accepted checkpoints" in result.out
+    assert "\nNot whole: 1 finding. Leave the folder as it is, keep a copy, and" in result.out
     (instance,) = folder.instances(place)
     document = run("audit", "verify", str(instance), "--key", key, "--json").document
     assert document["whole"] is False
@@ -239,7 +242,7 @@ def test_what_was_written_anew_after_its_checkpoints_were_removed_is_not_called_
     """Nothing inside shows that there were checkpoints: so it must not be told as whole."""
     run("public-key", **audited)
     arguments = ("audit", "verify", str(place), "--key", vkey(run))
-    assert run(*arguments).out.endswith("\nWhole: nothing was found.\n")
+    assert run(*arguments).out.endswith("\nWhole: no findings.\n")
     (instance,) = folder.instances(place)
     (instance / folder.CHECKPOINTS).unlink()
     file = records_file(place)
@@ -366,7 +369,7 @@ def test_check_of_a_sealing_key_that_is_not_there(
     assert told["audit-seal"]["error"]["code"] == "secret_source"
     assert told["key"]["status"] == "skipped"
     text = run("check", **audited)
-    assert "Stopped at audit-seal of audit trail" in text.out
+    assert "Failed: audit-seal (audit trail" in text.out
 
 
 def test_check_of_the_sealing_key_as_the_key(run: Run, audited: dict[str, str]) -> None:

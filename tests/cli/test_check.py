@@ -49,7 +49,9 @@ def test_with_all_settings(run: Run, sandbox: Sandbox, settings: dict[str, str])
     assert statuses(result) == [(name, "ok") for name in KEY_STEPS + D1_STEPS]
     details = {step["step"]: step["detail"] for step in result.document["steps"]}
     assert details["client-certificate"].startswith("valid until ")
-    assert details["endpoint"] == "HTTP 400, D1's clock agrees"
+    assert details["endpoint"] == (
+        "refuses what is no assertion, as it should (HTTP 400), D1's clock agrees"
+    )
     assert "scope 'd1-api:account:full" in details["access-token"]
     assert sandbox.counters.tokens_issued == 1
     assert run("check").out.endswith("\nAll steps passed.\n")
@@ -87,7 +89,7 @@ def test_stops_at_the_key(run: Run, settings: dict[str, str], tmp_path: Path) ->
     text = run("check")
     assert text.status == 1
     assert "Check the path" in text.out
-    assert f"Stopped at key of {settings['D1_SIGNER_KEY']}." in text.out
+    assert f"Failed: key ({settings['D1_SIGNER_KEY']})." in text.out
 
 
 def test_stops_at_a_key_that_fits_another_certificate(
@@ -308,7 +310,7 @@ def test_stops_at_the_token(run: Run, sandbox: Sandbox, settings: dict[str, str]
     assert "  failed   access-token" in result.out
     assert "Check the issuer id" in result.out
     assert f"correlation_id: {sandbox.requests[-1].correlation_id}" in result.out
-    assert "Stopped at access-token of kid bank-2026 at 127.0.0.1:" in result.out
+    assert "Failed: access-token (kid bank-2026 at 127.0.0.1:" in result.out
 
 
 @pytest.mark.parametrize(
@@ -357,9 +359,59 @@ def test_two_keys_that_fail_are_told_apart(
     text = run("check").out
     failed = [line for line in text.splitlines() if line.startswith("  failed")]
     assert [line.split()[2:4] for line in failed] == [["kid", "bank-2026"], ["kid", "next-2027"]]
-    first, others = text.splitlines()[-1].split("; failed too: ")
-    assert first.startswith("Stopped at access-token of kid bank-2026 at 127.0.0.1:")
-    assert others.startswith("access-token of kid next-2027 at 127.0.0.1:")
+    first, others = text.splitlines()[-1].split("; ")
+    assert first.startswith("Failed: access-token (kid bank-2026 at 127.0.0.1:")
+    assert others.startswith("access-token (kid next-2027 at 127.0.0.1:")
+
+
+def test_the_last_line_names_the_key_that_works(
+    run: Run, settings: dict[str, str], key_uri: str, other_uri: str
+) -> None:
+    settings["D1_SIGNER_KEY"] = f"{key_uri} {other_uri}"
+    last = run("check", **settings).out.splitlines()[-1]
+    assert last.startswith("Failed: access-token (kid next-2027 at 127.0.0.1:")
+    assert "). A token was given: kid bank-2026 at 127.0.0.1:" in last
+
+
+def test_failures_of_the_same_part_stand_together(run: Run, settings: dict[str, str]) -> None:
+    del settings["D1_CLIENT_CERT"]
+    settings["D1_ENVIRONMENT"] = "http://127.0.0.1:9"
+    last = run("check", "--require", "endpoint", **settings).out.splitlines()[-1]
+    assert last == "Failed: client-certificate, endpoint (127.0.0.1:9)."
+
+
+def test_custody_is_claimed_and_not_judged_without_a_policy(run: Run, key_uri: str) -> None:
+    def custody(**more: str) -> str:
+        steps = run("check", "--json", D1_SIGNER_KEY=key_uri, **more).document["steps"]
+        return str(next(step["detail"] for step in steps if step["step"] == "custody"))
+
+    assert "hardware: no (claimed)" in custody()
+    assert custody().endswith(", not judged: no D1_CUSTODY_POLICY is set")
+
+
+@pytest.mark.parametrize(
+    ("step", "part", "needs"),
+    [
+        ("audit-seal", "Audit trail", "--audit-trail and --audit-key"),
+        ("store", "Store", "--config FILE"),
+        ("login", "Keys", "a key URI that begins with pkcs11:, with pin-source"),
+        ("access-token", "D1", "--environment, --issuer-id"),
+    ],
+)
+def test_a_required_step_that_is_not_there_says_what_it_needs(
+    run: Run, key_uri: str, step: str, part: str, needs: str
+) -> None:
+    lines = run("check", "--require", step, D1_SIGNER_KEY=key_uri).out.splitlines()
+    at = next(place for place, line in enumerate(lines) if line.startswith(f"  failed   {step}"))
+    assert f"It needs {needs}" in lines[at + 1]
+    assert f"else leave --require {step} out." in lines[at + 1]
+    headings = [line for line in lines[:at] if not line.startswith(" ")]
+    assert headings[-1] == part
+
+
+def test_without_d1_it_says_what_to_give(run: Run, key_uri: str) -> None:
+    told = run("check", D1_SIGNER_KEY=key_uri).out
+    assert told.count("give --environment and --issuer-id to check D1 as well") == 1
 
 
 def test_steps_for_machines_name_key_and_host(run: Run, settings: dict[str, str]) -> None:

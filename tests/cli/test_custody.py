@@ -31,11 +31,20 @@ def test_a_key_that_falls_short_is_reported_and_signs_nothing(
     arguments = ("custody", "--key", key_uri, "--require", "hardware,attested")
     result = run(*arguments, "--bundle", str(bundle), "--html", str(html))
     assert result.status == 1
-    assert "NOT SHOWN TO BE: held by hardware" in result.out
+    assert "  NOT SHOWN TO BE: held by hardware.\n" in result.out
+    _page, error, hint, _code, *_ = result.err.splitlines()
+    assert error == (
+        "Error: kid bank-2026 does not meet what is demanded (hardware, attested): "
+        "it is not shown to be held by hardware."
+    )
+    assert "what pem says is a claim, and not attested" in hint
+    assert "--option attestation=" in hint
     assert "No bundle is written" in result.err
     assert not bundle.exists()
     assert "1 of 1 keys not shown to be what is required" in html.read_text()
-    document = run(*arguments, "--json").document
+    told = run(*arguments, "--json")
+    assert told.err == ""
+    document = told.document
     assert document["policy"] == ["hardware", "attested"]
     assert document["keys"][0]["unmet"] == ["held by hardware"]
 

@@ -17,6 +17,13 @@ from tests.cli.conftest import ISSUER, Result, run_process
 from tests.cli.test_process import AtTerminal
 
 PKCS11_STEPS = ["module", "token", "login", "key"]
+_HINTS = {
+    "module": "module-path",
+    "token": "Name the token",
+    "login": "The token counts each wrong PIN and locks itself after some: correct the PIN at its "
+    "source before this is run again.",
+    "key": "Check object and id",
+}
 
 
 @pytest.fixture
@@ -49,6 +56,14 @@ def test_generated_key_is_found_by_what_was_printed(softhsm_token: SoftHsmToken)
     assert opened["public_key"] == made["public_key"]
     again = run_process("generate-key", "--json", D1_SIGNER_KEY=softhsm_token.uri)
     assert (again.status, again.document["code"]) == (1, "key_exists")
+
+
+def test_check_says_whether_custody_was_judged(uri: str) -> None:
+    for policy, judged in (("generated-in-place", True), ("", False)):
+        told = run_process("check", "--key", uri, D1_CUSTODY_POLICY=policy)
+        assert told.status == 0, told.out
+        assert "exportable: no (claimed), generated in place: yes (claimed), hardware" in told.out
+        assert ("not judged" not in told.out) == judged
 
 
 def test_custody_tells_where_the_key_lives(uri: str) -> None:
@@ -151,7 +166,8 @@ def test_check_says_at_which_step_it_stops(
     result = run_process("check", "--json", "--key", uri)
     assert result.status == 1
     assert result.document["stopped_at"]["step"] == step
-    assert result.document["stopped_at"]["error"]["hint"]
+    hint = result.document["stopped_at"]["error"]["hint"]
+    assert _HINTS[step] in hint
     at = PKCS11_STEPS.index(step)
     states = ["ok"] * at + ["failed"] + ["skipped"] * (len(PKCS11_STEPS) - at - 1)
     assert key_steps(result) == dict(zip(PKCS11_STEPS, states, strict=True))

@@ -342,3 +342,10 @@ def test_the_custody_policy_holds_for_a_client_key_in_a_signer_too(
     refused = run("token", "--json", **settings)
     assert (refused.status, refused.document["code"]) == (1, "custody")
     assert "never exportable" in refused.document["message"]
+
+
+@pytest.mark.parametrize("arguments", [("custody", "--timeout"), ("sandbox", "--token-lifetime")])
+def test_what_is_no_number_of_seconds(run: Run, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments, "abc")
+    assert result.status == 2
+    assert "'abc' is not a number of seconds." in result.err

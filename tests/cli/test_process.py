@@ -90,6 +90,7 @@ def test_usage_errors(run: Run) -> None:
     nothing = run()
     assert nothing.status == 2
     assert "Usage: d1-signer" in nothing.err
+    assert "\n\nStart with: d1-signer demo\n" in nothing.err
     assert "Missing command" in nothing.err
     unknown = run("unknown")
     assert unknown.status == 2

@@ -88,7 +88,16 @@ def test_a_pin_on_the_command_line_is_refused(run: Run, uri: str, *, json: bool)
     result = run("custody", "--key", uri, *["--json"] * json)
     assert result.status == 2
     assert PIN not in result.out + result.err
-    assert "pin-source=file:PATH" in (result.document["message"] if json else result.err)
+    told = result.document["message"] if json else result.err
+    assert "pin-source=file:PATH" in told
+    assert "in the shell's history now: change it." in told
+
+
+def test_what_is_no_key_uri_is_shown_one(run: Run) -> None:
+    result = run("custody", "--key", "bank")
+    assert result.status == 2
+    assert "--key is not a key URI: it has no scheme." in result.err
+    assert "For example pkcs11:token=bank;object=d1\n" in result.err
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_token_and_processes(run: Run, file: Path, opened: TokenFetcher, sandbox
     assert {each["settings"] for each in found["processes"]} == {found["settings"]}
     assert first["certificate"] == opened.status().client_certificate.fingerprint  # type: ignore[union-attr]
     shown = run("status", "--config", str(file)).out
+    assert re.search(r"^Token +expires 20\S+ \S+ UTC \(in \d+ s\)$", shown, re.MULTILINE)
     assert f":{os.getpid()}" in shown
     assert opened.token().value not in result.out + shown
     assert sandbox.counters.token_requests == 1
@@ -154,6 +155,13 @@ def test_check_asks_the_store(
     redis_server.kill()
     away = run("check", "--json", "--config", str(file))
     assert (away.status, away.document["stopped_at"]["error"]["code"]) == (1, "store_unavailable")
+
+
+def test_without_a_store_it_says_where_one_is_named(run: Run, key_uri: str) -> None:
+    result = run("status", D1_SIGNER_KEY=key_uri)
+    assert result.status == 2
+    assert result.err.startswith("Error: No token store is configured.\n")
+    assert "Give --config FILE, whose table [store] names it" in result.err
 
 
 def test_check_requires_a_store_that_is_not_given(run: Run, key_uri: str) -> None:
@@ -260,7 +268,10 @@ def test_the_last_line_says_what_the_status_means(
     result = run("status", "--config", str(file))
     assert result.status == 1
     assert re.fullmatch(
-        rf"Not as the file: \S+:{os.getpid()}. Reload or restart there.", last_line(result.out)
+        # Processes of containers may have the same name and number: the settings tell them apart.
+        rf"Not as the file: \S+:{os.getpid()} \(settings [0-9a-f]{{16}}\). Reload or restart"
+        " there.",
+        last_line(result.out),
     )
     (tmp_path / "store-key").write_text(os.urandom(32).hex())
     result = run("status", "--config", str(file))

@@ -233,7 +233,7 @@ def test_a_pipe_gets_the_same_whatever_is_set(
 
 
 @WIDTHS
-@pytest.mark.parametrize("command", ["", "check", "sandbox", "audit verify"])
+@pytest.mark.parametrize("command", ["", "audit", "check", "sandbox", "audit verify"])
 def test_help_fits(command: str, columns: int) -> None:
     arguments = (*command.split(), "--help")
     shown = at_terminal(columns, *arguments)
@@ -246,6 +246,13 @@ def test_help_fits(command: str, columns: int) -> None:
     # A name of a fault or of a step is broken at none of its hyphens, and nothing is lost.
     assert not re.search(r"\w-$", shown.out, re.MULTILINE)
     assert "".join(shown.out.split()) == "".join(piped(*arguments).out.split())
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_what_a_command_does_is_told_whole(columns: int) -> None:
+    commands = at_terminal(columns, "audit", "--help").out.partition("Commands:")[2]
+    assert "..." not in commands
+    assert "without showing another one." in " ".join(commands.split())
 
 
 def test_columns_are_told_by_the_variable_too(key_uri: str) -> None:
@@ -268,6 +275,9 @@ def test_columns_are_told_by_the_variable_too(key_uri: str) -> None:
         ("x  it 0123456789ab too", 14, ["x", "    it", "  0123456789ab", "    too"]),
         ("Error: it is /a/long/path: no", 14, ["Error: it is", " /a/long/path:", "       no"]),
         ("  x  日本語 日本語", 14, ["  x  日本語", "     日本語"]),
+        # A detail keeps its name where both fit.
+        ("  (code: b, of: 123456, c: d)", 20, ["  (code: b,", "    of: 123456,", "    c: d)"]),
+        ("  (code: b, of: 12345678901234)", 18, ["  (code: b, of:", "   12345678901234)"]),
         ("1. What is told here", 14, ["1. What is", "   told here"]),
         # What does not fit of a table stands below it in columns again,
         ("NAME   KIDS  CERT  TOLD", 16, ["NAME   KIDS", "    CERT  TOLD"]),

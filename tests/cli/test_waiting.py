@@ -161,3 +161,14 @@ def test_what_began_last_is_what_is_waited_for() -> None:
             assert Step.innermost() is inner
             assert inner.began <= time.monotonic()
         assert Step.innermost() is outer
+
+
+def test_how_many_attempts_were_made_is_told_where_there_were_several(
+    run: Run, settings: dict[str, str], sandbox: Sandbox
+) -> None:
+    # Trouble, then a refusal: the error is that of the second attempt.
+    settings["D1_ISSUER_ID"] = "somebody-else"
+    assert "attempts were made" not in run("token", **settings).err
+    sandbox.misbehave(Fault.STATUS_503, times=1)
+    error = run("token", **settings).err
+    assert "\n  2 attempts were made; this is what the last one met.\n" in error

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,7 @@ from opentelemetry.sdk.metrics.export import (
 )
 
 from d1_signer import (
+    AuditTrail,
     CertificateEvent,
     FailoverEvent,
     RenewalEvent,
@@ -36,7 +39,7 @@ RULES = ROOT / "docs" / "examples" / "alerts.yaml"
 ALERTS: list[dict[str, Any]] = GROUP["rules"]
 Each = pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-UNITS = {"s": "_seconds", "1": "", "{failover}": ""}
+UNITS = {"s": "_seconds", "1": "", "{failover}": "", "{record}": ""}
 OF_PROMETHEUS = {"job", "instance", "le"}
 
 
@@ -47,10 +50,14 @@ def exported() -> dict[str, tuple[set[str], Metric]]:
     """
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
-    observer = OpenTelemetryObserver(provider)
-    for event in events():
-        observer(event)
-    data = reader.get_metrics_data()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        AuditTrail(folder, origin="bank.example/d1") as trail,
+    ):
+        observer = OpenTelemetryObserver(provider, trail=trail)
+        for event in events():
+            observer(event)
+        data = reader.get_metrics_data()
     assert data is not None
     found: dict[str, tuple[set[str], Metric]] = {}
     for metric in data.resource_metrics[0].scope_metrics[0].metrics:
@@ -86,7 +93,7 @@ def events() -> list[Any]:
         ),
         FailoverEvent(kid="k", error="signer_timeout"),
         RequestEvent(duration=0.1, status=400, error="token_refused", correlation_id="c"),
-        RenewalEvent(duration=0.1, error=None, expires_in=900.0, shared=False),
+        RenewalEvent(duration=0.1, error=None, expires_in=900.0, shared=False, store="away"),
         RenewalEvent(duration=0.1, error="token_refused", expires_in=None, shared=False),
         CertificateEvent(subject="CN=c", serial_number=1, not_after=1e10),
     ]
@@ -154,21 +161,31 @@ def test_it_leads_to_a_section_of_the_runbook(alert: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d+[smh]", alert.get("for", "0s"))
 
 
-def test_the_runbook_lists_them() -> None:
-    told = {row[0].strip("`") for row in rows(section(RUNBOOK, "Alerts"), 2)}
-    assert told == {alert["alert"] for alert in ALERTS}
+def test_the_runbook_lists_them_and_leads_where_they_lead() -> None:
+    told = {
+        name.strip("`"): re.findall(r"\]\(#([^)]+)\)", do)
+        for name, means, do in rows(section(RUNBOOK, "Alerts"), 3)
+        if means
+    }
+    assert told == {
+        alert["alert"]: [alert["annotations"]["runbook"].partition("#")[2]] for alert in ALERTS
+    }
     named = set(re.findall(r"alert `(\w+)`", RUNBOOK))
-    assert named <= told
+    assert named <= set(told)
 
 
-def test_thresholds_are_those_of_the_page_on_observability() -> None:
+def test_thresholds_are_those_of_the_pages() -> None:
     page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
-    advice = section(page, "What to alert on")
+    means = {row[0].strip("`"): row[1] for row in rows(section(RUNBOOK, "Alerts"), 3)}
     by_name = {alert["alert"]: alert["expr"] for alert in ALERTS}
-    assert "`d1_signer.token.remaining_life` below 120 s" in advice
+    assert "`d1_signer.token.remaining_life` below 120 s" in section(page, "What to alert on")
+    assert "less than two minutes" in means["D1TokenEnds"]
     assert by_name["D1TokenEnds"].endswith("< 120")
-    assert "below 30 days (2,592,000 s)" in advice
+    assert "within 30 days" in means["D1ClientCertificateEnds"]
     assert by_name["D1ClientCertificateEnds"].endswith("< 30 * 24 * 3600")
+    usual = inspect.signature(AuditTrail).parameters["seal_seconds"].default
+    assert "five times a trail's usual `seal_seconds`" in means["D1AuditUnsealed"]
+    assert by_name["D1AuditUnsealed"].endswith(f"> {5 * usual:.0f}")
 
 
 def test_promtool_takes_the_rules() -> None:

@@ -20,6 +20,7 @@ from tests.docs.reading import ROOT, rows, section
 PAGE = (ROOT / "docs" / "onboarding.md").read_text(encoding="utf-8")
 ISSUER = "my-issuer"
 KID = "bank-staging-2026"
+BANK_URI = re.compile(r"'pkcs11:token=bank;object=([\w-]+)\?[^']*'")
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -40,13 +41,12 @@ def shell(softhsm_token: SoftHsmToken, d1: Sandbox, tmp_path: Path) -> Shell:
     kept = tmp_path.parent / f"{tmp_path.name}.env"
     start = {name: value for name, value in os.environ.items() if not name.startswith("D1_")} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SOFTHSM2_CONF": str(softhsm_token.configuration),
-        # As softhsm/with-token names it.
-        "D1_SIGNER_KEY": re.sub("object=[^?&;]*", "object=d1-key", softhsm_token.uri),
+        **softhsm_token.variables(),
         "D1_CA_FILE": str(d1.ca_file),
     }
 
     def run(block: str) -> subprocess.CompletedProcess[str]:
+        block = BANK_URI.sub(lambda uri: f"'{softhsm_token.key_uri(uri[1])}'", block)
         assert block.count("D1_ENVIRONMENT=staging") in {0, 1}
         block = block.replace("D1_ENVIRONMENT=staging", f"D1_ENVIRONMENT={d1.base_url}")
         before = f". {kept}\n" if kept.exists() else ""
@@ -74,6 +74,7 @@ def sign(d1: Sandbox, request: Path, certificate: Path) -> None:
 
 @pytest.mark.timeout(240)  # a dozen processes, one after another
 def test_the_whole_way_works_as_printed(shell: Shell, d1: Sandbox, tmp_path: Path) -> None:
+    worked(shell(printed("softhsm")))
     sent = worked(shell(printed("send")))
     assert "the name that Thales prescribes" in sent
     assert len(re.findall(r"^[0-9a-f]{64}  \S+$", sent, re.MULTILINE)) == 2
@@ -86,7 +87,7 @@ def test_the_whole_way_works_as_printed(shell: Shell, d1: Sandbox, tmp_path: Pat
     # Thales has not registered the key yet: the gate is closed, and names the step.
     early = shell(printed("prove"))
     assert early.returncode == 1
-    assert "Stopped at access-token" in early.stdout + early.stderr
+    assert "Failed: access-token" in early.stdout + early.stderr
 
     d1.register_key(KID, key.jwk())
     told = worked(shell(printed("prove")))
@@ -100,10 +101,24 @@ def test_the_whole_way_works_as_printed(shell: Shell, d1: Sandbox, tmp_path: Pat
     assert d1.counters.tokens_issued == 2
 
 
+def test_the_keys_are_named_apart_whatever_the_object_was_called(shell: Shell) -> None:
+    """Two names that come to one URI would be one key for both."""
+    show = '\nprintf "%s\\n" "$D1_SIGNER_KEY" "$D1_CLIENT_KEY"'
+    for called in ("d1-key", "d1", "anything"):
+        begin = f'D1_SIGNER_KEY="${{D1_SIGNER_KEY/object=d1-key/object={called}}}"\n'
+        here = worked(shell(f"({begin}{printed('softhsm')}{show})")).splitlines()
+        assert [re.findall("object=([^?]*)", uri) for uri in here] == [
+            ["d1-staging-2026"],
+            ["tls-staging-2026"],
+        ]
+        assert worked(shell(f"({printed('keys')}{show})")).splitlines() == here
+
+
 @pytest.mark.timeout(240)
 def test_a_certificate_of_another_request_does_not_pass(
     shell: Shell, d1: Sandbox, tmp_path: Path
 ) -> None:
+    worked(shell(printed("keys")))
     worked(shell(printed("send")))
     (tmp_path / "client-staging.pem").write_bytes(d1.client_certificate.read_bytes())
     refused = shell(printed("prove"))

@@ -27,9 +27,10 @@ EVENTS = section((ROOT / "docs" / "observability.md").read_text(encoding="utf-8"
 CLOUDS = ("awskms", "gcpkms", "hashivault")
 # The sandbox is no part of a service; what it logs are its answers.
 LINES = [line for line in log_lines() if not line.logger.startswith("d1_signer.sandbox")]
+TITLES = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 ADVICE = [
     row
-    for title in re.findall(r"^## (.*)$", PAGE.partition("## Alerts")[0], re.MULTILINE)[1:]
+    for title in TITLES[TITLES.index("Error codes") + 1 : TITLES.index("Units and manifests")]
     for row in rows(section(PAGE, title), 3)
 ]
 
@@ -95,6 +96,23 @@ def test_every_code_has_a_first_step() -> None:
     for code, _, means, step in rows(section(PAGE, "Error codes"), 4):
         assert means
         assert step or "never by itself" in means, code
+        # Somebody is called at night: what to do, in words, and not a place or a thing.
+        assert not step or step.split()[0] in DOING, code
+
+
+DOING = set(
+    "Ask Choose Compare Correct Find Install Keep Look Make Name Read Tell Type".split()  # noqa: SIM905
+)
+
+
+def test_the_codes_and_the_alerts_are_found_first() -> None:
+    assert TITLES[:3] == ["First", "Alerts", "Error codes"]
+
+
+def test_no_step_leans_on_the_row_above() -> None:
+    """Who comes by a code or an alert reads one row."""
+    for cells in [*ADVICE, *rows(section(PAGE, "Error codes"), 4)]:
+        assert not {"the same", "as above"} & set(cells), cells
 
 
 def statuses(cell: str) -> set[int]:

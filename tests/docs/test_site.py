@@ -168,6 +168,24 @@ def test_an_annotation_leads_to_the_public_name(site: Path) -> None:
         assert f'href="{target}"' in signature
 
 
+def test_an_alias_of_types_is_described_in_our_words(site: Path) -> None:
+    for name, page, words in (
+        ("SecretSource", "keys", "or a callable that returns the secret"),
+        ("Observer", "events", "Called in the thread where the event happened"),
+    ):
+        text = (site / f"docs/site/reference/{page}.html").read_text(encoding="utf-8")
+        entry = text[text.index(f'id="d1_signer.{name}"') :].partition("</dl>")[0]
+        assert words in entry
+
+
+def test_a_signature_shows_nothing_that_means_nothing(pages: dict[Path, Page]) -> None:
+    for path in pages:
+        if path.parent.name == "reference":
+            text = re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
+            assert "(*args, **kwargs)" not in text, path
+            assert not re.search(r"&lt;[\w.]+ object", text), path
+
+
 def test_no_type_is_shown_with_the_module_that_defines_it(pages: dict[Path, Page]) -> None:
     reference = [path for path in pages if path.parent.name == "reference"]
     assert len(reference) >= 7

@@ -110,7 +110,7 @@ ELSEWHERE = {
         f"docs/onboarding.md: {mark}\n": (
             "tests/docs/test_onboarding.py::test_the_whole_way_works_as_printed"
         )
-        for mark in ("send", "prove", "renew", "renewed")
+        for mark in ("keys", "softhsm", "send", "prove", "renew", "renewed")
     },
     "docs/pkcs11/operation.md: from d1_signer": (
         "tests/pkcs11/test_pin_files.py::test_status_that_a_supervisor_gives_up_on"
@@ -127,7 +127,7 @@ ELSEWHERE = {
     ),
     "docs/releases.md: verify": "tests/project/test_release.py::test_verified_as_the_documents_say",
     "docs/releases.md: build": "tests/project/test_release.py::test_verified_as_the_documents_say",
-    "docs/tls.md: d1-signer": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
+    "docs/tls.md: keys": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
     "docs/tls.md: export": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
     "docs/tls.md: python": "tests/docs/test_tls_page.py::test_the_whole_way_works_as_printed",
     "docs/tls.md: asyncio": "tests/docs/test_tls_page.py::test_the_example_of_asyncio_runs",

@@ -227,7 +227,7 @@ def on_a_trail(shell: Shell, block: str) -> None:
         assert len(re.findall(r'"?[0-9a-f]{64}', told)) >= 1
         assert (shell.folder / "trail.html").exists()
     else:
-        assert "Whole: nothing was found." in told
+        assert "Whole: no findings." in told
 
 
 def anchor(shell: Shell, block: str) -> None:

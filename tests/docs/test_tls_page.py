@@ -35,6 +35,8 @@ def marked(name: str) -> str:
     return str(block)
 
 
+BANK_URI = re.compile(r"'pkcs11:token=bank;object=([\w-]+)\?[^']*'")
+SOFTHSM_URI = r'"${D1_SIGNER_KEY%%;*};object=\1?${D1_SIGNER_KEY#*\\?}"'
 # What Thales does: it gets the request and the public key of assertions, and sends a certificate.
 _TO_AND_FRO = """
 d1-signer public-key --format jwk -o assertions.jwk
@@ -46,18 +48,18 @@ cp from-thales/client.pem client.pem
 
 def test_the_whole_way_works_as_printed(tmp_path: Path) -> None:
     first, second = blocks("sh")
+    assert first.count("D1_ENVIRONMENT=staging") == 1
+    first = BANK_URI.sub(SOFTHSM_URI, first)
     (tmp_path / "to-thales").mkdir()
     (tmp_path / "from-thales").mkdir()
     (tmp_path / "example.py").write_text(marked("python"))
     script = f"{first}\n{_TO_AND_FRO}\n{second}\npython -W error example.py"
-    with Sandbox(issuer_id="bank") as d1:
+    with Sandbox(issuer_id="my-issuer") as d1:
+        script = script.replace("D1_ENVIRONMENT=staging", f"D1_ENVIRONMENT={d1.base_url}")
         env = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
-            "D1_ISSUER_ID": "bank",
-            "D1_ENVIRONMENT": d1.base_url,
             "D1_CA_FILE": str(d1.ca_file),
-            "D1_SIGNER_KID": "bank-2026",
         }
         with subprocess.Popen(
             [sys.executable, "-m", "d1_signer", "softhsm", "--", "bash", "-euc", script],

@@ -82,8 +82,15 @@ def test_generated_key_is_not_overwritten(token: SoftHsmToken) -> None:
     with pytest.raises(KeyExistsError):
         generate_key(token.uri)
     first = generate_key(f"pkcs11:token={token.label};object=a;id=%01?{_query(token)}")
-    with pytest.raises(KeyExistsError):
+    with pytest.raises(KeyExistsError) as raised:
         generate_key(f"pkcs11:token={token.label};object=b;id=%01?{_query(token)}")
+    # It names the key that is there, and what of it collided; not what was asked for.
+    assert raised.value.message == "A key with this id exists: 'a' (id=%01, EC)."
+    assert "another id" in raised.value.hint
+    with pytest.raises(KeyExistsError) as raised:
+        generate_key(f"pkcs11:token={token.label};object=a?{_query(token)}")
+    assert raised.value.message == "A key with this label (object) exists: 'a' (id=%01, EC)."
+    assert "another label" in raised.value.hint
     assert ";id=%01?" in first.uri
     with pytest.raises(KeyUriError):
         generate_key(f"pkcs11:token={token.label}?{_query(token)}")

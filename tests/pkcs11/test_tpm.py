@@ -74,7 +74,8 @@ def test_set_up_as_the_page_says(store: Store) -> None:
     assert [name for word, name in steps if word == "ok"] == [
         *("module", "token", "login", "key", "signature", "custody")
     ]
-    assert "exportable: no, generated in place: yes, hardware: yes, locking: os" in store.printed
+    claimed = "exportable: no (claimed), generated in place: yes (claimed), hardware: yes (claimed)"
+    assert f"{claimed}, locking: os, not judged: no D1_CUSTODY_POLICY is set" in store.printed
 
 
 _USE = """

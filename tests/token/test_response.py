@@ -416,3 +416,10 @@ def test_any_http_date_is_read(moment: int) -> None:
 def test_any_header_is_seconds_or_none(header: str) -> None:
     read = seconds_until(header, now=NOW)
     assert read is None or math.isfinite(read)
+
+
+def test_the_reason_of_another_keeps_one_full_stop() -> None:
+    said = {"error": "invalid_grant", "error_description": "The assertion has expired."}
+    told = error(said)
+    assert told.message.endswith(": 'invalid_grant' 'The assertion has expired'.")
+    assert "If all of that is right, ask Thales" in told.hint

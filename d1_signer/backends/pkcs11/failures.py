@@ -44,8 +44,8 @@ class Meaning:
 
 
 _CHECK_PIN = (
-    "Correct the PIN at its source, which is read again before the next login; this one is not "
-    "tried again by this process, which could lock the token."
+    "The token counts each wrong PIN and locks itself after some: correct the PIN at its source "
+    "before this is run again. This process does not send the same PIN twice."
 )
 _RESET_PIN = "Log in once with the vendor's tool, or let the security officer reset the PIN."
 _CHECK_DEVICE = "Check the HSM, its connection and its client software; it is tried again."

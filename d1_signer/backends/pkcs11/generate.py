@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pkcs11 import Attribute, KeyType, ObjectClass, exceptions as sdk
 
 from d1_signer.backends.pkcs11.failures import translated
-from d1_signer.backends.pkcs11.keys import P256
+from d1_signer.backends.pkcs11.keys import P256, described
 from d1_signer.backends.pkcs11.module import owners
 from d1_signer.backends.pkcs11.module.token import Token
 from d1_signer.backends.pkcs11.public_keys import read_point
@@ -119,12 +119,16 @@ def _free_id(token: Token, uri: Pkcs11Uri) -> bytes:
     key_id = uri.id if uri.id is not None else secrets.token_bytes(_ID_LENGTH)
     with session_on(token) as session:
         for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-            if session.find(kind, label=uri.object) or session.find(kind, key_id=key_id):
-                raise KeyExistsError(
-                    f"A key with that label or that id exists: {uri.location(key_id)}.",
-                    hint="Nothing was changed; choose another object and id.",
-                    details={"step": "key"},
-                )
+            for name, found in (
+                ("label (object)", session.find(kind, label=uri.object)),
+                ("id", session.find(kind, key_id=key_id)),
+            ):
+                if found:
+                    raise KeyExistsError(
+                        f"A key with this {name} exists: {described(session, found[0])}.",
+                        hint=f"Nothing was changed; choose another {name}.",
+                        details={"step": "key"},
+                    )
     return key_id
 
 

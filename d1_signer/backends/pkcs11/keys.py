@@ -140,10 +140,11 @@ def _read_as_hex(key_id: bytes | None) -> bytes | None:
 
 
 def _listed(session: Session, items: Iterable[int]) -> str:
-    return listed(_text(session, item) for item in items)
+    return listed(described(session, item) for item in items)
 
 
-def _text(session: Session, item: int) -> str:
+def described(session: Session, item: int) -> str:
+    """A key by its label, id and type, as the token tells them."""
     label = attributes.text(session, item, Attribute.LABEL) or ""
     key_id = attributes.octets(session, item, Attribute.ID)
     named = id_in_uri(key_id) if key_id else "no id"

@@ -24,6 +24,10 @@ from d1_signer.backends.pkcs11.returns import Ckr, check, error_of
 from d1_signer.secret import Secret
 
 CKF_OS_LOCKING_OK = 0x2
+CHECK_MODULE = (
+    "Check the path (module-path of the key URI, or --option module_path), the file's "
+    "architecture, and the libraries that it needs."
+)
 _OK = 0  # a plain number: it is compared twice in each signature
 
 _LOGGED_IN_STATES = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS

@@ -73,7 +73,7 @@ class Module:
             # Away from the error, which repeats the path: it may be a secret, put there by mistake.
             raise ConfigurationError(
                 f"The PKCS#11 module cannot be loaded: {found}.",
-                hint="Check the path, the file's architecture, and the libraries that it needs.",
+                hint=cryptoki.CHECK_MODULE,
                 details={"step": "module"},
             )
         self.binding, self.cryptoki = found
