@@ -78,7 +78,7 @@ def _skip_all(checklist: Checklist, keys: Keys, issuer: Issuer) -> None:
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
     """Check one key; returns its signer if it can sign."""
     checklist.begin(_shown_key(uri), _about(keys, uri))
-    opening = Opening(uri=uri, options=keys.options.given)
+    opening = Opening(uri=uri, options=keys.options.of(uri))
     try:
         signer = stack.enter_context(keys.open(uri))
     except D1SignerError as error:
