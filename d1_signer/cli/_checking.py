@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+import click
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, utils
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from d1_signer.cli._checking_store import check_store
 from d1_signer.cli._checking_trail import check_trail
 from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist
+from d1_signer.cli._config import settings_in
 from d1_signer.cli._connection import Connection
 from d1_signer.cli._opening import Opening
 from d1_signer.cli._output import moment, said
@@ -295,7 +297,8 @@ def _check_endpoint(
 def _answer_to_no_assertion(
     environment: Environment, tls: ClientTls, connection: Connection
 ) -> Reply:
-    limits = Limits()
+    settings = settings_in(click.get_current_context())
+    limits = Limits() if settings is None else settings.limits
     endpoint = TokenEndpoint(
         environment,
         tls,
