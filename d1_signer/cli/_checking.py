@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from d1_signer.cli._checking_store import check_store
 from d1_signer.cli._checking_trail import check_trail
 from d1_signer.cli._checklist import ACCESS_TOKEN, CERTIFICATE, ENDPOINT, Checklist
-from d1_signer.cli._config import policy_in
+from d1_signer.cli._config import policy_in, settings_in
 from d1_signer.cli._connection import Connection
 from d1_signer.cli._custody_text import answered
 from d1_signer.cli._opening import Opening
@@ -82,7 +82,7 @@ def _skip_all(checklist: Checklist, keys: Keys, issuer: Issuer) -> None:
 def _check_key(checklist: Checklist, keys: Keys, uri: str, stack: ExitStack) -> Signer | None:
     """Check one key; returns its signer if it can sign."""
     checklist.begin(_shown_key(uri), _about(keys, uri))
-    opening = Opening(uri=uri, options=keys.options.given)
+    opening = Opening(uri=uri, options=keys.options.of(uri))
     try:
         signer = stack.enter_context(keys.open(uri))
     except D1SignerError as error:
@@ -310,7 +310,8 @@ def _check_endpoint(
 def _answer_to_no_assertion(
     environment: Environment, tls: ClientTls, connection: Connection
 ) -> Reply:
-    limits = Limits()
+    settings = settings_in(click.get_current_context())
+    limits = Limits() if settings is None else settings.limits
     endpoint = TokenEndpoint(
         environment,
         tls,

@@ -33,12 +33,20 @@ class BackendOptions:
     """What a run was given for its backends; what does not fit them is wrong usage.
 
     Attributes:
-        given: Names and texts.
+        given: Names and texts, by flags and the variable, for every key of the run.
         timeout: Seconds for a backend that has a time limit; None: its own.
+        of_file: Names and texts of the file of settings, which `given` wins over.
+        keys_of_file: The keys that they are for.
     """
 
     given: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
+    of_file: Mapping[str, str] = field(default_factory=dict)
+    keys_of_file: tuple[str, ...] = ()
+
+    def of(self, uri: str) -> Mapping[str, str]:
+        """What a key is given: another than the file's may be in another HSM, with another PIN."""
+        return {**(self.of_file if self._is_of_file(uri) else {}), **self.given}
 
     def require_known(self, uris: Iterable[str]) -> None:
         """Refuse an option that no backend of these keys knows.
@@ -46,8 +54,14 @@ class BackendOptions:
         Raises:
             click.UsageError: There is one.
         """
+        from d1_signer.signing.options import KeyOptions
+
+        uris = tuple(uris)
         with _as_usage(f" Look at --option and {VARIABLE}."):
-            self._options().require_known(uris)
+            KeyOptions(given=self.given).require_known(uris)
+        if any(map(self._is_of_file, uris)):
+            with _as_usage(" Look at [option] in the file of settings."):
+                KeyOptions(given=self.of_file).require_known(self.keys_of_file)
 
     def for_key(self, uri: str, function_name: str) -> dict[str, Any]:
         """The options that a function of the key's backend takes, as it wants them.
@@ -56,7 +70,7 @@ class BackendOptions:
             click.UsageError: A value cannot be read.
         """
         with _as_usage():
-            return self._options().for_key(uri, function_name)
+            return self._options(uri).for_key(uri, function_name)
 
     def for_opening(self, uri: str) -> dict[str, Any]:
         """As `for_key`, for opening the key; a library that hangs would be deaf to Ctrl-C as well.
@@ -65,12 +79,20 @@ class BackendOptions:
             click.UsageError: A value cannot be read.
         """
         with _as_usage():
-            return self._options().for_opening(uri)
+            return self._options(uri).for_opening(uri)
 
-    def _options(self) -> KeyOptions:
+    def _is_of_file(self, uri: str) -> bool:
+        return _unnamed(uri) in map(_unnamed, self.keys_of_file)
+
+    def _options(self, uri: str) -> KeyOptions:
         from d1_signer.signing.options import KeyOptions
 
-        return KeyOptions(given=self.given, timeout=self.timeout)
+        return KeyOptions(given=self.of(uri), timeout=self.timeout)
+
+
+def _unnamed(uri: str) -> str:
+    """A key URI without the kid, by which a flag may call the same key."""
+    return uri.partition("#")[0]
 
 
 @contextlib.contextmanager
@@ -106,7 +128,14 @@ def with_options(command: Command) -> Command:
     )
     @functools.wraps(command)
     def wrapper(*args: Any, options: dict[str, str], timeout: float | None, **others: Any) -> Any:
-        return command(*args, options=BackendOptions(given=options, timeout=timeout), **others)
+        settings = settings_in(click.get_current_context())
+        backends = BackendOptions(
+            given=options,
+            timeout=timeout,
+            of_file={} if settings is None else settings.option,
+            keys_of_file=() if settings is None else settings.key,
+        )
+        return command(*args, options=backends, **others)
 
     return wrapper
 
@@ -133,18 +162,14 @@ def _split(text: str) -> list[str]:
 def _read_options(
     context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
 ) -> dict[str, str]:
-    """Names and texts, as a callback of click.
-
-    Name by name, a flag wins over the variable, and that over the file of settings.
-    """
+    """Names and texts, as a callback of click; name by name, a flag wins over the variable."""
     source = context.get_parameter_source(parameter.name or "")
     if source is ParameterSource.COMMANDLINE and any(map(_USER_IN_URL.search, value)):
         raise click.UsageError(
             "A URL with a user name or password is not taken from the command line, which every "
             "user of this machine can read."
         )
-    settings = settings_in(context)
-    pairs = {} if settings is None else dict(settings.option)
+    pairs: dict[str, str] = {}
     if source in {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}:
         pairs |= _pairs(_split(os.environ.get(VARIABLE, "")), VARIABLE)
     if source is ParameterSource.COMMANDLINE:

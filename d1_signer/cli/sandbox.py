@@ -192,9 +192,11 @@ def _settings_of(keys: Keys) -> dict[str, str]:
     variables = {"D1_SIGNER_KEY": " ".join(keys.uris)}
     if keys.kid is not None:
         variables["D1_SIGNER_KID"] = keys.kid
-    if keys.options.given:
-        options = (f"{name}={value}" for name, value in keys.options.given.items())
-        variables[VARIABLE] = shlex.join(options)
+    first, *others = map(keys.options.of, keys.uris)
+    # The variable is for every key: what is not for all of them would reach a stranger's HSM.
+    shared = {n: value for n, value in first.items() if all(o.get(n) == value for o in others)}
+    if shared:
+        variables[VARIABLE] = shlex.join(f"{name}={value}" for name, value in shared.items())
     return variables
 
 

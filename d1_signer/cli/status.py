@@ -44,15 +44,17 @@ def status(context: click.Context, issuer: Issuer, *, output: Output) -> None:
     from d1_signer.token.stores import Sealer
 
     settings = settings_in(context)
-    store = None if settings is None or settings.store is None else store_of(settings.store)
-    if settings is None or settings.store is None or store is None:
+    named = None if settings is None else settings.store
+    if settings is None or named is None or named.url is None:
         raise ConfigurationError(
             "No token store is configured.",
             hint="Give --config FILE, whose table [store] names it; processes without one share "
             "no token, and there is nothing to ask.",
         )
+    # Before the store's secrets are read, for which a person may be asked.
     issuer_id, environment = issuer.required_id(), issuer.required_environment()
-    key = store_key_of(settings.store)
+    store, key = store_of(named), store_key_of(named)
+    assert store is not None  # noqa: S101 (tells the type checker: it has a URL)
     sealer = Sealer(key, issuer_id=issuer_id, base_url=environment.base_url)
     fleet = Fleet.read(store, sealer, name_of(issuer_id, environment))
     document = {

@@ -267,6 +267,21 @@ def test_a_server_that_never_comes_to_the_point_is_left(
     assert statuses(result)[-1] == ("access-token", "skipped")
 
 
+def test_the_endpoint_is_given_the_limits_of_the_file(
+    run: Run, settings: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "d1.toml"
+    file.write_text("[limits]\ntotal = 1\n")
+    with dripping() as environment:
+        settings["D1_ENVIRONMENT"] = environment
+        for name in ("D1_CLIENT_CERT", "D1_CLIENT_KEY", "D1_CA_FILE"):
+            del settings[name]
+        started = time.monotonic()
+        result = run("check", "--json", "--config", str(file), **settings)
+        assert time.monotonic() - started < 10
+    assert result.document["stopped_at"]["step"] == "endpoint"
+
+
 def test_tells_how_far_the_clocks_differ(
     run: Run, sandbox: Sandbox, settings: dict[str, str]
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,44 @@ def test_options_are_joined_name_by_name(
     assert "bogus" in refused.out
     wrong = write("[option]\nbogus = 1\n", key=key_uri)
     assert "bogus" in run("custody", "--json", "--config", wrong).out
+
+
+def test_options_of_the_file_are_those_of_its_keys_and_of_no_other(
+    run: Run, write: Write, tmp_path: Path, other_uri: str
+) -> None:
+    """Not even in the same run: the PIN would be counted as a wrong one in another HSM."""
+    its_own = "pkcs11:token=bank;object=d1#bank-2026"
+    pin = "[option]\nmodule_path = '/none/of-the-file.so'\npin_source = 'file:/none/pin'\n"
+    variables = {"D1_CONFIG": write(pin, key=its_own)}
+    made = ["generate-key", "--key", (tmp_path / "new.pem").as_uri()]
+    assert run(*made, **variables).status == 0
+    assert run("csr", "--key", other_uri, "--subject", "CN=bank").status == 0
+    for command in ("public-key", "check", "custody"):
+        result = run(command, "--key", other_uri)
+        assert result.status == 0, result.err
+
+    def read_of(*uris: str) -> list[str]:
+        flags = [flag for uri in uris for flag in ("--key", uri)]
+        shown = run("public-key", "--format", "jwks", *flags).err
+        return re.findall(r"pkcs11:\S*?token=(\w+)\S*: .*of-the-file\.so", shown)
+
+    foreign = its_own.replace("bank", "foreign")
+    assert read_of(other_uri, its_own, foreign) == ["bank"]
+    # It is the same key without its kid, or with another one.
+    assert read_of(other_uri, its_own.partition("#")[0]) == ["bank"]
+
+
+def test_options_of_the_file_are_held_against_all_of_its_keys(
+    run: Run, write: Write, key_uri: str
+) -> None:
+    both = ["pkcs11:token=bank;object=d1", key_uri]
+    file = write("[option]\nmodule_path = '/none/module.so'\n", key=both)
+    assert run("custody", "--config", file, "--key", key_uri).status == 0
+    file = write("[option]\nbogus = 1\n", key=both)
+    refused = run("custody", "--config", file, "--key", key_uri)
+    assert refused.status == 2
+    assert "option bogus" in refused.err
+    assert "[option]" in refused.err
 
 
 def test_audience_of_the_file_and_its_absence_by_flag(

@@ -72,6 +72,19 @@ def announced(*fetchers: TokenFetcher) -> None:
     until(lambda: len(register.members(renewal._name)) == len(fetchers), seconds=20)
 
 
+@pytest.mark.parametrize("missing", ["issuer_id", "environment"])
+def test_no_secret_is_read_before_the_settings_are_whole(
+    run: Run, lines: Lines, file: Path, tmp_path: Path, missing: str
+) -> None:
+    del lines[missing]
+    never = f"file:{tmp_path}/never-read"
+    file = written(tmp_path, lines | {"store.password_source": never, "store.username": "d1"})
+    result = run("status", "--json", "--config", str(file))
+    assert result.document["message"].startswith(
+        "No issuer id" if missing == "issuer_id" else "No D1 environment"
+    )
+
+
 def test_nothing_has_happened(run: Run, file: Path) -> None:
     result = run("status", "--json", "--config", str(file))
     found = result.document

@@ -26,6 +26,15 @@ from tests.token.fleet.test_examples import BIN, EXAMPLES, served
 from tests.token.following import SettingsFile
 from tests.token.test_fetcher import until
 
+# For gunicorn's own configuration: no call, and no look at the status, finds a change of the file.
+AT_A_SIGNAL_ALONE = """
+from unittest.mock import patch
+
+from d1_signer.token.following import Following
+
+patch.object(Following, "look", lambda _: None).start()
+"""
+
 PAGE = (ROOT / "docs/settings.md").read_text()
 ROTATION = (ROOT / "docs/rotation.md").read_text()
 
@@ -104,7 +113,12 @@ def rotated_under_load(
     url = f"http://127.0.0.1:{port}/"
     command = [str(BIN / "gunicorn"), "--workers", str(workers), "--threads", "4"]
     command += ["--bind", f"127.0.0.1:{port}", "--no-control-socket", "--timeout", "120"]
-    command += ["--keep-alive", "0", "gunicorn_settings:application"]
+    command += ["--keep-alive", "0"]
+    if signals:
+        config = log.with_name("conf.py")
+        config.write_text(AT_A_SIGNAL_ALONE)
+        command += ["--config", str(config)]
+    command += ["gunicorn_settings:application"]
     load = Load(url, callers)
     file.sandbox.set_token_lifetime(12.0)  # so that each new key has to sign soon
     with served(command, {"D1_CONFIG": str(file.path)}, log, lambda: accepts(port)):
@@ -130,8 +144,11 @@ def rotated_under_load(
     assert len(load.statuses) > 100
 
 
-def test_rotation_in_workers_under_load(file: SettingsFile, tmp_path: Path) -> None:
-    rotated_under_load(file, tmp_path / "log", workers=3, callers=6, signals=False)
+@pytest.mark.parametrize("signals", [True, False])
+def test_rotation_in_workers_under_load(
+    file: SettingsFile, tmp_path: Path, *, signals: bool
+) -> None:
+    rotated_under_load(file, tmp_path / "log", workers=3, callers=6, signals=signals)
 
 
 @pytest.mark.soak
@@ -145,29 +162,22 @@ def test_rotation_in_twenty_workers_under_load(
 
 def test_a_signal_to_the_workers_of_a_preloaded_server(file: SettingsFile, tmp_path: Path) -> None:
     port = free_port()
-    config = tmp_path / "conf.py"
+    config, pid = tmp_path / "conf.py", tmp_path / "pid"
     config.write_text(
-        "import signal\n\n\ndef post_worker_init(_):\n"
-        "    import healthz\n\n    healthz.fetcher.reload_on(signal.SIGHUP)\n"
+        f"{AT_A_SIGNAL_ALONE}\n\ndef post_worker_init(_):\n    import signal\n\n"
+        "    import gunicorn_settings\n\n    gunicorn_settings.fetcher.reload_on(signal.SIGHUP)\n"
     )
-    app = tmp_path / "app"
-    app.mkdir()
-    (app / "fleet_fetcher.py").write_text(
-        "import os\nfrom d1_signer import TokenFetcher\n\n\n"
-        "def new_fetcher():\n    return TokenFetcher.from_settings(os.environ['D1_CONFIG'])\n"
-    )
-    (app / "healthz.py").write_text((EXAMPLES / "healthz.py").read_text())
     command = [str(BIN / "gunicorn"), "--preload", "--workers", "2", "--config", str(config)]
-    command += ["--bind", f"127.0.0.1:{port}", "--no-control-socket", "--chdir", str(app)]
-    command += ["--pid", str(tmp_path / "pid"), "healthz:wsgi_application"]
-    url = f"http://127.0.0.1:{port}/healthz"
+    command += ["--bind", f"127.0.0.1:{port}", "--no-control-socket", "--pid", str(pid)]
+    command += ["gunicorn_settings:application"]
+    url = f"http://127.0.0.1:{port}/"
     settings = {"D1_CONFIG": str(file.path)}
     with served(command, settings, tmp_path / "log", lambda: accepts(port)):
+        before = told(url, 2)
         digest = rotate(file, 1)
-        subprocess.run(["pkill", "-HUP", "-P", (tmp_path / "pid").read_text().strip()], check=True)
-        until(
-            lambda: requests.get(url, timeout=20).json()["settings"]["digest"] == digest, seconds=60
-        )
+        subprocess.run(["pkill", "-HUP", "-P", pid.read_text().strip()], check=True)
+        until(lambda: digests(url, 2) == {digest}, seconds=60)
+        assert set(told(url, 2)) == set(before)  # no worker was started anew
 
 
 @pytest.mark.timeout(300)
@@ -193,8 +203,9 @@ def test_the_commands_of_the_page_rotate(
         settings = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
         subprocess.run(["bash", "-euc", line], env=settings, check=True, timeout=100)
 
+    (tmp_path / "conf.py").write_text(AT_A_SIGNAL_ALONE)
     bind = {
-        "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port} --no-control-socket",
+        "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port} --no-control-socket --config conf.py",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
     with served(["bash", "-euc", command], bind, tmp_path / "log", lambda: accepts(port)):
