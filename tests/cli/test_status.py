@@ -176,7 +176,7 @@ def test_a_lease_without_an_end_is_told(run: Run, file: Path, opened: TokenFetch
     announced(opened)
     fleet: Any = opened._renewal
     store = fleet.announcer._register
-    with store._asked() as client:
+    with store._clients.get() as client:
         client.set(f"{fleet._name}:lease", "x" * 32)
     lease = run("status", "--json", "--config", str(file)).document["lease"]
     assert lease == {"holder": None, "member": "x" * 16, "expires_in": None}
@@ -210,7 +210,7 @@ def test_what_another_release_tells_is_not_readable(
     announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
     missing = {name: value for name, value in TOLD.items() if name not in odd}
     for number, facts in enumerate(({**TOLD, **odd}, missing, {**TOLD, "more": 1})):
-        with announcer._register._asked() as client:
+        with announcer._register._clients.get() as client:
             content = b"m" * 16 + announcer._sealer.seal_member(facts)
             client.set(f"{announcer._name}:member:{number}", content)
     announcer.tell()  # where its place was taken just now
