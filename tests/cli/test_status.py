@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def test_what_another_release_tells_is_not_readable(
     announced(opened)
     announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
     missing = {name: value for name, value in TOLD.items() if name not in odd}
-    for number, facts in enumerate(({**TOLD, **odd}, missing, {**TOLD, "more": 1})):
+    more = {**TOLD, "member": "n" * 16, "more": 1}
+    for number, facts in enumerate(({**TOLD, **odd}, missing, more)):
         with announcer._register._clients.get() as client:
             content = b"m" * 16 + announcer._sealer.seal_member(facts)
             client.set(f"{announcer._name}:member:{number}", content)
@@ -274,3 +276,47 @@ def test_the_last_line_says_what_the_status_means(
 
 def last_line(text: str) -> str:
     return text.splitlines()[-1]
+
+
+def test_what_was_told_last_is_what_is_true_last(
+    run: Run, file: Path, opened: TokenFetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    announcer.close()
+    looked, go_on = threading.Event(), threading.Event()
+    digest = opened.status().settings.digest  # type: ignore[union-attr]
+
+    def about() -> dict[str, object]:
+        if threading.current_thread().name == "d1-signer-announcing":
+            looked.set()
+            assert go_on.wait(20)
+            return {"settings": "old", "kids": [], "certificate": None}
+        return {"settings": digest, "kids": [], "certificate": None}
+
+    monkeypatch.setattr(announcer, "_about", about)
+    announcer.begin()
+    assert looked.wait(20)
+    reload = threading.Thread(target=announcer.tell)
+    reload.start()
+    reload.join(0.5)  # without order it would be over by now
+    go_on.set()
+    reload.join(20)
+    announcer.close()
+    found = run("status", "--json", "--config", str(file)).document["processes"]
+    assert [each["settings"] for each in found] == [digest]
+
+
+def test_a_process_that_has_two_places_is_listed_once_as_it_was_last(
+    run: Run, file: Path, opened: TokenFetcher
+) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    with announcer._register._clients.get() as client:
+        for number, at in enumerate((3, 2, 1)):
+            facts = {**TOLD, "at": at, "kids": [f"kid-{at}"]}
+            content = b"m" * 16 + announcer._sealer.seal_member(facts)
+            client.set(f"{announcer._name}:member:{number}", content)
+    announcer.tell()  # where its place was taken just now
+    found = run("status", "--json", "--config", str(file)).document["processes"]
+    assert [each["kids"] for each in found if each["member"] == "m" * 16] == [["kid-3"]]
