@@ -18,7 +18,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
@@ -235,10 +235,19 @@ class RedisTokenStore:
             if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
                 client.set(key, content, px=milliseconds)
                 return
-        for number in random.sample(range(_PLACES), 4):
+        for number in self._places(name):
             if client.set(f"{name}:member:{number}", content, nx=True, px=milliseconds):
                 place[:] = [number]
                 return
+
+    def _places(self, name: str) -> Iterator[int]:
+        """Some places; where all of them are taken, those that are free."""
+        yield from random.sample(range(_PLACES), 4)
+        with self._clients.get().pipeline(transaction=False) as pipe:
+            for number in range(_PLACES):
+                pipe.getrange(f"{name}:member:{number}", 0, 0)
+            free = [number for number, taken in enumerate(pipe.execute()) if not taken]
+        yield from random.sample(free, len(free))
 
     @_answered
     def members(self, name: str) -> list[bytes]:

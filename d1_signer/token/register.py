@@ -140,6 +140,8 @@ class Fleet:
 
 def _read(facts: dict[str, Any] | None) -> dict[str, Any] | None:
     """What a process has told, if it is what `Announcer` tells; another release may tell more."""
+    if facts is None:
+        return None
     match facts:
         case {
             "member": str(),
@@ -149,6 +151,10 @@ def _read(facts: dict[str, Any] | None) -> dict[str, Any] | None:
             "settings": str() | None,
             "kids": list(kids),
             "certificate": str() | None,
-        } if 0 <= at <= _LATEST and all(isinstance(kid, str) for kid in kids):
-            return facts
+        } if 0 <= at <= _LATEST and _all_text(kids) and _all_text(facts.get("away", [])):
+            return {"away": [], **facts}  # an earlier release does not tell of keys
     return None
+
+
+def _all_text(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

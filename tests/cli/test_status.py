@@ -242,10 +242,35 @@ def test_more_processes_than_there_is_room_for(opened: TokenFetcher) -> None:
     fleet: Any = opened._renewal
     announcer = fleet.announcer
     store = announcer._register
-    for _ in range(300):
+    for number in range(300):
         store._place.get()[:] = []
         store.announce(announcer._name, b"x", life=60.0)
-    assert 100 < len(store.members(announcer._name)) <= 256
+        assert len(store.members(announcer._name)) == min(number + 2, 256)
+
+
+def test_the_same_settings_are_not_enough(run: Run, file: Path, opened: TokenFetcher) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    about = announcer._about()
+    following: Any = opened._following
+    following._away = ("pkcs11:token=b",)
+    announcer.tell()
+    result = run("status", "--config", str(file))
+    assert result.status == 1
+    assert re.fullmatch(r"A key is away at \S+: pkcs11:token=b\. .*", last_line(result.out))
+    following._away = ()
+    announcer.tell()
+    assert run("status", "--config", str(file)).status == 0
+    facts = {**TOLD, "settings": about["settings"], "certificate": "0" * 64}
+    with announcer._register._clients.get() as client:
+        sealed = announcer._sealer.seal_member(facts)
+        free = (announcer._register._place.get()[0] + 1) % 256
+        client.set(f"{announcer._name}:member:{free}", b"m" * 16 + sealed)
+    result = run("status", "--config", str(file))
+    assert result.status == 1
+    assert last_line(result.out).startswith("The client certificates differ: ")
+    assert "0000000000000000 at app-1:1" in last_line(result.out)
+    assert not run("status", "--json", "--config", str(file)).document["rotated"]
 
 
 def test_the_last_line_says_what_the_status_means(
