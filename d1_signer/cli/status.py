@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,7 +38,8 @@ def status(context: click.Context, issuer: Issuer, *, output: Output) -> None:
     It tells the life that is left of the shared token, who holds the lease, what cannot be read
     with this store key, and which settings, keys and certificate each process has that has renewed
     or reloaded within a quarter of an hour. No key is opened, and D1 is not asked. The exit status
-    is 0 where all can be read, there is such a process, and each has the settings of the file.
+    is 0 where all can be read, there is such a process, and each has the settings of the file, all
+    keys and the same client certificate.
     """
     from d1_signer.token.opening import store_key_of, store_of
     from d1_signer.token.register import Fleet, name_of
@@ -86,7 +88,9 @@ def _document(fleet: Fleet, settings: Settings) -> dict[str, Any]:
         "unreadable": fleet.unreadable,
         "settings": settings.digest,
         # Of a fleet of which nobody has told anything nothing is known.
-        "rotated": {each["settings"] for each in fleet.processes} == {settings.digest},
+        "rotated": {each["settings"] for each in fleet.processes} == {settings.digest}
+        and len({each["certificate"] for each in fleet.processes}) == 1
+        and not any(each["away"] for each in fleet.processes),
         "processes": list(fleet.processes),
     }
 
@@ -137,6 +141,17 @@ def _conclusion(document: dict[str, Any]) -> str:
         )
     if others:
         found.append(f"Not as the file: {', '.join(others)}. Reload or restart there.")
+    found += [
+        f"A key is away at {_who(each)}: {', '.join(each['away'])}. Look at its device there."
+        for each in document["processes"]
+        if each["away"]
+    ]
+    certificates = defaultdict[str, list[str]](list)
+    for each in document["processes"]:
+        certificates[(each["certificate"] or "none")[:16]].append(_who(each))
+    if len(certificates) > 1:
+        where = "; ".join(f"{name} at {', '.join(who)}" for name, who in certificates.items())
+        found.append(f"The client certificates differ: {where}. Put the same on every host.")
     if not found and document["processes"]:
         found.append("Every process has the settings of the file.")
     return "\n".join(found) or "No process has told of itself within a quarter of an hour."

@@ -246,6 +246,7 @@ class TokenFetcher(TokenKeeper):
         return {
             "settings": self._following and self._following.settings.digest,
             "kids": list(self._signers.kids),
+            "away": list(self._following.status().keys_away) if self._following else [],
             "certificate": certificate and certificate.fingerprint,
         }
 

@@ -13,18 +13,22 @@ slot.
 
 from __future__ import annotations
 
-import inspect
-import logging
+import functools
 import math
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
-from typing import Any, Final, Self, final
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
 
-from d1_signer.errors import ConfigurationError, MissingExtraError, StoreUnavailable
+from d1_signer.errors import (
+    ConfigurationError,
+    D1SignerError,
+    MissingExtraError,
+    StoreUnavailable,
+)
 from d1_signer.frames import without_locals
 from d1_signer.secret import Secret
 from d1_signer.token.stores import MAX_SEALED, MEMBER, Lease
@@ -32,18 +36,15 @@ from d1_signer.transport.processes import PerProcess
 
 try:
     from redis.backoff import NoBackoff
-    from redis.cluster import RedisCluster
-    from redis.connection import AbstractConnection
-    from redis.exceptions import NoPermissionError, RedisError
+    from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
     from redis.retry import Retry
 except ModuleNotFoundError:
     raise MissingExtraError.of("redis", "redis") from None
 
-from redis import Redis
+from d1_signer.token.redis_clients import Client, address, checked, maker, pools_of, why
 
-_log = logging.getLogger("d1_signer.fleet")
-
-Client = Redis | RedisCluster
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # A Redis that hung executes later what nobody waits for any more: a lease is taken for a moment
 # first, so that one which its asker never heard of does not hold up the fleet.
@@ -51,6 +52,40 @@ _CLAIM = 2000  # milliseconds
 _OWNER = 32  # characters
 # Of processes whose announcements are kept: a larger fleet shows a part of itself.
 _PLACES = 256
+
+
+def _answered(
+    method: Callable[Concatenate[RedisTokenStore, _P], _T],
+) -> Callable[Concatenate[RedisTokenStore, _P], _T]:
+    """Have what Redis' package raises told as an error of ours, without that in its context.
+
+    Its text and its frames may hold the URL, and with it a password.
+    """
+
+    @functools.wraps(method)
+    def call(self: RedisTokenStore, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        failure: D1SignerError
+        try:
+            return method(self, *args, **options)
+        except NoPermissionError:
+            failure = StoreUnavailable(
+                "The token store refuses a command to its user.",
+                hint="Redis' user needs GETRANGE, SET, PTTL and DEL on the keys d1-signer:*; "
+                "tokens are fetched without it meanwhile.",
+            )
+        except ConfigurationError as error:  # of a client that a function made
+            failure = StoreUnavailable(error.message, hint=error.hint)
+        # The last is of a connection that `abort` has closed meanwhile.
+        except (RedisError, RedisClusterException, OSError, ValueError) as error:
+            a_cluster = ", and whether it is a cluster"
+            look = a_cluster if isinstance(error, RedisClusterException) else ""
+            failure = StoreUnavailable(
+                f"The token store{self.where()} does not answer ({why(error)}).",
+                hint=f"Look at Redis{look}; tokens are fetched without it meanwhile.",
+            )
+        raise failure
+
+    return call
 
 
 @final
@@ -92,14 +127,18 @@ class RedisTokenStore:
             metadata.version("redis")
         self._member: PerProcess[str] = PerProcess(lambda: secrets.token_hex(MEMBER // 2))
         self._place: PerProcess[list[int]] = PerProcess(list)
+        self._named = ""
+        # The package types its clients for sync and async use at once.
+        self._clients: PerProcess[Any]
         if callable(client) and not isinstance(client, type):
             make = client
-            self._clients: PerProcess[Any] = PerProcess(lambda: _checked(make()))
+            self._clients = PerProcess(lambda: checked(make()))
         else:
-            _checked(client)
+            checked(client)
             self._clients = PerProcess(lambda: client)
 
     @classmethod
+    @without_locals
     def from_url(
         cls,
         url: str,
@@ -117,98 +156,112 @@ class RedisTokenStore:
             password: That user's.
             ca_file: PEM file of the authorities for Redis' certificate; None: the system's.
             cluster: Whether it is a cluster.
+
+        Raises:
+            ConfigurationError: It is no URL of Redis, or asks for TLS that is not verified, or for
+                a database of a cluster, which has none.
         """
-        settings: dict[str, Any] = {**cls.CLIENT_SETTINGS, "username": username}
-        if url.startswith("rediss://"):
-            settings |= {"ssl_check_hostname": True, "ssl_ca_certs": ca_file}
-        kind: type[Any] = RedisCluster if cluster else Redis
+        settings = {**cls.CLIENT_SETTINGS, "username": username}
+        made, named = maker(url, settings, password, ca_file=ca_file, cluster=cluster)
+        store = cls(made)
+        store._named = named
+        return store
 
-        def client() -> Client:
-            secret = None if password is None else password.reveal()
-            made: Client = kind.from_url(url, **settings, password=secret)
-            return made
-
-        return cls(client)
-
+    @_answered
     def load(self, name: str) -> tuple[bytes, float] | None:
         """See `TokenStore.load`."""
         key = f"{name}:token"
-        with self._asked() as client:
-            try:
-                with client.pipeline(transaction=False) as pipe:
-                    # Whoever can write to Redis can put half a gigabyte there.
-                    pipe.getrange(key, 0, MAX_SEALED)
-                    pipe.pttl(key)
-                    sealed, remaining = pipe.execute()
-            except UnicodeDecodeError:  # of a client that decodes what it reads
-                return None
+        client = self._clients.get()
+        try:
+            with client.pipeline(transaction=False) as pipe:
+                # Whoever can write to Redis can put half a gigabyte there.
+                pipe.getrange(key, 0, MAX_SEALED)
+                pipe.pttl(key)
+                sealed, remaining = pipe.execute()
+        except UnicodeDecodeError:  # of a client that decodes what it reads
+            return None
         if not sealed or remaining < 0:
             return None
         return _bytes(sealed), remaining / 1000
 
+    @_answered
     def save(self, name: str, sealed: bytes, *, life: float) -> None:
         """See `TokenStore.save`."""
-        with self._asked() as client:
-            client.set(f"{name}:token", sealed, px=max(1, int(life * 1000)))
+        client = self._clients.get()
+        client.set(f"{name}:token", sealed, px=max(1, int(life * 1000)))
 
+    @_answered
     def lease(self, name: str, *, life: float) -> Lease | None:
         """See `TokenStore.lease`."""
         key, milliseconds = f"{name}:lease", int(life * 1000)
         owner = self.member + secrets.token_hex((_OWNER - MEMBER) // 2)
         asked = time.monotonic()
-        with self._asked() as client:
-            with client.pipeline(transaction=False) as pipe:
-                pipe.set(key, owner, nx=True, px=_CLAIM)
-                pipe.pttl(key)
-                claimed, left = pipe.execute()
-            if not claimed:
-                # -1: no time to live. -2: it has just ended, and the next look takes it.
-                if left == -1 or left > max(milliseconds, _CLAIM):
-                    raise _no_lease()
-                return None
-            # An answer that took so long may be about a claim that ended and is another's by now.
-            # No script, which could look and set at once: not every user of a Redis may run one.
-            late = time.monotonic() - asked >= _CLAIM / 2000
-            mine = not late and client.set(key, owner, xx=True, px=milliseconds)
+        client = self._clients.get()
+        with client.pipeline(transaction=False) as pipe:
+            pipe.set(key, owner, nx=True, px=_CLAIM)
+            pipe.pttl(key)
+            claimed, left = pipe.execute()
+        if not claimed:
+            # -1: no time to live. -2: it has just ended, and the next look takes it.
+            if left == -1 or left > max(milliseconds, _CLAIM):
+                raise _no_lease()
+            return None
+        # An answer that took so long may be about a claim that ended and is another's by now.
+        # No script, which could look and set at once: not every user of a Redis may run one.
+        late = time.monotonic() - asked >= _CLAIM / 2000
+        mine = not late and client.set(key, owner, xx=True, px=milliseconds)
         return _Lease(self, key, owner) if mine else None
 
+    @_answered
     def release(self, key: str, owner: str) -> None:
         """Give a lease back, unless it is another's by now."""
-        with self._asked() as client:
-            if _bytes(client.getrange(key, 0, _OWNER)) == owner.encode():
-                client.delete(key)
+        client = self._clients.get()
+        if _bytes(client.getrange(key, 0, _OWNER)) == owner.encode():
+            client.delete(key)
 
     @property
     def member(self) -> str:
         """See `Register.member`."""
         return self._member.get()
 
+    @_answered
     def announce(self, name: str, sealed: bytes, *, life: float) -> None:
         """See `Register.announce`."""
         content, place = self.member.encode() + sealed, self._place.get()
         milliseconds = max(1, int(life * 1000))
-        with self._asked() as client:
-            if place:
-                key = f"{name}:member:{place[0]}"
-                if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
-                    client.set(key, content, px=milliseconds)
-                    return
-            for number in random.sample(range(_PLACES), 4):
-                if client.set(f"{name}:member:{number}", content, nx=True, px=milliseconds):
-                    place[:] = [number]
-                    return
+        client = self._clients.get()
+        if place:
+            key = f"{name}:member:{place[0]}"
+            if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
+                client.set(key, content, px=milliseconds)
+                return
+        for number in self._places(name):
+            if client.set(f"{name}:member:{number}", content, nx=True, px=milliseconds):
+                place[:] = [number]
+                return
 
+    def _places(self, name: str) -> Iterator[int]:
+        """Some places; where all of them are taken, those that are free."""
+        yield from random.sample(range(_PLACES), 4)
+        with self._clients.get().pipeline(transaction=False) as pipe:
+            for number in range(_PLACES):
+                pipe.getrange(f"{name}:member:{number}", 0, 0)
+            free = [number for number, taken in enumerate(pipe.execute()) if not taken]
+        yield from random.sample(free, len(free))
+
+    @_answered
     def members(self, name: str) -> list[bytes]:
         """See `Register.members`."""
-        with self._asked() as client, client.pipeline(transaction=False) as pipe:
+        with self._clients.get().pipeline(transaction=False) as pipe:
             for number in range(_PLACES):
                 pipe.getrange(f"{name}:member:{number}", 0, MAX_SEALED)
             return [_bytes(found)[MEMBER:] for found in pipe.execute() if found]
 
+    @_answered
     def holder(self, name: str) -> tuple[str, float] | None:
         """See `Register.holder`."""
         key = f"{name}:lease"
-        with self._asked() as client, client.pipeline(transaction=False) as pipe:
+        with self._clients.get().pipeline(transaction=False) as pipe:
             pipe.getrange(key, 0, MEMBER - 1)
             pipe.pttl(key)
             owner, left = pipe.execute()
@@ -220,33 +273,14 @@ class RedisTokenStore:
     def abort(self) -> None:
         """End the calls under way by closing the client's connections."""
         client = self._clients.made_here()
-        for pool in () if client is None else _pools(client):
+        for pool in () if client is None else pools_of(client):
             pool.disconnect()
 
-    @contextmanager
-    def _asked(self) -> Iterator[Any]:
-        try:
-            # The package types its clients for sync and async use at once.
-            yield self._clients.get()
-        except NoPermissionError:
-            raise StoreUnavailable(
-                "The token store refuses a command to its user.",
-                hint="Redis' user needs GETRANGE, SET, PTTL and DEL on the keys d1-signer:*; "
-                "tokens are fetched without it meanwhile.",
-            ) from None
-        except ConfigurationError as error:  # of a client that a function made
-            raise StoreUnavailable(error.message, hint=error.hint) from None
-        # The last is of a connection that `abort` has closed meanwhile.
-        except (RedisError, OSError, ValueError) as error:
-            # Its text may hold the URL, and with it a password.
-            raise StoreUnavailable(
-                f"The token store{self._where()} does not answer ({type(error).__name__}).",
-                hint="Look at Redis; tokens are fetched without it meanwhile.",
-            ) from None
-
-    def _where(self) -> str:
+    def where(self) -> str:
+        """The addresses of the servers, as they stand in a sentence; "" where none is known."""
         client = self._clients.made_here()
-        places = () if client is None else [_address(pool) for pool in _pools(client)]
+        found = [] if client is None else [address(pool) for pool in pools_of(client)]
+        places = found or [self._named] * bool(self._named)
         return f" {', '.join(places)}" if places else ""
 
 
@@ -270,83 +304,3 @@ def _no_lease() -> StoreUnavailable:
         hint="Delete the key that ends in :lease, and give all of the fleet the same Limits.total; "
         "tokens are fetched without it meanwhile.",
     )
-
-
-# -- which clients serve ------------------------------------------------------------------------
-
-
-def _checked(client: object) -> Client:
-    """Refuse what is no client, or may wait for ever.
-
-    Raises:
-        ConfigurationError: It does not serve.
-    """
-    if not isinstance(client, Redis | RedisCluster):
-        raise ConfigurationError(
-            f"A RedisTokenStore needs a client of the redis package that is not asynchronous; "
-            f"it was given {_kind(client)}.",
-            hint="Give Redis.from_url(…), RedisCluster.from_url(…) or Sentinel(…).master_for(…), "
-            "each with **RedisTokenStore.CLIENT_SETTINGS.",
-        )
-    for part, settings in _settings(client):
-        seconds = [
-            _timeout(settings, name) for name in ("socket_timeout", "socket_connect_timeout")
-        ]
-        if None in seconds:
-            raise ConfigurationError(
-                f"The {part} of the token store has no time limit: a Redis that hangs would keep "
-                "it for ever.",
-                hint=f"Give the {part} **RedisTokenStore.CLIENT_SETTINGS.",
-            )
-        if max(each or 0.0 for each in seconds) > 1 or _repeats(settings.get("retry")):
-            _log.warning(
-                "fleet.slow_client the %s of the token store waits or tries for longer than a "
-                "renewal does: give it **RedisTokenStore.CLIENT_SETTINGS",
-                part,
-            )
-    return client
-
-
-def _kind(client: object) -> str:
-    kind = client if isinstance(client, type) else type(client)
-    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    return f"the class {name}" if kind is client else name
-
-
-def _settings(client: Client) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The settings of each part that makes connections."""
-    if isinstance(client, RedisCluster):
-        retry = getattr(client, "retry", None)
-        yield "client", {**client.nodes_manager.connection_kwargs, "retry": retry}
-        return
-    for number, pool in enumerate(_pools(client)):
-        yield "sentinel_kwargs" if number else "client", pool.connection_kwargs
-
-
-def _pools(client: Client) -> list[Any]:
-    """The connection pools of a client; those of its sentinels behind its own."""
-    if isinstance(client, RedisCluster):
-        nodes: list[Any] = client.get_nodes()  # type: ignore[no-untyped-call]
-        found = [node.redis_connection for node in nodes]
-    else:
-        manager = getattr(client.connection_pool, "sentinel_manager", None)
-        found = [client, *(manager.sentinels if manager else ())]
-    return [each.connection_pool for each in found if each is not None]
-
-
-def _address(pool: Any) -> str:
-    settings = pool.connection_kwargs
-    return str(settings.get("path") or f"{settings.get('host')}:{settings.get('port')}")
-
-
-_DEFAULTS = inspect.signature(AbstractConnection.__init__).parameters
-
-
-def _timeout(settings: Mapping[str, Any], name: str) -> float | None:
-    seconds: float | None = settings.get(name, _DEFAULTS[name].default)
-    # The package does the same.
-    return settings.get("socket_timeout") if seconds is None else seconds
-
-
-def _repeats(retry: object) -> bool:
-    return getattr(retry, "_retries", 0) != 0

@@ -17,6 +17,7 @@ from d1_signer.errors import StoreUnavailable
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, Environment
 from d1_signer.token.stores import VERSION, Register, Sealer, SharedToken, TokenStore
+from d1_signer.transport.processes import PerProcess
 
 # Seconds: a process that is called renews, or takes another's token, before a token's life is over.
 _LIFE = float(MAX_TOKEN_LIFETIME)
@@ -50,6 +51,8 @@ class Announcer:
         self._store = BoundedStore(store)
         self._sealer, self._name, self._about = sealer, name, about
         self._thread: threading.Thread | None = None
+        # What is told last is what is true last: a renewal's thread and a reload tell at once.
+        self._telling = PerProcess(threading.Lock)
 
     def begin(self) -> None:
         """Tell it in a thread of its own, for which no renewal waits."""
@@ -71,20 +74,21 @@ class Announcer:
         register = self._register
         if register is None:
             return
-        facts = {
-            "member": register.member,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "at": round(time.time(), 3),
-            **self._about(),
-        }
-        sealed = self._sealer.seal_member(facts)
-        # The renewal itself tells of a store that is away.
-        with contextlib.suppress(StoreUnavailable):
-            self._store.use(
-                lambda: register.announce(self._name, sealed, life=_LIFE),
-                deadline=time.monotonic() + _LONGEST,
-            )
+        with self._telling.get():
+            facts = {
+                "member": register.member,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "at": round(time.time(), 3),
+                **self._about(),
+            }
+            sealed = self._sealer.seal_member(facts)
+            # The renewal itself tells of a store that is away.
+            with contextlib.suppress(StoreUnavailable):
+                self._store.use(
+                    lambda: register.announce(self._name, sealed, life=_LIFE),
+                    deadline=time.monotonic() + _LONGEST,
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +126,9 @@ class Fleet:
             lease = bounded.use(lambda: store.holder(name), deadline=deadline)
             sealed = bounded.use(lambda: store.members(name), deadline=deadline)
             told = [_read(sealer.open_member(each)) for each in sealed]
-        processes = sorted(filter(None, told), key=lambda each: (each["host"], each["pid"]))
+        read = sorted(filter(None, told), key=lambda each: each["at"])
+        last = {each["member"]: each for each in read}.values()
+        processes = sorted(last, key=lambda each: (each["host"], each["pid"]))
         return cls(
             token=token,
             token_life=None if found is None else found[1],
@@ -134,6 +140,8 @@ class Fleet:
 
 def _read(facts: dict[str, Any] | None) -> dict[str, Any] | None:
     """What a process has told, if it is what `Announcer` tells; another release may tell more."""
+    if facts is None:
+        return None
     match facts:
         case {
             "member": str(),
@@ -143,6 +151,10 @@ def _read(facts: dict[str, Any] | None) -> dict[str, Any] | None:
             "settings": str() | None,
             "kids": list(kids),
             "certificate": str() | None,
-        } if 0 <= at <= _LATEST and all(isinstance(kid, str) for kid in kids):
-            return facts
+        } if 0 <= at <= _LATEST and _all_text(kids) and _all_text(facts.get("away", [])):
+            return {"away": [], **facts}  # an earlier release does not tell of keys
     return None
+
+
+def _all_text(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

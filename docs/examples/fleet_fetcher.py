@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 
-import redis
-
 from d1_signer import (
     ClientCertificate,
     Limits,
@@ -29,9 +27,9 @@ def new_fetcher() -> TokenFetcher:
     settings = os.environ
     store = key = None
     if "REDIS_URL" in settings:
-        client = redis.Redis.from_url(settings["REDIS_URL"], **RedisTokenStore.CLIENT_SETTINGS)
+        store = RedisTokenStore.from_url(settings["REDIS_URL"])
         secret = read_secret(f"file:{settings['D1_STORE_KEY_FILE']}", what="store key")
-        store, key = RedisTokenStore(client), bytes.fromhex(secret.reveal())
+        key = bytes.fromhex(secret.reveal())
     return TokenFetcher(
         SignerSet([open_signer(uri) for uri in settings["D1_SIGNER_KEY"].split()]),
         issuer_id=settings["D1_ISSUER_ID"],

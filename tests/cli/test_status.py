@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def test_a_lease_without_an_end_is_told(run: Run, file: Path, opened: TokenFetch
     announced(opened)
     fleet: Any = opened._renewal
     store = fleet.announcer._register
-    with store._asked() as client:
+    with store._clients.get() as client:
         client.set(f"{fleet._name}:lease", "x" * 32)
     lease = run("status", "--json", "--config", str(file)).document["lease"]
     assert lease == {"holder": None, "member": "x" * 16, "expires_in": None}
@@ -230,8 +231,9 @@ def test_what_another_release_tells_is_not_readable(
     announced(opened)
     announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
     missing = {name: value for name, value in TOLD.items() if name not in odd}
-    for number, facts in enumerate(({**TOLD, **odd}, missing, {**TOLD, "more": 1})):
-        with announcer._register._asked() as client:
+    more = {**TOLD, "member": "n" * 16, "more": 1}
+    for number, facts in enumerate(({**TOLD, **odd}, missing, more)):
+        with announcer._register._clients.get() as client:
             content = b"m" * 16 + announcer._sealer.seal_member(facts)
             client.set(f"{announcer._name}:member:{number}", content)
     announcer.tell()  # where its place was taken just now
@@ -261,10 +263,35 @@ def test_more_processes_than_there_is_room_for(opened: TokenFetcher) -> None:
     fleet: Any = opened._renewal
     announcer = fleet.announcer
     store = announcer._register
-    for _ in range(300):
+    for number in range(300):
         store._place.get()[:] = []
         store.announce(announcer._name, b"x", life=60.0)
-    assert 100 < len(store.members(announcer._name)) <= 256
+        assert len(store.members(announcer._name)) == min(number + 2, 256)
+
+
+def test_the_same_settings_are_not_enough(run: Run, file: Path, opened: TokenFetcher) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    about = announcer._about()
+    following: Any = opened._following
+    following._away = ("pkcs11:token=b",)
+    announcer.tell()
+    result = run("status", "--config", str(file))
+    assert result.status == 1
+    assert re.fullmatch(r"A key is away at \S+: pkcs11:token=b\. .*", last_line(result.out))
+    following._away = ()
+    announcer.tell()
+    assert run("status", "--config", str(file)).status == 0
+    facts = {**TOLD, "settings": about["settings"], "certificate": "0" * 64}
+    with announcer._register._clients.get() as client:
+        sealed = announcer._sealer.seal_member(facts)
+        free = (announcer._register._place.get()[0] + 1) % 256
+        client.set(f"{announcer._name}:member:{free}", b"m" * 16 + sealed)
+    result = run("status", "--config", str(file))
+    assert result.status == 1
+    assert last_line(result.out).startswith("The client certificates differ: ")
+    assert "0000000000000000 at app-1:1" in last_line(result.out)
+    assert not run("status", "--json", "--config", str(file)).document["rotated"]
 
 
 def test_the_last_line_says_what_the_status_means(
@@ -298,3 +325,47 @@ def test_the_last_line_says_what_the_status_means(
 
 def last_line(text: str) -> str:
     return text.splitlines()[-1]
+
+
+def test_what_was_told_last_is_what_is_true_last(
+    run: Run, file: Path, opened: TokenFetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    announcer.close()
+    looked, go_on = threading.Event(), threading.Event()
+    digest = opened.status().settings.digest  # type: ignore[union-attr]
+
+    def about() -> dict[str, object]:
+        if threading.current_thread().name == "d1-signer-announcing":
+            looked.set()
+            assert go_on.wait(20)
+            return {"settings": "old", "kids": [], "certificate": None}
+        return {"settings": digest, "kids": [], "certificate": None}
+
+    monkeypatch.setattr(announcer, "_about", about)
+    announcer.begin()
+    assert looked.wait(20)
+    reload = threading.Thread(target=announcer.tell)
+    reload.start()
+    reload.join(0.5)  # without order it would be over by now
+    go_on.set()
+    reload.join(20)
+    announcer.close()
+    found = run("status", "--json", "--config", str(file)).document["processes"]
+    assert [each["settings"] for each in found] == [digest]
+
+
+def test_a_process_that_has_two_places_is_listed_once_as_it_was_last(
+    run: Run, file: Path, opened: TokenFetcher
+) -> None:
+    announced(opened)
+    announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
+    with announcer._register._clients.get() as client:
+        for number, at in enumerate((3, 2, 1)):
+            facts = {**TOLD, "at": at, "kids": [f"kid-{at}"]}
+            content = b"m" * 16 + announcer._sealer.seal_member(facts)
+            client.set(f"{announcer._name}:member:{number}", content)
+    announcer.tell()  # where its place was taken just now
+    found = run("status", "--json", "--config", str(file)).document["processes"]
+    assert [each["kids"] for each in found if each["member"] == "m" * 16] == [["kid-3"]]

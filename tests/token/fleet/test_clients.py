@@ -73,7 +73,7 @@ def test_a_client_that_is_too_patient_is_warned_of(
 
 
 def test_the_clients_of_the_page_are_taken_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    RedisTokenStore(redis.Redis.from_url("rediss://127.0.0.1", **SETTINGS))
+    RedisTokenStore(redis.Redis.from_url("rediss://127.0.0.1", ssl_check_hostname=True, **SETTINGS))
     RedisTokenStore(watched(SETTINGS, SETTINGS))
     RedisTokenStore(lambda: redis.RedisCluster.from_url("redis://127.0.0.1:1", **SETTINGS))
     assert "fleet." not in caplog.text
