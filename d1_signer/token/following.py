@@ -216,9 +216,13 @@ class Following:
         self._error = error
         if known is None or str(known) != str(error):
             _log.warning(
-                "settings.unusable %s: the last good ones are used on",
+                "settings.unusable %s",
                 told(
-                    {"file": shown_path(self._file), "code": error.code, "message": error},
+                    {
+                        "file": shown_path(self._file),
+                        "code": error.code,
+                        "message": f"{error} The last good settings are used on.",
+                    }
                 ),
             )
 
