@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from d1_signer.errors import D1SignerError
+from d1_signer.events import told
 
 _log = logging.getLogger("d1_signer.steps")
 
@@ -52,10 +53,10 @@ class Step:
             outcome = "done"
             if kind is not None:
                 outcome = error.code if isinstance(error, D1SignerError) else kind.__name__
-            _log.debug(
-                "step.ended what=%r outcome=%s seconds=%.3f%s",
-                self.what,
-                outcome,
-                time.monotonic() - self.began,
-                "".join(f" {name}={value!r}" for name, value in self.facts.items()),
-            )
+            facts = {
+                "what": self.what,
+                "outcome": outcome,
+                "seconds": f"{time.monotonic() - self.began:.3f}",
+                **self.facts,
+            }
+            _log.debug("step.ended %s", told(facts))

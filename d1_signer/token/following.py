@@ -219,8 +219,9 @@ class Following:
     def _failed(self, error: D1SignerError, known: D1SignerError | None) -> None:
         self._error = error
         if known is None or str(known) != str(error):
-            facts = {"file": shown_path(self._file), "code": error.code, "message": error}
-            _log.warning("settings.unusable %s: the last good ones are used on", told(facts))
+            message = f"{error} The last good settings are used on."
+            facts = {"file": shown_path(self._file), "code": error.code, "message": message}
+            _log.warning("settings.unusable %s", told(facts))
 
     def _renew(self) -> bool:
         settings = Settings.read(self._file)

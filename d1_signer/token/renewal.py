@@ -350,18 +350,20 @@ class Renewal:
             return False
         if abs(offset - self._clock_offset) < _LEAST_SKEW or abs(offset) > MOST_SKEW:
             return False
-        _log.warning(
-            "token.clock_skew offset=%.0f: by so many seconds D1's clock is ahead of ours, and the "
-            "assertion is corrected: look at this machine's time service",
-            offset,
-        )
+        facts = {
+            "offset": f"{offset:.0f}",
+            "message": "by so many seconds D1's clock is ahead of ours, and the assertion is "
+            "corrected: look at this machine's time service",
+        }
+        _log.warning("token.clock_skew %s", told(facts))
         self._clock_offset = offset
         return True
 
     def _has_another_kid(self, reply: Reply, kid: str) -> bool:
         if not _is_invalid_grant(reply) or set(self._signers.kids) == {kid}:
             return False
-        _log.warning("token.kid_refused %s: another kid of the set is tried", told({"kid": kid}))
+        facts = {"kid": kid, "message": "another kid of the set is tried"}
+        _log.warning("token.kid_refused %s", told(facts))
         return True
 
 

@@ -434,7 +434,7 @@ def test_a_broken_file_keeps_the_last_good_with_one_warning(
             fetcher.reload()
     (warning,) = messages(caplog, "settings.unusable")
     assert "code=configuration" in warning
-    assert "the last good ones are used on" in warning
+    assert "The last good settings are used on." in warning
     assert digest(fetcher) == good
     assert fetcher.status().healthy
     file.keys("two")

@@ -10,13 +10,16 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from d1_signer import Limits, SignerSet, TokenFetcher
-from d1_signer.errors import TokenError
+from d1_signer.errors import ConfigurationError, TokenError
 from d1_signer.events import told
+from d1_signer.sandbox import Sandbox
 from d1_signer.testing import make_in_memory_signer
+from tests.token.following import SettingsFile
 
 HOSTILE = 'no\n2026-01-01 ERROR d1_signer forged\r\x1b[2J\x9b31m\u2028 code=ok "kid=evil'
 KID = 'bank 2026 kid="evil" code=ok'
@@ -29,7 +32,7 @@ def pairs_of(line: str) -> dict[str, str]:
     names = [name for name, _ in found]
     assert len(names) == len({*names}), line
     rest = re.sub(r'[a-z0-9_]+=("(?:[^"\\]|\\.)*"|[^\s"]+)', "", line)
-    assert "=" not in rest, line
+    assert re.fullmatch(r"([a-z0-9_]+\.[a-z0-9_]+)?\s*", rest), line
     return {name: json.loads(text) if text[0] == '"' else text for name, text in found}
 
 
@@ -85,13 +88,39 @@ def test_a_hostile_server_and_strange_names(hostile: str, caplog: pytest.LogCapt
     assert any(line.startswith("token.failed ") for line in told_of)
     assert any(line.startswith(("token.retry ", "token.kid_refused ")) for line in told_of)
     for line in told_of:
-        pairs = pairs_of(line.partition(": another kid")[0])
+        pairs = pairs_of(line)
         assert pairs["kid"] in {KID, "next kid"}
         assert pairs.get("issuer", ISSUER) == ISSUER
         assert pairs.get("code") in {None, raised.value.code}
     failed = pairs_of(next(line for line in told_of if line.startswith("token.failed ")))
     assert failed["message"] == str(raised.value)
     assert failed["status"] in {"400", "503"}
+
+
+def test_every_line_about_a_file_and_a_clock(
+    sandbox: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = SettingsFile(tmp_path, sandbox)
+    file.keys("one")
+    file.write()
+    sandbox.misbehave("invalid-grant", times=1, date_offset=120.0)
+    with (
+        caplog.at_level(logging.DEBUG, logger="d1_signer"),
+        TokenFetcher.from_settings(file.path) as fetcher,
+    ):
+        with pytest.raises(TokenError):  # the sandbox's Date lied
+            fetcher.token()
+        file.write("no = = settings")
+        with pytest.raises(ConfigurationError):
+            fetcher.reload()
+    told_of = {
+        line.split()[0]: pairs_of(line)
+        for name, _, line in caplog.record_tuples
+        if name in {"d1_signer.token", "d1_signer.settings", "d1_signer.steps"}
+    }
+    assert {"token.failed", "token.clock_skew", "settings.taken", "step.ended"} <= told_of.keys()
+    assert float(told_of["token.clock_skew"]["offset"]) == pytest.approx(120, abs=5)
+    assert "good settings are used on" in told_of["settings.unusable"]["message"]
 
 
 def test_a_set_tells_of_a_member_by_a_name_that_can_be_read_back(

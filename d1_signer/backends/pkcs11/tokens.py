@@ -11,6 +11,7 @@ from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, shown
 from d1_signer.backends.pkcs11.module.token import Slots, Token, read_slots
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import AmbiguousKeyError, KeyNotFoundError
+from d1_signer.events import told as pairs
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +38,15 @@ def find_token(cryptoki: Cryptoki, uri: Pkcs11Uri) -> Token:
     if len(fitting) == 1:
         found = fitting[0]
         _log.debug(
-            "pkcs11.token_found token=%r serial=%r slot=%d model=%r",
-            *(found.label, found.serial, found.slot_id, found.model),
+            "pkcs11.token_found %s",
+            pairs(
+                {
+                    "token": found.label,
+                    "serial": found.serial,
+                    "slot": found.slot_id,
+                    "model": found.model,
+                }
+            ),
         )
         return found
     if fitting:
