@@ -240,6 +240,15 @@ class RedisTokenStore:
                 place[:] = [number]
                 return
 
+    @_answered
+    def withdraw(self, name: str) -> None:
+        """See `Register.withdraw`."""
+        client, place = self._clients.get(), self._place.get()
+        if place:
+            key = f"{name}:member:{place.pop()}"
+            if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
+                client.delete(key)
+
     def _places(self, name: str) -> Iterator[int]:
         """Some places; where all of them are taken, those that are free."""
         yield from random.sample(range(_PLACES), 4)

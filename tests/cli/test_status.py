@@ -308,7 +308,7 @@ def test_what_was_told_last_is_what_is_true_last(
 ) -> None:
     announced(opened)
     announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
-    announcer.close()
+    announcer._thread.join(20)
     looked, go_on = threading.Event(), threading.Event()
     digest = opened.status().settings.digest  # type: ignore[union-attr]
 
@@ -327,7 +327,7 @@ def test_what_was_told_last_is_what_is_true_last(
     reload.join(0.5)  # without order it would be over by now
     go_on.set()
     reload.join(20)
-    announcer.close()
+    announcer._thread.join(20)
     found = run("status", "--json", "--config", str(file)).document["processes"]
     assert [each["settings"] for each in found] == [digest]
 
@@ -345,3 +345,13 @@ def test_a_process_that_has_two_places_is_listed_once_as_it_was_last(
     announcer.tell()  # where its place was taken just now
     found = run("status", "--json", "--config", str(file)).document["processes"]
     assert [each["kids"] for each in found if each["member"] == "m" * 16] == [["kid-3"]]
+
+
+def test_a_process_that_closes_is_listed_no_more(
+    run: Run, file: Path, opened: TokenFetcher
+) -> None:
+    with TokenFetcher.from_settings(file) as other:
+        announced(opened, other)
+    found = run("status", "--json", "--config", str(file)).document["processes"]
+    renewal: Any = opened._renewal
+    assert [each["member"] for each in found] == [renewal.announcer._register.member]
