@@ -128,6 +128,7 @@ class RedisTokenStore:
         self._member: PerProcess[str] = PerProcess(lambda: secrets.token_hex(MEMBER // 2))
         self._place: PerProcess[list[int]] = PerProcess(list)
         self._named = ""
+        self._own = False
         # The package types its clients for sync and async use at once.
         self._clients: PerProcess[Any]
         if callable(client) and not isinstance(client, type):
@@ -164,7 +165,7 @@ class RedisTokenStore:
         settings = {**cls.CLIENT_SETTINGS, "username": username}
         made, named = maker(url, settings, password, ca_file=ca_file, cluster=cluster)
         store = cls(made)
-        store._named = named
+        store._named, store._own = named, True
         return store
 
     @_answered
@@ -284,6 +285,11 @@ class RedisTokenStore:
         client = self._clients.made_here()
         for pool in () if client is None else pools_of(client):
             pool.disconnect()
+
+    def close(self) -> None:
+        """Close the connections of a client that `from_url` made; a caller's stays open."""
+        if self._own:
+            self.abort()
 
     def where(self) -> str:
         """The addresses of the servers, as they stand in a sentence; "" where none is known."""

@@ -355,3 +355,17 @@ def test_a_process_that_closes_is_listed_no_more(
     found = run("status", "--json", "--config", str(file)).document["processes"]
     renewal: Any = opened._renewal
     assert [each["member"] for each in found] == [renewal.announcer._register.member]
+
+
+def test_what_the_settings_opened_at_the_store_is_closed(
+    file: Path, redis_server: RedisServer
+) -> None:
+    def others() -> int:
+        return len(admin.client_list()) - 1
+
+    with redis_server.admin() as admin:
+        with TokenFetcher.from_settings(file) as fetcher:
+            announced(fetcher)
+            assert others() >= 1
+        until(lambda: others() == 0, seconds=20)  # the server hears of it a moment later
+        assert fetcher is not None  # so that no destructor has done it
