@@ -24,8 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from types import TracebackType
-from typing import Literal, NoReturn, Self, Unpack, final
+from typing import Any, Literal, NoReturn, Self, Unpack, final
 
 import requests
 
@@ -132,6 +131,7 @@ class TokenFetcher(TokenKeeper):
         proxy = None
         self._environment = Environment.of(environment)
         self._following: Following | None = None
+        self._opened_store: Any = None  # a RedisTokenStore, which is an extra
         if not proxy_adds_certificate:
             require_certificate(self._environment, client_certificate)
         if limits is not None and not isinstance(limits, Limits):
@@ -232,6 +232,7 @@ class TokenFetcher(TokenKeeper):
             arguments = arguments_of(following.settings, keys, store)
             signers = SignerSet(keys.signers, observers=observers)
             fetcher = cls(signers, **arguments, **options, observers=observers)
+            fetcher._opened_store = arguments.get("store") if store is None else None
             fetcher._following, fetcher._looks_every = following, LOOK_INTERVAL
             following.begin(keys, fetcher._take, fetcher._announce)
         return fetcher
@@ -325,13 +326,14 @@ class TokenFetcher(TokenKeeper):
         reload_on(number, self)
 
     def close(self) -> None:
-        """Forget the token, end a renewal under way, close the connections.
+        """Forget the token, end a renewal under way, close connections and what settings opened.
 
-        Those who wait for the renewal get a `FetcherClosedError`. The signer stays open, but for
-        those that a file of settings named.
+        Those who wait for the renewal get a `FetcherClosedError`. A signer that was given stays.
         """
         let_go(self)
         super().close()
+        if self._opened_store is not None:
+            self._opened_store.close()
         if self._following is not None:
             self._following.close()
 
@@ -381,12 +383,7 @@ class TokenFetcher(TokenKeeper):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -88,6 +88,18 @@ def _answered(
     return call
 
 
+class _Place:
+    """Where a process tells of itself.
+
+    Attributes:
+        number: Its place; None: it has none so far.
+        missed: Whether it looked for one and found none.
+    """
+
+    number: int | None = None
+    missed = False
+
+
 @final
 class RedisTokenStore:
     """Keeps sealed tokens under ``d1-signer:{…}:token`` and leases under ``d1-signer:{…}:lease``.
@@ -126,8 +138,9 @@ class RedisTokenStore:
         with suppress(metadata.PackageNotFoundError):
             metadata.version("redis")
         self._member: PerProcess[str] = PerProcess(lambda: secrets.token_hex(MEMBER // 2))
-        self._place: PerProcess[list[int]] = PerProcess(list)
+        self._place: PerProcess[_Place] = PerProcess(_Place)
         self._named = ""
+        self._own = False
         # The package types its clients for sync and async use at once.
         self._clients: PerProcess[Any]
         if callable(client) and not isinstance(client, type):
@@ -164,7 +177,7 @@ class RedisTokenStore:
         settings = {**cls.CLIENT_SETTINGS, "username": username}
         made, named = maker(url, settings, password, ca_file=ca_file, cluster=cluster)
         store = cls(made)
-        store._named = named
+        store._named, store._own = named, True
         return store
 
     @_answered
@@ -230,19 +243,35 @@ class RedisTokenStore:
         content, place = self.member.encode() + sealed, self._place.get()
         milliseconds = max(1, int(life * 1000))
         client = self._clients.get()
-        if place:
-            key = f"{name}:member:{place[0]}"
+        if place.number is not None:
+            key = f"{name}:member:{place.number}"
             if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
                 client.set(key, content, px=milliseconds)
                 return
-        for number in self._places(name):
+        for number in self._places(name, all_of_them=place.missed):
             if client.set(f"{name}:member:{number}", content, nx=True, px=milliseconds):
-                place[:] = [number]
+                place.number = number
                 return
+        place.number, place.missed = None, True
 
-    def _places(self, name: str) -> Iterator[int]:
-        """Some places; where all of them are taken, those that are free."""
+    @_answered
+    def withdraw(self, name: str) -> None:
+        """See `Register.withdraw`."""
+        client, place = self._clients.get(), self._place.get()
+        if place.number is not None:
+            key = f"{name}:member:{place.number}"
+            place.number = None
+            if _bytes(client.getrange(key, 0, MEMBER - 1)) == self.member.encode():
+                client.delete(key)
+
+    def _places(self, name: str, *, all_of_them: bool) -> Iterator[int]:
+        """Some places; and those that are free, for who found none the last time.
+
+        A fleet of thousands that starts at once is not to look at all of them at once.
+        """
         yield from random.sample(range(_PLACES), 4)
+        if not all_of_them:
+            return
         with self._clients.get().pipeline(transaction=False) as pipe:
             for number in range(_PLACES):
                 pipe.getrange(f"{name}:member:{number}", 0, 0)
@@ -275,6 +304,11 @@ class RedisTokenStore:
         client = self._clients.made_here()
         for pool in () if client is None else pools_of(client):
             pool.disconnect()
+
+    def close(self) -> None:
+        """Close the connections of a client that `from_url` made; a caller's stays open."""
+        if self._own:
+            self.abort()
 
     def where(self) -> str:
         """The addresses of the servers, as they stand in a sentence; "" where none is known."""

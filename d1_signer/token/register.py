@@ -53,6 +53,7 @@ class Announcer:
         self._thread: threading.Thread | None = None
         # What is told last is what is true last: a renewal's thread and a reload tell at once.
         self._telling = PerProcess(threading.Lock)
+        self._told_by: int | None = None  # the process that has something to take back
 
     def begin(self) -> None:
         """Tell it in a thread of its own, for which no renewal waits."""
@@ -64,10 +65,18 @@ class Announcer:
         self._thread = thread
 
     def close(self) -> None:
-        """Wait for what is being told, a second at most."""
+        """Wait for what is being told, a second at most, and take it back."""
         thread, self._thread = self._thread, None
         if thread is not None and thread.ident is not None:
             thread.join(_GRACE)
+        register = self._register
+        if register is not None and self._told_by == os.getpid():
+            self._told_by = None
+            # It is forgotten by itself, if later.
+            with contextlib.suppress(StoreUnavailable):
+                self._store.use(
+                    lambda: register.withdraw(self._name), deadline=time.monotonic() + _LONGEST
+                )
 
     def tell(self) -> None:
         """Tell it; a store that cannot take it now is told at the next renewal."""
@@ -83,6 +92,7 @@ class Announcer:
                 **self._about(),
             }
             sealed = self._sealer.seal_member(facts)
+            self._told_by = os.getpid()
             # The renewal itself tells of a store that is away.
             with contextlib.suppress(StoreUnavailable):
                 self._store.use(

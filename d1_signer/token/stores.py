@@ -79,6 +79,10 @@ class Register(Protocol):
         """Keep ``sealed`` for this process, for ``life`` seconds."""
         ...
 
+    def withdraw(self, name: str) -> None:
+        """Keep nothing of this process any more."""
+        ...
+
     def members(self, name: str) -> list[bytes]:
         """What was announced and is still kept."""
         ...

@@ -264,8 +264,10 @@ def test_more_processes_than_there_is_room_for(opened: TokenFetcher) -> None:
     announcer = fleet.announcer
     store = announcer._register
     for number in range(300):
-        store._place.get()[:] = []
-        store.announce(announcer._name, b"x", life=60.0)
+        store._place.get().number, store._place.get().missed = None, False
+        for _ in range(2):  # a second one looks at all places
+            if store._place.get().number is None:
+                store.announce(announcer._name, b"x", life=60.0)
         assert len(store.members(announcer._name)) == min(number + 2, 256)
 
 
@@ -285,7 +287,7 @@ def test_the_same_settings_are_not_enough(run: Run, file: Path, opened: TokenFet
     facts = {**TOLD, "settings": about["settings"], "certificate": "0" * 64}
     with announcer._register._clients.get() as client:
         sealed = announcer._sealer.seal_member(facts)
-        free = (announcer._register._place.get()[0] + 1) % 256
+        free = (announcer._register._place.get().number + 1) % 256
         client.set(f"{announcer._name}:member:{free}", b"m" * 16 + sealed)
     result = run("status", "--config", str(file))
     assert result.status == 1
@@ -332,7 +334,7 @@ def test_what_was_told_last_is_what_is_true_last(
 ) -> None:
     announced(opened)
     announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
-    announcer.close()
+    announcer._thread.join(20)
     looked, go_on = threading.Event(), threading.Event()
     digest = opened.status().settings.digest  # type: ignore[union-attr]
 
@@ -351,7 +353,7 @@ def test_what_was_told_last_is_what_is_true_last(
     reload.join(0.5)  # without order it would be over by now
     go_on.set()
     reload.join(20)
-    announcer.close()
+    announcer._thread.join(20)
     found = run("status", "--json", "--config", str(file)).document["processes"]
     assert [each["settings"] for each in found] == [digest]
 
@@ -369,3 +371,27 @@ def test_a_process_that_has_two_places_is_listed_once_as_it_was_last(
     announcer.tell()  # where its place was taken just now
     found = run("status", "--json", "--config", str(file)).document["processes"]
     assert [each["kids"] for each in found if each["member"] == "m" * 16] == [["kid-3"]]
+
+
+def test_a_process_that_closes_is_listed_no_more(
+    run: Run, file: Path, opened: TokenFetcher
+) -> None:
+    with TokenFetcher.from_settings(file) as other:
+        announced(opened, other)
+    found = run("status", "--json", "--config", str(file)).document["processes"]
+    renewal: Any = opened._renewal
+    assert [each["member"] for each in found] == [renewal.announcer._register.member]
+
+
+def test_what_the_settings_opened_at_the_store_is_closed(
+    file: Path, redis_server: RedisServer
+) -> None:
+    def others() -> int:
+        return len(admin.client_list()) - 1
+
+    with redis_server.admin() as admin:
+        with TokenFetcher.from_settings(file) as fetcher:
+            announced(fetcher)
+            assert others() >= 1
+        until(lambda: others() == 0, seconds=20)  # the server hears of it a moment later
+        assert fetcher is not None  # so that no destructor has done it
