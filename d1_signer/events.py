@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from d1_signer.errors import ConfigurationError
-from d1_signer.es256 import PublicKey
 from d1_signer.frames import of_signal_handler
+
+if TYPE_CHECKING:  # steps tell their lines with this module before a key is needed
+    from d1_signer.es256 import PublicKey
 
 _log = logging.getLogger("d1_signer")
 _QUOTED = frozenset(" \"'=\\")  # what makes a value be written as JSON writes a text

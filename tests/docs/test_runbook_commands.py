@@ -7,12 +7,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from d1_signer import TokenFetcher, generate_key
 from tests.docs.reading import ROOT
-from tests.docs.test_settings_page import PASSWORD, folder, ran, redis_server
+from tests.docs.test_settings_page import PASSWORD, folder, ran, redis_server, shared
+from tests.token.test_fetcher import until
 
 __all__ = ["folder", "redis_server"]  # fixtures
 
@@ -53,7 +55,11 @@ class Host:
 
 def test_each_of_ours_works_as_printed(folder: Path) -> None:
     host = Host(folder)
-    told = {line: host.type(line) for line in OURS if "COMMAND" not in line}
+    with TokenFetcher.from_settings(folder / "production.toml") as fetcher:
+        renewal: Any = fetcher._renewal
+        members = renewal.announcer._register.members
+        until(lambda: shared(fetcher) and bool(members(renewal._name)), seconds=100)
+        told = {line: host.type(line) for line in OURS if "COMMAND" not in line}
     assert len(told) >= 10
     assert "bank-2027" in told["d1-signer assertion"]
     jwks = json.loads(told["d1-signer public-key --format jwks"])
