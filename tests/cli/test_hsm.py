@@ -21,7 +21,7 @@ _HINTS = {
     "module": "module-path",
     "token": "Name the token",
     "login": "The token counts each wrong PIN and locks itself after some: correct the PIN at its "
-    "source before this is run again.",
+    "source before this is run again or started anew.",
     "key": "Check object and id",
 }
 

@@ -187,7 +187,7 @@ FAULTS: Mapping[str, Fault] = {
         plant=_wrong_kid,
         code="token_refused",
         told=(
-            "'invalid_grant' 'The kid of the assertion is unknown.'",
+            "'invalid_grant' 'The kid of the assertion is unknown'",
             "Check the issuer id, the kid",
         ),
         facts=(f"kid={OTHER_KID}", f"issuer={ISSUER}", "status=400", "correlation_id="),
@@ -221,7 +221,7 @@ FAULTS: Mapping[str, Fault] = {
     "PIN changed": Fault(
         plant=_change_pin,
         code="login",
-        told=("PIN", "Correct the PIN at its source"),
+        told=("PIN", "the PIN at its source"),
         facts=("CKR_PIN_INCORRECT", 'token="pkcs11:token=nordbank"', f"kid={KID}"),
         before=("pkcs11.pin_refused_after_it_worked token='nordbank'", "probably changed"),
         series=(_renewals("login"), _signatures("login")),
@@ -272,7 +272,7 @@ FAULTS: Mapping[str, Fault] = {
     "wrong issuer id": Fault(
         plant=_wrong_issuer,
         code="token_refused",
-        told=("'invalid_grant' 'The iss is not a known issuer.'", "Check the issuer id, the kid"),
+        told=("'invalid_grant' 'The iss is not a known issuer'", "Check the issuer id, the kid"),
         facts=(f"issuer={OTHER_ISSUER}", f"kid={KID}", "correlation_id="),
         series=(_renewals("token_refused"), 'http_response_status_code="400"'),
     ),
