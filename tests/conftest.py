@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.leaks import hooks
 from tests.leaks.watch import LeakWatch, told_by
+
+# A shell starts what runs in its background with SIGINT ignored, which programs under test would
+# inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["LeakWatch", "told_by"]
 

@@ -50,7 +50,8 @@ class Announcer:
         self._register = store if isinstance(store, Register) else None
         self._store = BoundedStore(store)
         self._sealer, self._name, self._about = sealer, name, about
-        self._thread: threading.Thread | None = None
+        # A parent's thread is not here, and waiting for it would raise.
+        self._threads: PerProcess[list[threading.Thread]] = PerProcess(list)
         # What is told last is what is true last: a renewal's thread and a reload tell at once.
         self._telling = PerProcess(threading.Lock)
         self._told_by: int | None = None  # the process that has something to take back
@@ -62,12 +63,11 @@ class Announcer:
         thread = threading.Thread(target=self.tell, name="d1-signer-announcing", daemon=True)
         with contextlib.suppress(RuntimeError):  # the limit of threads; the next renewal tells it
             thread.start()
-        self._thread = thread
+            self._threads.get()[:] = [thread]
 
     def close(self) -> None:
         """Wait for what is being told, a second at most, and take it back."""
-        thread, self._thread = self._thread, None
-        if thread is not None and thread.ident is not None:
+        for thread in self._threads.get():
             thread.join(_GRACE)
         register = self._register
         if register is not None and self._told_by == os.getpid():

@@ -334,7 +334,7 @@ def test_what_was_told_last_is_what_is_true_last(
 ) -> None:
     announced(opened)
     announcer: Any = opened._renewal.announcer  # type: ignore[union-attr]
-    announcer._thread.join(20)
+    announcer._threads.get()[0].join(20)
     looked, go_on = threading.Event(), threading.Event()
     digest = opened.status().settings.digest  # type: ignore[union-attr]
 
@@ -353,7 +353,7 @@ def test_what_was_told_last_is_what_is_true_last(
     reload.join(0.5)  # without order it would be over by now
     go_on.set()
     reload.join(20)
-    announcer._thread.join(20)
+    announcer._threads.get()[0].join(20)
     found = run("status", "--json", "--config", str(file)).document["processes"]
     assert [each["settings"] for each in found] == [digest]
 
