@@ -17,7 +17,7 @@ from tests.cli.conftest import Run
 
 _HEAVY = {
     *("asn1crypto", "asyncio", "cryptography", "email", "http", "random", "requests", "rich"),
-    *("secrets", "shutil", "socket", "ssl", "tempfile", "urllib3"),
+    *("secrets", "socket", "ssl", "tempfile", "urllib3"),
 }
 _RUN = """
 import atexit, json, sys
@@ -49,7 +49,7 @@ def test_nothing_heavy_is_imported_for(arguments: list[str]) -> None:
     assert out
     heavy = _HEAVY & modules
     if arguments[0] == "softhsm":  # its defaults are those of the module that makes tokens
-        heavy -= {"random", "secrets", "shutil", "tempfile"}
+        heavy -= {"random", "secrets", "tempfile"}
     assert not heavy
 
 
