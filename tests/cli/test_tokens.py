@@ -16,7 +16,7 @@ from joserfc.jwk import ECKey
 from d1_signer import generate_key
 from d1_signer.cli._output import printable
 from d1_signer.sandbox import Fault, Sandbox
-from d1_signer.sandbox.softhsm import find_softhsm
+from d1_signer.testing import SoftHsmToken
 from tests.cli.conftest import ISSUER, Run, bearer_values, run_process
 
 
@@ -143,11 +143,10 @@ def test_a_key_whose_file_or_passphrase_cannot_be_read_is_passed_over(
     ids=str,
 )
 def test_a_setting_that_is_missing_or_wrong_is_told_before_a_pin_is_read(
-    run: Run, settings: dict[str, str], tmp_path: Path, wrong: dict[str, str]
+    run: Run, settings: dict[str, str], softhsm_token: SoftHsmToken, wrong: dict[str, str]
 ) -> None:
-    _, module = find_softhsm()
-    pin = tmp_path / "no-pin"
-    key = f"pkcs11:token=t;object=o?module-path={module}&pin-source=file:{pin}"
+    pin = softhsm_token.pin_file.with_name("no-pin")
+    key = softhsm_token.uri.replace(str(softhsm_token.pin_file), str(pin))
     settings = {**settings, "D1_SIGNER_KEY": key}
     assert "The PIN file cannot be read" in run("token", "--json", **settings).out
     result = run("token", "--json", **{**settings, **wrong})
