@@ -125,7 +125,7 @@ def _show_version(context: click.Context, _: click.Parameter, value: bool) -> No
 @click.group(
     cls=_Commands,
     commands=_Late(),
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     no_args_is_help=False,  # click before 8.2 would end with status 0
     invoke_without_command=True,
 )

@@ -38,6 +38,13 @@ class OptionsOnly(click.Command):
     """
 
     options_only = "This takes options only. Quote a value that has blanks in it."
+    _help_option: click.Option | None = None
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """The same object each time, so that click 8.1.7 knows where it stands in the line."""
+        if self._help_option is None:
+            self._help_option = super().get_help_option(ctx)
+        return self._help_option
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, see `click.Command`."""

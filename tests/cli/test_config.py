@@ -242,3 +242,4 @@ def test_a_file_that_cannot_be_used(run: Run, write: Write, tmp_path: Path) -> N
 
 def test_wrong_values_are_told_by_their_name_in_the_file(run: Run, write: Write) -> None:
     assert "key is no text" in run("token", "--config", write(key=5)).err
+    assert run("token", "--help", "--config", "/absent").status == 0

@@ -32,7 +32,7 @@ from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import ABORT, HANG, Call, Shim
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.alone]
 
 # Not written where they are used: tracebacks show those lines, and are searched for PINs.
 _WRONG = [f"wrong-pin-{number}" for number in range(5)]
@@ -78,7 +78,7 @@ def test_library_that_hangs_is_killed_at_the_deadline(
     started = time.monotonic()
     with pytest.raises(SignerTimeout) as raised:
         signer.sign(b"message", timeout=0.3)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 0.4
     assert raised.value.details["token"] == f"pkcs11:token={token.label}"
     assert not Path(f"/proc/{host}").exists()
     # The stuck call never returned: a new process signs.

@@ -27,7 +27,7 @@ from d1_signer.signing.signer import Signer
 from d1_signer.testing import SoftHsmToken
 from tests.pkcs11.shim import HANG, Call, Shim
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.alone]
 
 _DEVICE_ERROR = 0x30
 _RECOVERABLE = {
@@ -274,7 +274,7 @@ def test_hanging_call_gives_its_caller_back(signer: Signer, shim: Shim) -> None:
         started = time.monotonic()
         with pytest.raises(SignerTimeout) as raised:
             signer.sign(b"message", timeout=0.2)
-        assert time.monotonic() - started < 2.0  # tests/pkcs11/test_wire.py has the bar
+        assert time.monotonic() - started < 0.5  # tests/pkcs11/test_wire.py has the bar
         busy = raised.value.details["busy_sessions"]
     assert busy == 4
     assert shim.inside == 4
@@ -294,7 +294,7 @@ def test_opening_that_is_left_behind_gives_all_back(
     started = time.monotonic()
     with pytest.raises(SignerTimeout):
         open_signer(token.uri, module_path=shim.path, timeout=0.2)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 0.5
     shim.heal()
     _until(lambda: shim.calls(Call.FINALIZE) == 1)
     _until(lambda: shim.inside == 0)

@@ -31,7 +31,7 @@ from tests.pkcs11.conftest import ROOT, Run
 from tests.pkcs11.shim import Shim
 from tests.pkcs11.wire import Wire, module, proxy, wire
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.alone]
 
 # Signs in a number of threads until its input closes; tells each change between working and not.
 _LOAD = """

@@ -25,7 +25,7 @@ from d1_signer.backends.vault.failures import (
     service_at,
 )
 from d1_signer.backends.vault.settings import Settings
-from d1_signer.errors import D1SignerError
+from d1_signer.errors import D1SignerError, SignerTimeout
 from d1_signer.secret import Secret
 from d1_signer.transport.exchange import Answer, Http
 
@@ -154,6 +154,8 @@ class HttpClient:
             if final or (counted and told.again is not Again.UNSEEN):
                 raise told.error
             now = time.monotonic()
+            if now >= until:
+                raise _too_late(told.error)
             if now + pause >= until:
                 raise told.error  # which says more than that the time is over
             time.sleep(pause)
@@ -221,6 +223,11 @@ class HttpClient:
     def close(self) -> None:
         """Close the connections that are kept."""
         self._http.close()
+
+
+def _too_late(error: D1SignerError) -> SignerTimeout:
+    """That the time is over, in the words of what was met last, which say more."""
+    return SignerTimeout(error.message, hint=error.hint, details=error.details)
 
 
 def _pause(attempts: int, failure: Failure) -> float:
