@@ -45,7 +45,7 @@ class Meaning:
 
 _CHECK_PIN = (
     "The token counts each wrong PIN and locks itself after some: correct the PIN at its source "
-    "before this is run again or started anew. This process does not send the same PIN twice."
+    "before this is run again or started anew. This process does not send a refused PIN again."
 )
 _RESET_PIN = "Log in once with the vendor's tool, or let the security officer reset the PIN."
 _CHECK_DEVICE = "Check the HSM, its connection and its client software; it is tried again."
