@@ -47,7 +47,7 @@ class _Hostile(BaseHTTPRequestHandler):
         head = (
             f"HTTP/1.1 {self.status} \x1b[2J code=ok\r\nContent-Type: application/json\r\n"
             f"x-correlation-id: \x1b[2J kid=evil\r\nX-Request-Id: a b=c\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         )
         with contextlib.suppress(OSError):  # nobody waits any more
             self.wfile.write(head + body)
