@@ -16,6 +16,7 @@ from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import (
     OptionsOnly,
     Output,
+    StdoutError,
     facts,
     printable,
     to_stdout,
@@ -199,4 +200,8 @@ def generate_key(keys: Keys, *, output: Output) -> None:
         "public_key": made.public_key.pem(),
     }
     told = facts({"Key URI": named, "kid": kid or thumbprint, "Thumbprint": thumbprint})
-    output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}", verbatim=True)
+    try:
+        output.result(document, f"{told}\n\n{made.public_key.pem().rstrip()}", verbatim=True)
+    except StdoutError:  # the key is there, and nobody would know of it
+        output.note(f"The key was made all the same: {named}", verbatim=True)
+        raise

@@ -6,12 +6,15 @@ from __future__ import annotations
 import logging
 import time
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
 from d1_signer.errors import D1SignerError
 from d1_signer.events import told
+from d1_signer.signing import forks
 
 _log = logging.getLogger("d1_signer.steps")
+
+_under_way: dict[int, Step] = {}
 
 
 class Step:
@@ -25,21 +28,19 @@ class Step:
 
     __slots__ = ("began", "facts", "what")
 
-    _under_way: ClassVar[dict[int, Step]] = {}
-
     def __init__(self, what: str) -> None:
         """Nothing has begun yet."""
         self.what, self.began = what, 0.0
         self.facts: dict[str, object] = {}
 
-    @classmethod
-    def innermost(cls) -> Step | None:
+    @staticmethod
+    def innermost() -> Step | None:
         """What began last, of what has not ended in any thread."""
-        return next(reversed(list(cls._under_way.values())), None)
+        return next(reversed(list(_under_way.values())), None)
 
     def __enter__(self) -> Self:
         self.began = time.monotonic()
-        self._under_way[id(self)] = self
+        _under_way[id(self)] = self
         return self
 
     def __exit__(
@@ -48,7 +49,7 @@ class Step:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._under_way.pop(id(self), None)
+        _under_way.pop(id(self), None)
         if _log.isEnabledFor(logging.DEBUG):
             outcome = "done"
             if kind is not None:
@@ -60,3 +61,7 @@ class Step:
                 **self.facts,
             }
             _log.debug("step.ended %s", told(facts))
+
+
+# Nobody in the child waits for what threads of the parent began.
+forks.in_child(_under_way.clear)

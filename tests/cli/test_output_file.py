@@ -266,6 +266,28 @@ def test_a_full_disk_behind_standard_output(arguments: tuple[str, ...], key: Pat
     assert done.stderr == ("Error: Standard output cannot be written: No space left on device.\n")
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_a_key_that_was_made_is_told_whatever_became_of_standard_output(
+    tmp_path: Path, more: list[str]
+) -> None:
+    made = (tmp_path / "made.pem").as_uri()
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "generate-key", "--key", f"{made}#bank", *more],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"The key was made all the same: {made}#bank\n"
+        "Error: Standard output cannot be written: No space left on device.\n"
+    )
+    assert (tmp_path / "made.pem").exists()
+
+
 def test_a_full_disk_behind_standard_error(key: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(

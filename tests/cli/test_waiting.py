@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import socket
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from d1_signer import secret
+from d1_signer import secret, signing
 from d1_signer.cli import _waiting
 from d1_signer.sandbox import Fault, Sandbox
 from d1_signer.signing.steps import Step
@@ -120,7 +121,8 @@ def test_a_wait_is_not_told_where_nobody_asked(
 def test_a_person_who_is_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_waiting, "_PATIENCE", 0.05)
     monkeypatch.setattr(_waiting, "_LOOK", 0.01)
-    monkeypatch.setattr(Step, "_under_way", {})  # without steps of threads that other tests left
+    # Without steps of threads that other tests left.
+    monkeypatch.setattr(signing.steps, "_under_way", {})
     told: list[str] = []
     heard = threading.Event()
 
@@ -167,6 +169,14 @@ def test_what_began_last_is_what_is_waited_for() -> None:
             assert Step.innermost() is inner
             assert inner.began <= time.monotonic()
         assert Step.innermost() is outer
+
+
+def test_the_child_of_a_fork_waits_for_nothing_that_its_parent_began() -> None:
+    with Step("of the parent"):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if Step.innermost() is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_how_many_attempts_were_made_is_told_where_there_were_several(
