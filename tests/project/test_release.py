@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -27,6 +30,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = PROJECT["project"]["version"]
 EXTRAS = list(PROJECT["project"]["optional-dependencies"])
 _INCLUDED = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+HOME = "https://git.bank.example/d1_signer"
+AT_HOME = f"--repository {HOME}"
 _AT = "2026-11-27T12:00:00Z"
 
 
@@ -77,7 +82,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def release(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Path:
     source = committed(tmp_path_factory.mktemp("first"))
     made = shell(
-        f"umask 022; {sys.executable} scripts/release dist --key {keys / 'mine'}",
+        f"umask 022; {sys.executable} scripts/release dist --key {keys / 'mine'} {AT_HOME}",
         source,
         TZ="UTC",
         LC_ALL="C",
@@ -97,12 +102,13 @@ def test_made_twice_it_is_the_same(release: Path, tmp_path_factory: pytest.TempP
     configured = shell(f"git config core.autocrlf true && git replace HEAD {other}", source)
     assert configured.returncode == 0, configured.stderr
     made = shell(
-        f"umask 077; {sys.executable} scripts/release '../the release'",
+        f"umask 077; {sys.executable} scripts/release '../the release' {AT_HOME}",
         source,
         TZ="Asia/Kathmandu",
         LC_ALL="C.UTF-8",
         PYTHONHASHSEED="7",
         SOURCE_DATE_EPOCH="7",
+        D1_SIGNER_REPOSITORY="https://elsewhere.example",
     )
     assert made.returncode == 0, made.stdout + made.stderr
     assert "Not signed" in made.stderr
@@ -233,8 +239,54 @@ def test_provenance(release: Path) -> None:
         assert hashlib.sha256((release / name).read_bytes()).hexdigest() == value
     definition = statement["predicate"]["buildDefinition"]
     head = shell("git rev-parse HEAD", release).stdout.strip()
-    assert definition["externalParameters"]["source"]["digest"] == {"gitCommit": head}
+    source = definition["externalParameters"]["source"]
+    assert source == {"uri": f"git+{HOME}", "digest": {"gitCommit": head}}
     lock = definition["resolvedDependencies"][1]
     content = (ROOT / "requirements" / "dev.txt").read_bytes()
     assert lock["digest"]["sha256"] == hashlib.sha256(content).hexdigest()
     assert statement["predicate"]["runDetails"]["builder"]["id"].startswith("urn:")
+
+
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_a_package_index_shows_links_that_lead_to_the_releases_files(
+    release: Path, kind: str
+) -> None:
+    metadata = metadata_of(next(release.glob(kind)))
+    files = f"{HOME}/blob/v{VERSION}/"
+    links = links_of(metadata)
+    here = {link.removeprefix(files) for link in links if link.startswith(files)}
+    assert {"SECURITY.md", "docs/pkcs11", "docs/cloud/aws.md"} <= here
+    assert all((ROOT / link.partition("#")[0]).exists() for link in here)
+    assert all(link.startswith("https://") for link in links)
+    urls = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
+    assert urls["Source"] == HOME
+    for name in ("Documentation", "Changelog", "Security"):
+        assert (ROOT / urls[name].removeprefix(files)).exists()
+
+
+def test_no_link_leads_nowhere_where_nobody_says_where_the_code_is(wheel: Path) -> None:
+    metadata = metadata_of(wheel)
+    assert all(link.startswith("https://") for link in links_of(metadata))
+    assert "[Onboarding" not in str(metadata.get_payload())
+    assert "Onboarding · Runbook · Tokens" in str(metadata.get_payload())
+    (line,) = metadata.get_all("Project-URL", [])
+    assert line == "D1 API by Thales, https://docs.payments.thalescloud.io"
+
+
+def metadata_of(distribution: Path) -> Message:
+    """What an index reads of it."""
+    if distribution.suffix == ".whl":
+        with zipfile.ZipFile(distribution) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+            return Parser().parsestr(archive.read(name).decode())
+    with tarfile.open(distribution) as archive:
+        (name,) = (n for n in archive.getnames() if n.count("/") == 1 and n.endswith("/PKG-INFO"))
+        content = archive.extractfile(name)
+        assert content is not None
+        return Parser().parsestr(content.read().decode())
+
+
+def links_of(metadata: Message) -> set[str]:
+    """Where the links of the page lead, as a reader of Markdown has it."""
+    page = MarkdownIt("commonmark").enable("table").render(str(metadata.get_payload()))
+    return set(re.findall(r'(?:href|src)="([^"]*)"', page))
