@@ -399,22 +399,27 @@ def test_files_are_rotated_without_losing_the_tree(place: Path) -> None:
 
 def test_a_trail_is_verified_while_it_is_written(place: Path) -> None:
     stop = threading.Event()
+    allowed = threading.Semaphore(0)  # so that reading all of it again and again has an end
     trail = AuditTrail(
         place, origin=ORIGIN, checkpoint_signer=sealing_signer(), sync="none", seal_records=5
     )
     with trail, watched_signer(trail) as signer:
 
         def sign() -> None:
-            while not stop.is_set():
+            while allowed.acquire() and not stop.is_set():
                 signer.sign(b"x")
 
         threads = [threading.Thread(target=sign) for _ in range(2)]
         for thread in threads:
             thread.start()
+        found = []
         try:
-            found = [verified(place)[0] for _ in range(40)]
+            for _ in range(40):
+                allowed.release(200)
+                found.append(verified(place)[0])
         finally:
             stop.set()
+            allowed.release(2)
             for thread in threads:
                 thread.join(30)
     assert [report.findings for report in found] == [[]] * 40
