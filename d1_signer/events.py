@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from d1_signer.errors import ConfigurationError
 from d1_signer.frames import of_signal_handler
 
-if TYPE_CHECKING:  # steps tell their lines with this module before a key is needed
+if TYPE_CHECKING:
     from d1_signer.es256 import PublicKey
 
 _log = logging.getLogger("d1_signer")
-_QUOTED = frozenset(" \"'=\\")  # what makes a value be written as JSON writes a text
 
 Scalar = str | int | bool | None
 Recordable = Scalar | Sequence[Scalar] | Sequence[Sequence[Scalar]]
@@ -247,20 +245,6 @@ def _tell(observer: Callable[[], None]) -> None:
         if of_signal_handler(error):
             raise
         _log.warning("observer.failed %s", type(error).__name__)
-
-
-def told(facts: Mapping[str, object]) -> str:
-    """Names and values for a line of the log, each of which can be read back.
-
-    A value that others chose neither ends the line nor adds a name to it.
-    """
-    return " ".join(f"{name}={_shown(value)}" for name, value in facts.items())
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    plain = text.isascii() and text.isprintable() and text and not set(text) & _QUOTED
-    return text if plain else json.dumps(text)
 
 
 def current_span() -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ whatever is called from outside asks first, before it touches a lock or a queue 
 from __future__ import annotations
 
 import os
-import random
+import sys
 import threading
 from collections.abc import Callable
 
@@ -33,8 +33,10 @@ def notice() -> None:
     if pid != _pid:
         with _noticing.setdefault(pid, threading.Lock()):
             if pid != _pid:
-                # As Python does where it is told; or the pauses of all children are alike.
-                random.seed()
+                # As Python does where it is told; or the pauses of all children are alike. What is
+                # not loaded has no state, and loading takes a lock that the parent may have held.
+                if "random" in sys.modules:
+                    sys.modules["random"].seed()
                 _begin_in_child()
 
 

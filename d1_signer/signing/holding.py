@@ -17,7 +17,8 @@ from d1_signer.custody.statements import (
 )
 from d1_signer.errors import ConfigurationError, CustodyError, SignerError
 from d1_signer.es256 import PublicKey
-from d1_signer.events import Recordable, Trail, told
+from d1_signer.events import Recordable, Trail
+from d1_signer.logfmt import told
 from d1_signer.signing.backend import Backend, Reopening, guarded
 from d1_signer.signing.recording import answers
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import final
 
 from d1_signer.errors import D1SignerError
-from d1_signer.events import told
+from d1_signer.logfmt import told
 from d1_signer.signing import forks
 from d1_signer.signing.lazy_signer import LazySigner
 from d1_signer.signing.signer import Signer

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from d1_signer.errors import D1SignerError
-from d1_signer.events import told
+from d1_signer.logfmt import told
 from d1_signer.signing import forks
 
 _log = logging.getLogger("d1_signer.steps")

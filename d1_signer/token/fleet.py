@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from d1_signer.errors import FetcherClosedError, StoreUnavailable, TokenTimeout
-from d1_signer.events import told
+from d1_signer.logfmt import told
 from d1_signer.secret import Secret
 from d1_signer.signing.steps import Step
 from d1_signer.token.access_token import HeldToken, hold

@@ -24,8 +24,9 @@ from d1_signer.errors import (
     FetcherClosedError,
     TokenError,
 )
-from d1_signer.events import Observer, checked, told
+from d1_signer.events import Observer, checked
 from d1_signer.frames import without_locals
+from d1_signer.logfmt import told
 from d1_signer.secret import shown_path
 from d1_signer.signing import forks
 from d1_signer.token.opening import Keys, Opening

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from d1_signer.errors import D1SignerError
-from d1_signer.events import Observer, RenewalEvent, notify, notify_beginning, told
+from d1_signer.events import Observer, RenewalEvent, notify, notify_beginning
+from d1_signer.logfmt import told
 from d1_signer.token.access_token import HeldToken
 from d1_signer.token.clock import Clock
 from d1_signer.token.status import Failure, StoreState, Success

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from d1_signer.audit.trail import AuditTrail
 from d1_signer.custody.policy import CustodyPolicy
 from d1_signer.errors import ConfigurationError, D1SignerError, SecretSourceError, SignerError
-from d1_signer.events import Observer, told
+from d1_signer.events import Observer
+from d1_signer.logfmt import told
 from d1_signer.secret import Secret, read_secret
 from d1_signer.signing.key_uri import KeyUri, scheme_of, without_secrets
 from d1_signer.signing.opening import open_signer

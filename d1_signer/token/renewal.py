@@ -28,7 +28,8 @@ from d1_signer.errors import (
     TokenTimeout,
     TokenUnavailable,
 )
-from d1_signer.events import Observer, RequestEvent, notify, told
+from d1_signer.events import Observer, RequestEvent, notify
+from d1_signer.logfmt import told
 from d1_signer.secret import Secret
 from d1_signer.signing.signer import Signer
 from d1_signer.signing.signer_set import SignerSet

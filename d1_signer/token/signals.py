@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Literal, Protocol
 
 from d1_signer.errors import D1SignerError, FetcherClosedError, InvalidInputError, TokenError
-from d1_signer.events import told
+from d1_signer.logfmt import told
 from d1_signer.signing import forks
 from d1_signer.token.status import FetcherStatus
 

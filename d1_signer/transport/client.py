@@ -18,7 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from d1_signer.errors import ConfigurationError, D1SignerError, SignerUnavailable
-from d1_signer.events import CertificateEvent, Observer, notify, told
+from d1_signer.events import CertificateEvent, Observer, notify
+from d1_signer.logfmt import told
 from d1_signer.secret import Secret, read_secret, shown_path
 from d1_signer.signing import forks
 from d1_signer.transport.credentials import (

@@ -84,11 +84,13 @@ def test_the_command_alone_lists_the_commands(run: Run) -> None:
     assert run("--json").document["code"] == "usage"
 
 
-# CPU seconds of a command line that does nothing, and how often it is tried.
-_BAR, _RUNS = 0.12, 8
+# How often Python's own start, which takes 12 ms of CPU where the bar is 120 ms; and how often both
+# are tried in turn, at least and at most.
+_BAR, _RUNS, _MOST = 10, 12, 60
 
 
 @pytest.mark.stress
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("arguments", "variables"),
     [
@@ -109,16 +111,20 @@ _BAR, _RUNS = 0.12, 8
 )
 def test_it_costs_little(arguments: list[str], variables: dict[str, str]) -> None:
     """The least of several runs: whatever else the machine does only adds to it."""
-    costs = []
-    for _ in range(_RUNS):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [Path(sys.executable).with_name("d1-signer"), *arguments],
-            stdout=subprocess.DEVNULL,
-            check=False,
-            timeout=60,
-            env={**os.environ, **variables},
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(costs) <= _BAR, costs
+    command = [str(Path(sys.executable).with_name("d1-signer")), *arguments]
+    costs, bare = [], []
+    for run in range(_MOST):
+        costs.append(_cpu(command, variables))
+        bare.append(_cpu([sys.executable, "-c", "pass"], {}))
+        if run >= _RUNS and min(costs) <= _BAR * min(bare):
+            break
+    assert min(costs) <= _BAR * min(bare), (costs, bare)
+
+
+def _cpu(command: list[str], variables: dict[str, str]) -> float:
+    """Seconds of CPU, user and system."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, **variables}
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False, timeout=60, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -16,7 +16,7 @@ import pytest
 
 from d1_signer import Limits, SignerSet, TokenFetcher
 from d1_signer.errors import ConfigurationError, TokenError
-from d1_signer.events import told
+from d1_signer.logfmt import told
 from d1_signer.sandbox import Sandbox
 from d1_signer.testing import make_in_memory_signer
 from tests.token.following import SettingsFile

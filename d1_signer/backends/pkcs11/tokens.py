@@ -11,7 +11,7 @@ from d1_signer.backends.pkcs11.module.cryptoki import Cryptoki, shown
 from d1_signer.backends.pkcs11.module.token import Slots, Token, read_slots
 from d1_signer.backends.pkcs11.uri import Pkcs11Uri
 from d1_signer.errors import AmbiguousKeyError, KeyNotFoundError
-from d1_signer.events import told as pairs
+from d1_signer.logfmt import told as pairs
 
 _log = logging.getLogger(__name__)
 
