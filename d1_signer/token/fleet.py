@@ -25,7 +25,7 @@ from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import MAX_TOKEN_LIFETIME, AssertionProfile, Environment
 from d1_signer.token.register import About, Announcer, name_of
-from d1_signer.token.renewal import Limits, Renewal
+from d1_signer.token.renewal import NO_TIME, Limits, Renewal
 from d1_signer.token.status import LeaseState, StoreState
 from d1_signer.token.stores import (
     MAX_SEALED,
@@ -148,6 +148,11 @@ class FleetRenewal:
             except StoreUnavailable as error:
                 self.store_state = StoreState.AWAY
                 _log.warning("fleet.store_unavailable %s", self._noted(error))
+                if deadline - time.monotonic() < NO_TIME:  # D1 would seem to be what is slow
+                    raise TokenTimeout(
+                        f"No time is left to ask D1 for a token: {error.message}",
+                        hint="It is tried again by itself.",
+                    ) from None
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
             now = time.monotonic()
             look = max(_FIRST_LOOK, min(_LOOK * (now - began), _LONGEST_LOOK, (deadline - now) / 2))

@@ -46,9 +46,11 @@ from d1_signer.token.status import LeaseState, StoreState
 
 _log = logging.getLogger("d1_signer.token")
 
+NO_TIME = 0.05
+"""Seconds in which D1 cannot be asked: what failed for them tells nothing of D1."""
+
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
-_NO_TIME = 0.05
 _TOO_MANY = 429
 _LEAST_AFTER_TOO_MANY = 1.0
 # Below the first a clock is right enough and D1 had another reason; beyond the second the machine
@@ -325,7 +327,7 @@ class Renewal:
     ) -> None:
         """Raise what was known before an attempt that had too little time to tell anything."""
         # A limit made of the deadline ends some microseconds before it.
-        ran_out = deadline - time.monotonic() < _NO_TIME
+        ran_out = deadline - time.monotonic() < NO_TIME
         cut_short = ran_out and deadline - began < self._limits.connect
         if before is not None and reply.status is None and cut_short:
             raise before.fresh()

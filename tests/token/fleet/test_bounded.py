@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 
-from d1_signer import Limits, StoreUnavailable
+from d1_signer import Limits, StoreUnavailable, TokenTimeout
 from d1_signer.sandbox import Sandbox
 from d1_signer.token.bounded import BoundedStore
 from d1_signer.token.redis_store import RedisTokenStore
@@ -66,6 +66,18 @@ def over() -> Iterator[threading.Event]:
 
 def away(caplog: pytest.LogCaptureFixture) -> str:
     return " ".join(line for line in caplog.text.splitlines() if "fleet." in line)
+
+
+def test_d1_is_not_what_is_slow_where_a_store_leaves_it_no_time(
+    fleet: FleetMaker, sandbox: Sandbox, over: threading.Event
+) -> None:
+    renewal = fleet(store=Store(load=lambda: over.wait(60)))._renewal
+    with pytest.raises(TokenTimeout, match="No time is left to ask D1") as raised:
+        renewal.obtain(deadline=time.monotonic() + 0.06, stopped=threading.Event(), refused=None)
+    assert raised.value.retryable
+    assert "store" in str(raised.value)
+    assert "certificate" not in str(raised.value)
+    assert sandbox.counters.token_requests == 0
 
 
 @pytest.mark.parametrize(
