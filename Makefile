@@ -2,7 +2,8 @@
 # Everything runs from a fresh clone: a target installs what it needs and is missing.
 
 PYTHON ?= python3
-JOBS ?= 2
+# Tests wait for a third of their time: three workers keep two processors busy.
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK_VENV := build/lock
@@ -41,8 +42,8 @@ check: $(VENV)/.dev
 # Stress tests have deadlines that pass, and wait for most of their time: they run after the others;
 # those that measure tenths of a second have the machine to themselves.
 test: check system-test
-	$(PYTEST) -p no:benchmark -n $(JOBS) -m 'not stress and not soak'
-	$(PYTEST) -p no:benchmark -n $(JOBS) -m 'stress and not alone and not soak' || test $$? -eq 5
+	$(PYTEST) -p no:benchmark -n $(JOBS) --dist worksteal -m 'not stress and not soak'
+	$(PYTEST) -p no:benchmark -n $(JOBS) --dist worksteal -m 'stress and not alone and not soak' || test $$? -eq 5
 	$(PYTEST) -p no:benchmark -m 'alone and not soak' || test $$? -eq 5
 
 matrix: system-test system-matrix
