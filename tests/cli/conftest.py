@@ -84,6 +84,20 @@ def run_process(*arguments: str, **variables: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def run_on_full_stdout(*arguments: str) -> Result:
+    """Run a command whose standard output has no room."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    return Result(done.returncode, "", done.stderr)
+
+
 @pytest.fixture(scope="session")
 def other_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("keys") / "other.pem"

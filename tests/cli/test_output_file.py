@@ -28,7 +28,7 @@ from d1_signer.cli import _output_file
 from d1_signer.cli._output import Output
 from d1_signer.cli._output_file import OutputFile
 from d1_signer.errors import ConfigurationError
-from tests.cli.conftest import COMMAND, Run
+from tests.cli.conftest import COMMAND, Run, run_on_full_stdout
 
 CSR = ("csr", "--subject", "CN=bank")
 
@@ -253,17 +253,9 @@ def test_a_folder_that_cannot_be_written_to(run: Run, key: Path) -> None:
 )
 def test_a_full_disk_behind_standard_output(arguments: tuple[str, ...], key: Path) -> None:
     command = [key.as_uri() if word == "KEY" else word for word in arguments]
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            [*COMMAND, *command],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-    assert done.returncode == 1
-    assert done.stderr == ("Error: Standard output cannot be written: No space left on device.\n")
+    done = run_on_full_stdout(*command)
+    assert done.status == 1
+    assert done.err == "Error: Standard output cannot be written: No space left on device.\n"
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
@@ -271,17 +263,9 @@ def test_a_key_that_was_made_is_told_whatever_became_of_standard_output(
     tmp_path: Path, more: list[str]
 ) -> None:
     made = (tmp_path / "made.pem").as_uri()
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            [*COMMAND, "generate-key", "--key", f"{made}#bank", *more],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-    assert done.returncode == 1
-    assert done.stderr == (
+    done = run_on_full_stdout("generate-key", "--key", f"{made}#bank", *more)
+    assert done.status == 1
+    assert done.err == (
         f"The key was made all the same: {made}#bank\n"
         "Error: Standard output cannot be written: No space left on device.\n"
     )

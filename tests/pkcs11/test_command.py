@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from d1_signer.testing import SoftHsmToken
-from tests.cli.conftest import COMMAND, Result, run_process
+from tests.cli.conftest import COMMAND, Result, run_on_full_stdout, run_process
 from tests.pkcs11.conftest import Run
 from tests.pkcs11.shim import HANG, Call, Shim
 
@@ -323,20 +323,10 @@ def test_the_descriptors_of_a_service_are_its_own(
 
 
 def test_nothing_can_be_written(token: SoftHsmToken) -> None:
-    with Path("/dev/full").open("wb") as full:
-        for more in ((), ("--json",)):
-            done = subprocess.run(
-                [*COMMAND, "custody", "--key", token.uri, *more],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-                timeout=30,
-            )
-            assert done.returncode == 1
-            assert done.stderr == (
-                "Error: Standard output cannot be written: No space left on device.\n"
-            )
+    for more in ((), ("--json",)):
+        done = run_on_full_stdout("custody", "--key", token.uri, *more)
+        assert done.status == 1
+        assert done.err == "Error: Standard output cannot be written: No space left on device.\n"
 
 
 def test_a_reader_that_goes_away_before_an_error() -> None:
