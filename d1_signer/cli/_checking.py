@@ -48,13 +48,13 @@ from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import DAYS_OF_WARNING, ClientTls
 from d1_signer.transport.hosts import shown_address
-from d1_signer.transport.proxies import optional_proxy
 
 
 def take_steps(
     checklist: Checklist, keys: Keys, issuer: Issuer, connection: Connection, warn_days: int | None
 ) -> None:
     """Take all steps that the settings allow."""
+    issuer.optional_environment()  # one that cannot be read, before anybody is asked for a PIN
     if not check_trail(checklist):
         _skip_all(checklist, keys, issuer)
         checklist.end()
@@ -183,7 +183,7 @@ def _check_d1(
 ) -> None:
     environment = issuer.optional_environment()
     checklist.begin(*_shown_environment(environment))
-    if not (issuer.given or connection.given):
+    if not (issuer.given or connection.given or warn_days is not None):
         checklist.skipped(CERTIFICATE, "give --environment and --issuer-id to check D1 as well")
         for name in (ENDPOINT, ACCESS_TOKEN):
             checklist.skipped(name, "no setting of D1 is given")
@@ -243,10 +243,16 @@ def _check_certificate(
     except D1SignerError as error:
         checklist.failed(CERTIFICATE, error)
         return None
-    if tls.certificate is None:
+    if tls.certificate is not None:
+        _tell_dates(checklist, tls.certificate, warn_days)
+    elif warn_days is None:
         checklist.skipped(CERTIFICATE, "none is given")
     else:
-        _tell_dates(checklist, tls.certificate, warn_days)
+        missing = ConfigurationError(
+            f"There is no client certificate whose end --warn-days {warn_days} could look at.",
+            hint="Give --client-cert and --client-key, or leave --warn-days out.",
+        )
+        checklist.failed(CERTIFICATE, missing)
     return tls
 
 
@@ -315,7 +321,7 @@ def _answer_to_no_assertion(
     endpoint = TokenEndpoint(
         environment,
         tls,
-        proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
+        proxy=connection.optional_proxy(),
         connect_timeout=limits.connect,
         read_timeout=limits.read,
         request_format=RequestFormat.of(connection.request_format),

@@ -58,11 +58,12 @@ class OutputFile:
         """
         self._require_no_trail()
         if not os.path.lexists(self.path):
+            self._require_folder()
             return
         try:
             self._require_harmless()
         except FileNotFoundError:  # a link that leads nowhere
-            pass
+            self._require_folder()
         except OSError as error:
             raise self._cannot(error) from None
         if not self.overwrite:
@@ -104,6 +105,19 @@ class OutputFile:
         if in_trail:
             raise ConfigurationError(
                 f"{self.shown} is in an audit trail, where nothing else is written.",
+                hint="Name a file elsewhere.",
+            )
+
+    def _require_folder(self) -> None:
+        folder = Path(os.path.realpath(self.path)).parent
+        try:
+            if not stat.S_ISDIR(folder.stat().st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        except OSError as error:
+            raise self._cannot(error) from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigurationError(
+                f"{self.shown} cannot be written: this process may not write in its folder.",
                 hint="Name a file elsewhere.",
             )
 

@@ -173,7 +173,10 @@ class Issuer:
     @property
     def given(self) -> bool:
         """Whether any of it is given."""
-        return self.issuer_id is not None or self.environment is not None
+        from d1_signer.token.d1 import Audience
+
+        named = self.issuer_id is not None or self.environment is not None
+        return named or self.audience is not Audience.TOKEN_ENDPOINT
 
     def required_id(self) -> str:
         """The issuer id.
@@ -291,8 +294,12 @@ def with_issuer(command: Command) -> Command:
             if len(given) != 1:
                 raise click.UsageError("--audience and --no-audience exclude each other.")
             no_audience = given == {"no_audience"}
-        wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT
-        issuer = Issuer(issuer_id=issuer_id, environment=environment, audience=wanted)
+        wanted = Audience.TOKEN_ENDPOINT if audience is None else audience
+        issuer = Issuer(
+            issuer_id=issuer_id,
+            environment=environment,
+            audience=None if no_audience else wanted,
+        )
         return command(*args, issuer=issuer, **options)
 
     return wrapper

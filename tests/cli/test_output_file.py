@@ -69,6 +69,19 @@ def test_it_says_what_it_wrote(
     assert again.document["file"] == str(file)
 
 
+@pytest.mark.parametrize("path", ["no/out.pem", "file/out.pem", "link"])
+def test_a_folder_that_is_none_is_told_before_the_key_is_opened(
+    run: Run, command: tuple[str, ...], tmp_path: Path, path: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "out.pem")
+    refused = run(
+        *command, "--key", (tmp_path / "no.pem").as_uri(), "-o", str(tmp_path / path), "--force"
+    )
+    assert (refused.status, refused.out) == (2, "")
+    assert f"{tmp_path / path} cannot be written: " in refused.err
+
+
 def test_a_file_is_overwritten_by_force_only(
     run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
 ) -> None:
