@@ -87,11 +87,11 @@ def open_signer(
     """
     rest, fragment = split_fragment(uri)
     wanted = fragment if kid is None else kid
-    if wanted is not None:  # before a PIN is read, which is a login for nothing then
-        checked_kid(wanted)
     rest, query = taken_from_query(rest, ("attestation", "attestation-anchors"))
     module = load_backend_module(rest)
     checked_trail(trail)
+    if wanted is not None:  # before a PIN is read, which is a login for nothing then
+        checked_kid(wanted)
     shown = without_secrets(uri)
     with Step(f"the key {shown}") as step, recorded(trail, "open", {"key": shown}) as found:
         backend = call_backend(module, "open_backend", rest, options)
