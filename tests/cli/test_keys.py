@@ -210,6 +210,16 @@ def test_a_subject_that_d1_could_not_take(
     assert reason in result.err
 
 
+@pytest.mark.parametrize("kid", ["", "a\tb", "k" * 257])
+def test_no_key_is_made_for_what_is_no_kid(run: Run, tmp_path: Path, kid: str) -> None:
+    file = tmp_path / "new.pem"
+    for arguments in (["--key", file.as_uri(), "--kid", kid], ["--key", f"{file.as_uri()}#{kid}"]):
+        result = run("generate-key", *arguments)
+        assert result.status == 2
+        assert "The kid is empty, longer than 256 characters" in result.err
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     ("subject", "read"),
     [
