@@ -72,10 +72,10 @@ def _skip_all(checklist: Checklist, keys: Keys, issuer: Issuer) -> None:
     reason = "the audit trail takes no record"
     for uri in keys.uris:
         checklist.begin(_shown_key(uri), _about(keys, uri))
-        checklist.skipped("key", reason)
+        checklist.skipped("key", reason, depends=True)
     checklist.begin(*_shown_environment(issuer.optional_environment()))
     for name in (CERTIFICATE, ENDPOINT, ACCESS_TOKEN):
-        checklist.skipped(name, reason)
+        checklist.skipped(name, reason, depends=True)
     check_store(checklist, issuer, not_taken=reason)
 
 
@@ -146,7 +146,7 @@ def _tell_where_it_stopped(checklist: Checklist, opening: Opening, error: D1Sign
     _tell_steps(checklist, names[:at], opening.not_taken(error))
     checklist.failed(stopped_at, error)
     for name in names[at + 1 :]:
-        checklist.skipped(name, f"{stopped_at} failed")
+        checklist.skipped(name, f"{stopped_at} failed", depends=True)
 
 
 def _tell_steps(checklist: Checklist, names: Sequence[str], not_taken: Mapping[str, str]) -> None:
@@ -193,7 +193,7 @@ def _check_d1(
         with checklist.step(ENDPOINT):
             issuer.required_environment()
     elif tls is None:
-        checklist.skipped(ENDPOINT, "the TLS settings failed")
+        checklist.skipped(ENDPOINT, "the TLS settings failed", depends=True)
     elif not _check_endpoint(checklist, environment, tls, connection):
         tls = None
     host = _shown_environment(environment)[1]
@@ -221,7 +221,7 @@ def _check_token(
 ) -> None:
     """Get a token for a key; ``tls`` is None where the endpoint was not reached."""
     if issuer.issuer_id is not None and (signer is None or tls is None):
-        checklist.skipped(ACCESS_TOKEN, "an earlier step failed")
+        checklist.skipped(ACCESS_TOKEN, "an earlier step failed", depends=True)
         return
     with checklist.step(ACCESS_TOKEN) as detail:
         issuer.required_id()

@@ -494,6 +494,30 @@ def test_a_required_step_that_is_unclear_fails(
     result = run("check", "--json", "--require", "endpoint", **settings)
     assert (result.status, result.document["ok"]) == (1, False)
     assert statuses(result)[-2:] == [("endpoint", "failed"), ("access-token", "ok")]
+    assert result.document["stopped_at"]["error"]["hint"].startswith("Check the environment's URL")
+
+
+def test_a_required_certificate_out_of_its_dates_is_told_as_that(
+    run: Run, settings: dict[str, str], tmp_path: Path
+) -> None:
+    put_certificate(settings, tmp_path, -50, -1)
+    result = run("check", "--json", "--require", "client-certificate", **settings)
+    step = result.document["stopped_at"]
+    assert step["step"] == "client-certificate"
+    assert "it expired on" in step["detail"]
+    assert step["error"]["hint"].startswith("Look at this machine's clock")
+
+
+def test_a_required_step_that_waits_for_another_asks_for_no_setting(
+    run: Run, settings: dict[str, str], tmp_path: Path
+) -> None:
+    settings["D1_SIGNER_KEY"] = (tmp_path / "no.pem").as_uri()
+    required = ("--require", "signature", "--require", "access-token")
+    steps = run("check", "--json", *required, **settings).document["steps"]
+    failed = {step["step"]: step["error"]["hint"] for step in steps if step["error"]}
+    assert [*failed] == ["key", "signature", "access-token"]
+    for name in ("signature", "access-token"):
+        assert failed[name] == "It is taken once what failed before it is mended."
 
 
 def test_required_steps_that_pass(run: Run, settings: dict[str, str]) -> None:
