@@ -200,6 +200,17 @@ def other_keys() -> dict[str, bytes]:
     encrypted = BestAvailableEncryption(b"passphrase")
     forms["encrypted"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encrypted)
     forms["PKCS#12"] = serialize_key_and_certificates(b"name", key, None, None, encrypted)
+    forms["encrypted, in DER"] = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, encrypted)
+    openssh = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    forms |= {"OpenSSH": openssh, "behind certificates": b"certificate\n" * 60_000 + openssh}
+    # Made by no library that is here; what they begin with.
+    forms |= {
+        "OpenPGP": b"-----BEGIN PGP PRIVATE KEY BLOCK-----\n",
+        "PuTTY": b"PuTTY-User-Key-File-3: ecdsa-sha2-nistp256\n",
+        "age": b"# created: 2026\nAGE-SECRET-KEY-1QQ\n",
+        "JKS": bytes.fromhex("feedfeed 00000002 00000001"),
+        "JCEKS": bytes.fromhex("cececece 00000002 00000001"),
+    }
     return {**forms, "JWK": b'{"kty": "EC", "crv": "P-256", "d": "AA"}'}
 
 
