@@ -70,7 +70,7 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
     (uri,) = checked_keys(context, parameter, (value,))
     settings = settings_in(context)
     signing = [*os.environ.get("D1_SIGNER_KEY", "").split(), *(settings.key if settings else ())]
-    if _place(uri) in map(_place, signing):
+    if place_of(uri) in map(place_of, signing):
         raise click.UsageError(
             "This key signs assertions (D1_SIGNER_KEY). The client certificate needs a key of its "
             "own; make one with generate-key."
@@ -78,7 +78,7 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
     return uri
 
 
-def _place(uri: str) -> object:
+def place_of(uri: str) -> object:
     """What a key URI names, however it is written: without kid, PIN source and the like."""
     rest = split_fragment(uri)[0].partition("?")[0]
     scheme, _, name = rest.partition(":")

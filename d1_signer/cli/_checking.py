@@ -48,13 +48,13 @@ from d1_signer.token.renewal import MOST_SKEW, Limits
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import DAYS_OF_WARNING, ClientTls
 from d1_signer.transport.hosts import shown_address
-from d1_signer.transport.proxies import optional_proxy
 
 
 def take_steps(
     checklist: Checklist, keys: Keys, issuer: Issuer, connection: Connection, warn_days: int | None
 ) -> None:
     """Take all steps that the settings allow."""
+    issuer.optional_environment()  # one that cannot be read, before anybody is asked for a PIN
     if not check_trail(checklist):
         _skip_all(checklist, keys, issuer)
         checklist.end()
@@ -72,10 +72,10 @@ def _skip_all(checklist: Checklist, keys: Keys, issuer: Issuer) -> None:
     reason = "the audit trail takes no record"
     for uri in keys.uris:
         checklist.begin(_shown_key(uri), _about(keys, uri))
-        checklist.skipped("key", reason)
+        checklist.skipped("key", reason, depends=True)
     checklist.begin(*_shown_environment(issuer.optional_environment()))
     for name in (CERTIFICATE, ENDPOINT, ACCESS_TOKEN):
-        checklist.skipped(name, reason)
+        checklist.skipped(name, reason, depends=True)
     check_store(checklist, issuer, not_taken=reason)
 
 
@@ -146,7 +146,7 @@ def _tell_where_it_stopped(checklist: Checklist, opening: Opening, error: D1Sign
     _tell_steps(checklist, names[:at], opening.not_taken(error))
     checklist.failed(stopped_at, error)
     for name in names[at + 1 :]:
-        checklist.skipped(name, f"{stopped_at} failed")
+        checklist.skipped(name, f"{stopped_at} failed", depends=True)
 
 
 def _tell_steps(checklist: Checklist, names: Sequence[str], not_taken: Mapping[str, str]) -> None:
@@ -183,7 +183,7 @@ def _check_d1(
 ) -> None:
     environment = issuer.optional_environment()
     checklist.begin(*_shown_environment(environment))
-    if not (issuer.given or connection.given):
+    if not (issuer.given or connection.given or warn_days is not None):
         checklist.skipped(CERTIFICATE, "give --environment and --issuer-id to check D1 as well")
         for name in (ENDPOINT, ACCESS_TOKEN):
             checklist.skipped(name, "no setting of D1 is given")
@@ -193,7 +193,7 @@ def _check_d1(
         with checklist.step(ENDPOINT):
             issuer.required_environment()
     elif tls is None:
-        checklist.skipped(ENDPOINT, "the TLS settings failed")
+        checklist.skipped(ENDPOINT, "the TLS settings failed", depends=True)
     elif not _check_endpoint(checklist, environment, tls, connection):
         tls = None
     host = _shown_environment(environment)[1]
@@ -221,7 +221,7 @@ def _check_token(
 ) -> None:
     """Get a token for a key; ``tls`` is None where the endpoint was not reached."""
     if issuer.issuer_id is not None and (signer is None or tls is None):
-        checklist.skipped(ACCESS_TOKEN, "an earlier step failed")
+        checklist.skipped(ACCESS_TOKEN, "an earlier step failed", depends=True)
         return
     with checklist.step(ACCESS_TOKEN) as detail:
         issuer.required_id()
@@ -243,10 +243,16 @@ def _check_certificate(
     except D1SignerError as error:
         checklist.failed(CERTIFICATE, error)
         return None
-    if tls.certificate is None:
+    if tls.certificate is not None:
+        _tell_dates(checklist, tls.certificate, warn_days)
+    elif warn_days is None:
         checklist.skipped(CERTIFICATE, "none is given")
     else:
-        _tell_dates(checklist, tls.certificate, warn_days)
+        missing = ConfigurationError(
+            f"There is no client certificate whose end --warn-days {warn_days} could look at.",
+            hint="Give --client-cert and --client-key, or leave --warn-days out.",
+        )
+        checklist.failed(CERTIFICATE, missing)
     return tls
 
 
@@ -315,7 +321,7 @@ def _answer_to_no_assertion(
     endpoint = TokenEndpoint(
         environment,
         tls,
-        proxy=optional_proxy(connection.proxy, connection.proxy_credentials),
+        proxy=connection.optional_proxy(),
         connect_timeout=limits.connect,
         read_timeout=limits.read,
         request_format=RequestFormat.of(connection.request_format),

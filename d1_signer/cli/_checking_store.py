@@ -28,7 +28,7 @@ def check_store(checklist: Checklist, issuer: Issuer, *, not_taken: str | None =
 
     checklist.begin(f"Store {settings.store.url}", settings.store.url)
     if not_taken:
-        checklist.skipped(STORE, not_taken)
+        checklist.skipped(STORE, not_taken, depends=True)
         return
     with checklist.step(STORE) as detail:
         issuer_id, environment = issuer.required_id(), issuer.required_environment()

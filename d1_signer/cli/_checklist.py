@@ -34,6 +34,13 @@ _NEEDS = {
 }
 
 
+_IF_UNCLEAR = {
+    CERTIFICATE: "Look at this machine's clock; where it is right, have Thales sign a new one from "
+    "a new CSR.",
+    ENDPOINT: "Check the environment's URL, and what answers there instead of D1.",
+}
+
+
 class Status(StrEnum):
     """How a step ended."""
 
@@ -112,14 +119,21 @@ class Checklist:
     def unclear(self, name: str, detail: str, **facts: str) -> None:
         """A step tells neither way; a later one decides."""
         if name in self.required:
-            self.failed(name, _not_passed(name, detail), **facts)
+            self.failed(name, _not_passed(name, detail, hint=_IF_UNCLEAR.get(name)), **facts)
         else:
             self._add(name, Status.UNCLEAR, detail, facts=facts)
 
-    def skipped(self, name: str, reason: str) -> None:
-        """A step was not taken."""
+    def skipped(self, name: str, reason: str, *, depends: bool = False) -> None:
+        """A step was not taken.
+
+        Args:
+            name: Its name.
+            reason: Why not.
+            depends: Whether it is because of another that failed.
+        """
         if name in self.required:
-            self.failed(name, _not_passed(name, f"not taken, since {reason}"))
+            hint = "It is taken once what failed before it is mended." if depends else None
+            self.failed(name, _not_passed(name, f"not taken, since {reason}", hint=hint))
         else:
             self._add(name, Status.SKIPPED, reason)
 
@@ -194,8 +208,9 @@ def _part_of(name: str) -> str:
     return "Store" if name == STORE else "Keys"
 
 
-def _not_passed(name: str, reason: str) -> ConfigurationError:
+def _not_passed(name: str, reason: str, *, hint: str | None = None) -> ConfigurationError:
+    """The error of a step; without a hint it says what has to be given for the step."""
+    needs = f"It needs {_NEEDS.get(name, 'a key that works')}; else leave --require {name} out."
     return ConfigurationError(
-        f"The step {name} is required and did not pass: {reason}.",
-        hint=f"It needs {_NEEDS.get(name, 'a key that works')}; else leave --require {name} out.",
+        f"The step {name} is required and did not pass: {reason}.", hint=hint or needs
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from d1_signer.token.fetcher import TokenFetcher
     from d1_signer.transport.client import ClientTls
     from d1_signer.transport.credentials import ClientCertificate
+    from d1_signer.transport.proxies import Proxy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +57,16 @@ class Connection:
     @property
     def given(self) -> bool:
         """Whether any of it is given."""
-        named = (self.client_cert, self.client_key, self.ca_file, self.proxy)
-        return any(value is not None for value in named)
+        named = (
+            self.client_cert,
+            self.client_key,
+            self.passphrase_source,
+            self.ca_file,
+            self.proxy,
+            self.proxy_credentials,
+        )
+        stated = self.proxy_adds_certificate or self.request_format != "form"
+        return stated or any(value is not None for value in named)
 
     def require(self, environment: Environment | None) -> None:
         """Refuse half of a client certificate, or none for an environment that needs one.
@@ -103,6 +112,17 @@ class Connection:
         signer = context.with_resource(open_key(key, options, trail=current_trail()))
         limit = {} if timeout is None else {"timeout": timeout}
         return ClientCertificate(certificate, signer, passphrase=self.passphrase_source, **limit)
+
+    def optional_proxy(self) -> Proxy | None:
+        """The proxy, None where none is given.
+
+        Raises:
+            ConfigurationError: Its settings cannot be used.
+            SecretSourceError: Nor its credentials.
+        """
+        from d1_signer.transport import proxies
+
+        return proxies.optional_proxy(self.proxy, self.proxy_credentials)
 
     def fetcher(
         self, signers: Signer | SignerSet, issuer: Issuer, *, tls: ClientTls | None = None

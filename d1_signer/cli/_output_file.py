@@ -23,13 +23,20 @@ from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.secret import is_full, shown_path
 
 _MODE = 0o644  # what is written is public, and nobody else's to change
-_LOOKED_AT = 1 << 16
-# PEM, the private members of a JWK, or DER: RFC 5958, RFC 5915 and RFC 7292 begin with an INTEGER.
+_LOOKED_AT = 1 << 20  # a key may stand behind the certificates of many authorities
+_LENGTH = rb"(?:[\x00-\x7f]|\x81.|\x82..)"  # of DER
+# PEM and what is like it, DER, and the key stores of Java. In DER RFC 5958, RFC 5915 and RFC 7292
+# begin with an INTEGER; what RFC 5958 encrypts, with the OID of a method (PKCS#5, PKCS#12).
 _PRIVATE_KEYS = (
-    re.compile(rb"PRIVATE KEY-----"),
-    re.compile(rb'"kty"(?=.*"d"\s*:)|"d"\s*:(?=.*"kty")', re.DOTALL),
-    re.compile(rb"\A\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01\x03]", re.DOTALL),
+    re.compile(rb"PRIVATE KEY(?: BLOCK)?-----|AGE-SECRET-KEY-|\APuTTY-User-Key-File-"),
+    re.compile(rb"\A\x30" + _LENGTH + rb"\x02\x01[\x00\x01\x03]", re.DOTALL),
+    re.compile(
+        rb"\A\x30" + _LENGTH + rb"\x30" + _LENGTH + rb"\x06.\x2a\x86\x48\x86\xf7\x0d\x01[\x05\x0c]",
+        re.DOTALL,
+    ),
+    re.compile(rb"\A(?:\xfe\xed\xfe\xed|\xce\xce\xce\xce)"),
 )
+_PRIVATE_MEMBER = re.compile(rb'"d"\s*:')  # of a JWK
 # Of the environment, what names files of ours, of an SDK or of a PKCS#11 module.
 _VARIABLES = ("D1_", "AWS_", "GOOGLE_", "VAULT_", "BAO_", "SOFTHSM2_")
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})  # of a file system
@@ -58,11 +65,12 @@ class OutputFile:
         """
         self._require_no_trail()
         if not os.path.lexists(self.path):
+            self._require_folder()
             return
         try:
             self._require_harmless()
         except FileNotFoundError:  # a link that leads nowhere
-            pass
+            self._require_folder()
         except OSError as error:
             raise self._cannot(error) from None
         if not self.overwrite:
@@ -104,6 +112,19 @@ class OutputFile:
         if in_trail:
             raise ConfigurationError(
                 f"{self.shown} is in an audit trail, where nothing else is written.",
+                hint="Name a file elsewhere.",
+            )
+
+    def _require_folder(self) -> None:
+        folder = Path(os.path.realpath(self.path)).parent
+        try:
+            if not stat.S_ISDIR(folder.stat().st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        except OSError as error:
+            raise self._cannot(error) from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigurationError(
+                f"{self.shown} cannot be written: this process may not write in its folder.",
                 hint="Name a file elsewhere.",
             )
 
@@ -166,6 +187,8 @@ def with_output_file(command: Command) -> Command:
 
 
 def _holds_private_key(content: bytes) -> bool:
+    if b'"kty"' in content and _PRIVATE_MEMBER.search(content):
+        return True
     return any(pattern.search(content) for pattern in _PRIVATE_KEYS)
 
 

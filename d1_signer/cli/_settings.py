@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from d1_signer.cli._callbacks import checked_keys
+from d1_signer.cli._callbacks import checked_keys, place_of
 from d1_signer.cli._config import policy_in, settings_in
 from d1_signer.cli._options import BackendOptions, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # As a `SignerSet` has it.
 _AWAY = (SignerError, SecretSourceError)
 
+COMMANDLINE, ENVIRONMENT = ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT
 DEFAULT_MAP = ParameterSource.DEFAULT_MAP
 
 
@@ -173,7 +175,10 @@ class Issuer:
     @property
     def given(self) -> bool:
         """Whether any of it is given."""
-        return self.issuer_id is not None or self.environment is not None
+        from d1_signer.token.d1 import Audience
+
+        named = self.issuer_id is not None or self.environment is not None
+        return named or self.audience is not Audience.TOKEN_ENDPOINT
 
     def required_id(self) -> str:
         """The issuer id.
@@ -255,11 +260,21 @@ def with_keys(command: Command) -> Command:
         context = click.get_current_context()
         settings = settings_in(context)
         of_the_file = context.get_parameter_source("kid") is DEFAULT_MAP
-        if settings is not None and of_the_file and key != settings.key:
+        of_other_keys = settings is not None and of_the_file and key != settings.key
+        if of_other_keys or _are_others_than_the_variable_names(context, key):
             kid = None  # another key has another name
         return command(*args, keys=Keys(uris=key, kid=kid, options=options), **others)
 
     return wrapper
+
+
+def _are_others_than_the_variable_names(context: click.Context, key: tuple[str, ...]) -> bool:
+    """Whether keys of the command line are not those whose kid is in D1_SIGNER_KID."""
+    source = context.get_parameter_source
+    if source("kid") is not ENVIRONMENT or source("key") is not COMMANDLINE:
+        return False
+    named = os.environ.get("D1_SIGNER_KEY", "").split()
+    return bool(named) and [*map(place_of, key)] != [*map(place_of, named)]
 
 
 def with_issuer(command: Command) -> Command:
@@ -291,8 +306,12 @@ def with_issuer(command: Command) -> Command:
             if len(given) != 1:
                 raise click.UsageError("--audience and --no-audience exclude each other.")
             no_audience = given == {"no_audience"}
-        wanted = None if no_audience else audience or Audience.TOKEN_ENDPOINT
-        issuer = Issuer(issuer_id=issuer_id, environment=environment, audience=wanted)
+        wanted = Audience.TOKEN_ENDPOINT if audience is None else audience
+        issuer = Issuer(
+            issuer_id=issuer_id,
+            environment=environment,
+            audience=None if no_audience else wanted,
+        )
         return command(*args, issuer=issuer, **options)
 
     return wrapper

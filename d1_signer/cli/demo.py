@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -87,14 +86,13 @@ def demo(*, output: Output) -> None:
     """
     from d1_signer.custody.policy import CustodyPolicy
     from d1_signer.sandbox import Sandbox
-    from d1_signer.sandbox.commands import signals_held, unless_ignored
+    from d1_signer.sandbox.commands import PASSED_ON, signals_held, unless_ignored
     from d1_signer.signing.opening import generate_key, open_signer
     from d1_signer.token.fetcher import TokenFetcher
     from d1_signer.transport.credentials import ClientCertificate
 
     # A signal ends it between two lines: a call of the module would write on in a removed folder.
-    ending = unless_ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with signals_held(*ending) as signals, ExitStack() as stack:
+    with signals_held(*unless_ignored(*PASSED_ON)) as signals, ExitStack() as stack:
         story = _Story(output, signals)
         uri = stack.enter_context(_place(story))
         key = generate_key(uri)

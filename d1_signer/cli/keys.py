@@ -186,12 +186,15 @@ def generate_key(keys: Keys, *, output: Output) -> None:
     sensitive, not extractable, for signing only.
     """
     from d1_signer.signing.opening import generate_key as generate
+    from d1_signer.signing.signer import checked_kid
 
     uri = keys.single()
+    kid = split_fragment(uri)[1] if keys.kid is None else keys.kid
+    if kid is not None:  # before there is a key that could not be opened under it
+        checked_kid(kid)
     options = keys.options.for_key(uri, "generate_key")
     made = generate(uri, trail=current_trail(), **options)
     thumbprint = made.public_key.thumbprint()
-    kid = keys.kid or split_fragment(uri)[1]
     named = made.uri if kid is None else f"{made.uri}#{quote(kid, safe='')}"
     document = {
         "uri": named,

@@ -128,7 +128,7 @@ def _run(command: Sequence[str], server: Sandbox, keys: Keys, *, registered: boo
 
 def _serve(server: Sandbox, kids: list[str], output: Output) -> None:
     # Where the terminal has gone; not so under nohup.
-    ending = (signal.SIGINT, signal.SIGTERM, *unless_ignored(signal.SIGHUP))
+    ending = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, *unless_ignored(signal.SIGHUP))
     with signals_held(*ending) as held, server:
         variables = server.variables
         document = {

@@ -36,9 +36,10 @@ def token(
     """
     from d1_signer.transport.client import ClientTls
 
-    # Before anybody is asked for a PIN: what is missing would make it a login for nothing.
+    # Before anybody is asked for a PIN: what is missing or wrong would make it a login for nothing.
     keys.require()
-    issuer.required_id()
+    issuer.profile(lifetime=DEFAULT_ASSERTION_LIFETIME)
+    connection.optional_proxy()
     tls = ClientTls(connection.certificate(issuer.required_environment()), connection.ca_file)
     with keys.signers(output) as signers, connection.fetcher(signers, issuer, tls=tls) as fetcher:
         got = fetcher.token()

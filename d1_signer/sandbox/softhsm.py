@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from d1_signer.errors import ConfigurationError, D1SignerError
 from d1_signer.frames import without_locals
-from d1_signer.secret import is_full
+from d1_signer.secret import is_full, shown_path
 
 LABEL = "d1-throw-away"
 """Label of a token where the caller names none."""
@@ -81,9 +81,11 @@ class SoftHsmToken:
         Args:
             name: The object's label (``CKA_LABEL``).
         """
+        # A source is a URI of its own, within that of the key: a percent sign is escaped in both.
+        pin_file = quote(str(self.pin_file).replace("%", "%25"))
         return (
             f"pkcs11:token={quote(self.label, safe='')};object={quote(name, safe='')}"
-            f"?module-path={quote(self.module_path)}&pin-source=file:{quote(str(self.pin_file))}"
+            f"?module-path={quote(self.module_path)}&pin-source=file:{pin_file}"
         )
 
     def variables(self, name: str = OBJECT) -> Mapping[str, str]:
@@ -123,6 +125,7 @@ def make_token(folder: Path, label: str = LABEL) -> SoftHsmToken:
     """
     utility, module = find_softhsm()
     folder = folder.absolute()
+    _require_name_of_a_setting(folder)
     token = SoftHsmToken(
         module_path=str(module),
         label=label,
@@ -198,6 +201,23 @@ def find_softhsm() -> tuple[Path, Path]:
         f"SoftHSM's module libsofthsm2.so was not found in {places}.",
         hint="Set SOFTHSM2_MODULE to its path.",
     )
+
+
+def _require_name_of_a_setting(folder: Path) -> None:
+    """Refuse a folder that SoftHSM would read as another one: its file knows no escapes."""
+    named = os.fsencode(folder)
+    try:
+        named.decode("utf-8")
+    except UnicodeDecodeError:
+        fits = False
+    else:
+        fits = not any(mark in named for mark in (b"#", b"=", b"\n", b"\r"))
+    if not fits:
+        raise ConfigurationError(
+            f"SoftHSM cannot use the folder {shown_path(folder)}: its file of settings takes no "
+            "'#', no '=', no line end and nothing but UTF-8 in a path.",
+            hint="Name another folder: --folder DIR, or TMPDIR for a token that is thrown away.",
+        )
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ from d1_signer.signing.key_uri import (
 )
 from d1_signer.signing.recording import checked_trail, recorded
 from d1_signer.signing.registry import call_backend, load_backend_module, plug_in_of
-from d1_signer.signing.signer import Signer
+from d1_signer.signing.signer import Signer, checked_kid
 from d1_signer.signing.steps import Step
 
 
@@ -81,20 +81,24 @@ def open_signer(
         KeyUriError: The URI cannot be read, or nothing serves its scheme.
         MissingExtraError: The backend's optional dependency is not installed.
         ConfigurationError: An option that the backend does not know.
+        InvalidInputError: The kid is empty, longer than 256 characters or not printable.
         SignerError: The key cannot be opened.
         AuditUnavailable: The trail cannot record it.
     """
     rest, fragment = split_fragment(uri)
+    wanted = fragment if kid is None else kid
     rest, query = taken_from_query(rest, ("attestation", "attestation-anchors"))
     module = load_backend_module(rest)
     checked_trail(trail)
+    if wanted is not None:  # before a PIN is read, which is a login for nothing then
+        checked_kid(wanted)
     shown = without_secrets(uri)
     with Step(f"the key {shown}") as step, recorded(trail, "open", {"key": shown}) as found:
         backend = call_backend(module, "open_backend", rest, options)
         try:
             signer = Signer(
                 backend,
-                kid=fragment if kid is None else kid,
+                kid=wanted,
                 verify=verify,
                 expected_thumbprint=expected_thumbprint,
                 custody_policy=custody_policy,

@@ -100,7 +100,7 @@ class Signer:
         self._thumbprint = self._public_key.thumbprint()
         checked_trail(trail)
         self._trail = trail
-        self._kid = self._thumbprint if kid is None else _checked_kid(kid)
+        self._kid = self._thumbprint if kid is None else checked_kid(kid)
         if expected_thumbprint is not None and expected_thumbprint != self._public_key.thumbprint():
             raise KeyMismatchError(
                 f"The key's thumbprint is {self._public_key.thumbprint()}, which is not the "
@@ -326,7 +326,12 @@ def _described(backend: Backend) -> tuple[str, SignatureEncoding]:
     return guarded(plug_in_of(backend) or "built-in", told)
 
 
-def _checked_kid(kid: str) -> str:
+def checked_kid(kid: str) -> str:
+    """Return it unless it can be no kid.
+
+    Raises:
+        InvalidInputError: It is empty, longer than 256 characters or not printable.
+    """
     if not isinstance(kid, str) or not 0 < len(kid) <= 256 or not kid.isprintable():  # noqa: PLR2004
         raise InvalidInputError(
             "The kid is empty, longer than 256 characters, or not printable text.",

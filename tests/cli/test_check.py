@@ -358,6 +358,36 @@ def test_one_setting_of_d1_asks_for_the_others(
     assert (result.status, result.document["ok"]) == (1, False)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--audience", "d1"],
+        ["--no-audience"],
+        ["--request-format", "json"],
+        ["--proxy", "http://127.0.0.1:1"],
+        ["--proxy-adds-certificate"],
+        ["--proxy-credentials-source", "env:NOWHERE"],
+        ["--client-key-passphrase-source", "env:NOWHERE"],
+        ["--warn-days", "30"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_what_is_said_of_d1_asks_for_its_settings(run: Run, key_uri: str, given: list[str]) -> None:
+    result = run("check", "--json", "--key", key_uri, *given)
+    assert (result.status, result.document["ok"]) == (1, False)
+    failed = {name for name, status in statuses(result) if status == "failed"}
+    assert {"endpoint", "access-token"} <= failed
+
+
+def test_days_of_a_certificate_that_is_not_given_fail(run: Run, key_uri: str) -> None:
+    with Sandbox("cli-issuer", tls=False) as sandbox:
+        settings = {"D1_ENVIRONMENT": sandbox.base_url, "D1_ISSUER_ID": "cli-issuer"}
+        result = run("check", "--json", "--warn-days", "0", D1_SIGNER_KEY=key_uri, **settings)
+    assert result.status == 1
+    assert statuses(result)[-3] == ("client-certificate", "failed")
+    assert "--warn-days 0" in result.document["stopped_at"]["detail"]
+
+
 def test_two_keys_that_fail_are_told_apart(
     run: Run, settings: dict[str, str], key_uri: str, other_uri: str
 ) -> None:
@@ -464,6 +494,30 @@ def test_a_required_step_that_is_unclear_fails(
     result = run("check", "--json", "--require", "endpoint", **settings)
     assert (result.status, result.document["ok"]) == (1, False)
     assert statuses(result)[-2:] == [("endpoint", "failed"), ("access-token", "ok")]
+    assert result.document["stopped_at"]["error"]["hint"].startswith("Check the environment's URL")
+
+
+def test_a_required_certificate_out_of_its_dates_is_told_as_that(
+    run: Run, settings: dict[str, str], tmp_path: Path
+) -> None:
+    put_certificate(settings, tmp_path, -50, -1)
+    result = run("check", "--json", "--require", "client-certificate", **settings)
+    step = result.document["stopped_at"]
+    assert step["step"] == "client-certificate"
+    assert "it expired on" in step["detail"]
+    assert step["error"]["hint"].startswith("Look at this machine's clock")
+
+
+def test_a_required_step_that_waits_for_another_asks_for_no_setting(
+    run: Run, settings: dict[str, str], tmp_path: Path
+) -> None:
+    settings["D1_SIGNER_KEY"] = (tmp_path / "no.pem").as_uri()
+    required = ("--require", "signature", "--require", "access-token")
+    steps = run("check", "--json", *required, **settings).document["steps"]
+    failed = {step["step"]: step["error"]["hint"] for step in steps if step["error"]}
+    assert [*failed] == ["key", "signature", "access-token"]
+    for name in ("signature", "access-token"):
+        assert failed[name] == "It is taken once what failed before it is mended."
 
 
 def test_required_steps_that_pass(run: Run, settings: dict[str, str]) -> None:
@@ -490,3 +544,5 @@ def test_an_environment_that_cannot_be_read_is_a_usage_error(run: Run, key_uri: 
     result = run("check", "--json", "--key", key_uri, "--environment", "http://d1.example")
     assert result.status == 2
     assert result.document["code"] == "configuration"
+    # Told before the key is opened, which may cost a PIN.
+    assert run("check", "--key", key_uri, "--environment", "d1").out == ""

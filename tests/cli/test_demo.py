@@ -49,7 +49,7 @@ def test_in_softhsm(tmp_path: Path) -> None:
     assert len(re.findall(r"[\w-]{40,}", shown.out)) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 @pytest.mark.parametrize("place", ["SoftHSM", "file"])
 def test_a_signal_amid_it_leaves_nothing(
     tmp_path: Path, number: signal.Signals, place: str

@@ -188,6 +188,15 @@ def test_a_signing_request_in_other_forms(run: Run, key_uri: str) -> None:
         (r"CN=\20", "CN has no letter"),
         (r"CN=a\20", "blanks around"),
         (r"CN=a\0Ab", "control characters"),
+        ("CN=a,O=$BANK", "stands for a name"),
+        ("CN=[bank]", "stands for a name"),
+        ("CN=%BANK%", "stands for a name"),
+        ("CN=a,C=F1", "C has no code of a country"),
+        ("CN=a,serialNumber=é", "characters that this attribute cannot have"),
+        ("CN=a,serialNumber=1_2", "characters that this attribute cannot have"),
+        ("CN=a,2.5.4.46=é", "characters that this attribute cannot have"),
+        ("CN=a,emailAddress=é@bank.example", "ASCII only"),
+        ("CN=a,DC=é", "DC has characters that this attribute cannot have: ASCII only"),
         ("CN=a,FOO=b", "not known: FOO"),
         ("CN=a,OO=Bank", "not known: OO"),
         ("CN=a+ORG=Bank", "not known: ORG"),
@@ -201,6 +210,16 @@ def test_a_subject_that_d1_could_not_take(
     assert reason in result.err
 
 
+@pytest.mark.parametrize("kid", ["", "a\tb", "k" * 257])
+def test_no_key_is_made_for_what_is_no_kid(run: Run, tmp_path: Path, kid: str) -> None:
+    file = tmp_path / "new.pem"
+    for arguments in (["--key", file.as_uri(), "--kid", kid], ["--key", f"{file.as_uri()}#{kid}"]):
+        result = run("generate-key", *arguments)
+        assert result.status == 2
+        assert "The kid is empty, longer than 256 characters" in result.err
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     ("subject", "read"),
     [
@@ -209,6 +228,7 @@ def test_a_subject_that_d1_could_not_take(
         (r"CN=bank,O=a\,foo=b", r"CN=bank,O=a\,foo=b"),
         ("CN=bank,2.5.4.97=VATFR-1", None),
         ("CN=口座", "CN=口座"),
+        ("CN=bank 50%,C=fr", "CN=bank 50%,C=fr"),
     ],
 )
 def test_names_of_attributes_in_any_case(

@@ -69,6 +69,19 @@ def test_it_says_what_it_wrote(
     assert again.document["file"] == str(file)
 
 
+@pytest.mark.parametrize("path", ["no/out.pem", "file/out.pem", "link"])
+def test_a_folder_that_is_none_is_told_before_the_key_is_opened(
+    run: Run, command: tuple[str, ...], tmp_path: Path, path: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "out.pem")
+    refused = run(
+        *command, "--key", (tmp_path / "no.pem").as_uri(), "-o", str(tmp_path / path), "--force"
+    )
+    assert (refused.status, refused.out) == (2, "")
+    assert f"{tmp_path / path} cannot be written: " in refused.err
+
+
 def test_a_file_is_overwritten_by_force_only(
     run: Run, command: tuple[str, ...], key: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +200,17 @@ def other_keys() -> dict[str, bytes]:
     encrypted = BestAvailableEncryption(b"passphrase")
     forms["encrypted"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encrypted)
     forms["PKCS#12"] = serialize_key_and_certificates(b"name", key, None, None, encrypted)
+    forms["encrypted, in DER"] = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, encrypted)
+    openssh = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    forms |= {"OpenSSH": openssh, "behind certificates": b"certificate\n" * 60_000 + openssh}
+    # Made by no library that is here; what they begin with.
+    forms |= {
+        "OpenPGP": b"-----BEGIN PGP PRIVATE KEY BLOCK-----\n",
+        "PuTTY": b"PuTTY-User-Key-File-3: ecdsa-sha2-nistp256\n",
+        "age": b"# created: 2026\nAGE-SECRET-KEY-1QQ\n",
+        "JKS": bytes.fromhex("feedfeed 00000002 00000001"),
+        "JCEKS": bytes.fromhex("cececece 00000002 00000001"),
+    }
     return {**forms, "JWK": b'{"kty": "EC", "crv": "P-256", "d": "AA"}'}
 
 

@@ -58,7 +58,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[str, s
     return out, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_serves_the_other_commands_until_a_signal(
     run: Run, key_uri: str, number: signal.Signals
 ) -> None:

@@ -273,3 +273,25 @@ def test_help_names_the_variables(run: Run, command: str, variables: str) -> Non
     for name in variables.split():
         full = f"D1_SIGNER_{name}" if name in {"KEY", "KID", "OPTIONS"} else f"D1_{name}"
         assert any(full in word for word in words)
+
+
+def test_the_kid_of_the_variable_is_not_that_of_another_key(
+    run: Run, key_uri: str, other_uri: str
+) -> None:
+    key, other = key_uri.partition("#")[0], other_uri.partition("#")[0]
+
+    def kids(*arguments: str, of: str = key) -> list[str]:
+        result = run(
+            "public-key", "--json", *arguments, D1_SIGNER_KEY=of, D1_SIGNER_KID="bank-2026"
+        )
+        return [told["kid"] for told in result.document["keys"]]
+
+    for same in ((), ("--key", key), ("--key", f"{key}#next")):
+        assert kids(*same) == ["bank-2026"]
+    assert kids("--key", other, of="") == ["bank-2026"]
+    thumbprint = run("public-key", "--json", "--key", other).document["keys"][0]["thumbprint"]
+    assert kids("--key", other) == [thumbprint]
+    assert kids("--key", f"{other}#next") == ["next"]
+    assert kids("--key", other, "--kid", "given") == ["given"]
+    both = ("--key", f"{other}#next", "--key", f"{key}#first")
+    assert kids(*both, "--format", "jwks") == ["next", "first"]

@@ -36,6 +36,24 @@ def test_token_for_people_is_masked(run: Run, settings: dict[str, str]) -> None:
     assert "UTC (in 900 s)" in lines["Expires"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--kid", ""], "The kid is empty"),
+        (["--kid", "a\tb"], "The kid is empty"),
+        (["--issuer-id", " "], "The issuer id is empty"),
+        (["--audience", ""], "The audience is empty"),
+        (["--proxy-credentials-source", "file:/no"], "Credentials for a proxy are given"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_a_key_is_opened(
+    run: Run, settings: dict[str, str], tmp_path: Path, wrong: list[str], told: str
+) -> None:
+    result = run("token", *wrong, **settings | {"D1_SIGNER_KEY": (tmp_path / "no.pem").as_uri()})
+    assert (result.status, result.out) == (2, "")
+    assert told in result.err
+
+
 def test_token_for_machines_is_masked(run: Run, settings: dict[str, str]) -> None:
     document = run("token", "--json", **settings).document
     assert set(document) == {"token_type", "scope", "expires_at", "expires_in", "environment"}

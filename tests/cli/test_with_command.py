@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -318,3 +319,26 @@ def test_a_label_that_softhsm_refuses(run: Run, tmp_path: Path) -> None:
     result = run("softhsm", "--json", "--label", "x" * 33, "--folder", str(tmp_path / "token"))
     assert (result.status, result.document["code"]) == (2, "configuration")
     assert "softhsm2-util failed" in result.document["message"]
+
+
+@pytest.mark.parametrize("name", ["50%41 of it", "a,b+c;d&e?f", 'ключ "x"'])
+def test_a_token_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    program = f"{sys.executable} -m d1_signer.cli"
+    script = f"{program} generate-key --json && {program} public-key"
+    result = ran(*SOFTHSM, "sh", "-c", script, TMPDIR=str(folder))
+    assert result.status == 0, result.err
+    made = json.loads(result.out.splitlines()[0])["uri"].partition("#")[0]
+    pin_source = made.rpartition("pin-source=file:")[2]
+    assert unquote(unquote(pin_source)).startswith(f"{folder}/")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [b"a#b", b"a=b", b"a\nb", b"\xff"])
+def test_a_folder_that_softhsm_would_read_as_another_one(tmp_path: Path, name: bytes) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    result = run_process("softhsm", "--json", "--folder", str(folder))
+    assert (result.status, result.document["code"]) == (2, "configuration")
+    assert "takes no '#'" in result.document["message"]
+    assert not folder.exists()

@@ -472,7 +472,6 @@ class Own(KeyBackend):
     [
         ({"expected_thumbprint": "x"}, KeyMismatchError),
         ({"custody_policy": CustodyPolicy(hardware=True)}, CustodyError),
-        ({"kid": ""}, InvalidInputError),
     ],
 )
 def test_refused_backend_is_closed(
@@ -485,6 +484,16 @@ def test_refused_backend_is_closed(
     with pytest.raises(error):
         open_signer("unit:a", **options)  # type: ignore[arg-type]
     assert [backend.closed for backend in module(name).opened] == [1]
+
+
+@pytest.mark.parametrize(("uri", "kid"), [("unit:a", ""), ("unit:a#", None), ("unit:a#k", "\n")])
+def test_what_is_no_kid_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, kid: str | None
+) -> None:
+    name = install(tmp_path, monkeypatch, {"unit": "{name}"}, PLUG_IN)
+    with pytest.raises(InvalidInputError, match="The kid is empty"):
+        open_signer(uri, kid=kid)
+    assert module(name).opened == []
 
 
 def test_error_of_close_does_not_hide_the_first(
