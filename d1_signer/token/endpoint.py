@@ -220,6 +220,8 @@ class TokenEndpoint:
         # A moment that D1 names is one of its own clock.
         d1_now = now + (clock_offset or 0.0)
         retry_after = seconds_until(response.headers.get("retry-after"), now=d1_now)
+        if retry_after is not None:
+            retry_after = max(retry_after, 0.0)  # callers sleep for what the details say
         with contextlib.closing(response):
             outcome = self._outcome(response, assertion, retry_after)
         if isinstance(outcome, TokenRefusedError) and clock_offset is not None:
