@@ -30,7 +30,7 @@ from d1_signer.token.peer import Peer
 from d1_signer.token.response import MAX_BODY, Grant, error_from, read_grant, seconds_until
 from d1_signer.transport.chunks import FramingError
 from d1_signer.transport.client import ClientTls
-from d1_signer.transport.failures import failure_of
+from d1_signer.transport.failures import Stage, failure_of
 from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.response import BoundedResponse
 from d1_signer.transport.session import TlsAdapter, new_session
@@ -220,6 +220,8 @@ class TokenEndpoint:
         # A moment that D1 names is one of its own clock.
         d1_now = now + (clock_offset or 0.0)
         retry_after = seconds_until(response.headers.get("retry-after"), now=d1_now)
+        if retry_after is not None:
+            retry_after = max(retry_after, 0.0)  # callers sleep for what the details say
         with contextlib.closing(response):
             outcome = self._outcome(response, assertion, retry_after)
         if isinstance(outcome, TokenRefusedError) and clock_offset is not None:
@@ -255,12 +257,13 @@ class TokenEndpoint:
         unframed = next(
             (link for link in frames.causes(error) if isinstance(link, FramingError)), None
         )
-        if unframed is not None:
+        failure = failure_of(error, connect=connect, read=read)
+        if unframed is not None and failure.stage is Stage.ANSWER:  # not a proxy's to CONNECT
             return TokenResponseError(
                 f"D1's answer cannot be read: {unframed}.",
                 hint="Look at what stands before D1: a proxy or gateway that alters answers.",
             )
-        return self._peer.unreached(failure_of(error, connect=connect, read=read))
+        return self._peer.unreached(failure)
 
     def abort(self) -> None:
         """End the calls under way, so that a thread inside `post` comes back with an error."""

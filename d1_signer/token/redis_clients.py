@@ -11,7 +11,13 @@ from typing import Any, Final
 
 from redis import Redis
 from redis.cluster import RedisCluster
-from redis.connection import AbstractConnection, ConnectionPool, SSLConnection, parse_url
+from redis.connection import (
+    AbstractConnection,
+    Connection,
+    ConnectionPool,
+    SSLConnection,
+    parse_url,
+)
 
 from d1_signer.errors import ConfigurationError
 from d1_signer.frames import without_locals
@@ -64,6 +70,8 @@ def maker(
         _require_verified({**options, **named})  # what the URL says wins
         options |= {"connection_pool_class": _VerifyingPool} if cluster else {}
     kind: type[Any] = RedisCluster if cluster else Redis
+    if not cluster:  # which leaves out what it does not know
+        _require_known({**options, **named})
 
     @without_locals
     def client() -> Client:
@@ -72,6 +80,22 @@ def maker(
         return made
 
     return client, str(named.get("path") or f"{named['host']}:{named.get('port', 6379)}")
+
+
+def _require_known(settings: dict[str, Any]) -> None:
+    """Refuse a name in the URL's query that no connection takes: each call would fail of it."""
+    kind: Any = settings.pop("connection_class", Connection)
+    settings.pop("max_connections", None)  # the pool's own
+    try:
+        kind(**settings)  # opens nothing
+    except (TypeError, ValueError):
+        pass
+    else:
+        return
+    raise ConfigurationError(
+        "The token store's URL has a setting that its client does not take.",
+        hint="Look at the names behind its question mark, such as db=1, and at their values.",
+    )
 
 
 def why(error: Exception) -> str:

@@ -142,7 +142,10 @@ class Hints:
     """
 
     certificate: str = "Give the file in PEM that Thales sent for your CSR, its chain behind it."
-    pair: str = "Give the key from whose CSR Thales signed the certificate."
+    pair: str = (
+        "Give the key from whose CSR Thales signed the certificate; that one stands first in its "
+        "file, its chain behind it."
+    )
     passphrase: str = "Name the source of its passphrase: file:PATH or env:NAME."  # noqa: S105 (advice)
     authorities: str = "Name a file of certificates in PEM that this process's user may read."
     expiry: str | None = "have Thales sign a new one"
@@ -350,6 +353,12 @@ class _Passphrase:
                 )
         return self._kept.reveal()
 
+    def hint(self, hints: Hints) -> str:
+        """What to do where the key did not open."""
+        if self._source is None:
+            return hints.passphrase
+        return "Look at the source of its passphrase: the key does not open with that one."
+
 
 def _load_pair(
     context: ssl.SSLContext,
@@ -367,14 +376,15 @@ def _load_pair(
         ):
             context.load_cert_chain(certificate_path, key_path, password=passphrase)
     except ssl.SSLError as error:
-        if "MISMATCH" in (error.reason or ""):
+        # The second is said of a key of another kind.
+        if error.reason in {"KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
             raise ConfigurationError(
                 f"The client key does not belong to the client certificate: {shown}.",
                 hint=hints.pair,
             ) from None
         raise SecretSourceError(
             f"The client certificate or its key cannot be read: {shown}.",
-            hint=hints.passphrase if passphrase.asked else "Both must be PEM files.",
+            hint=passphrase.hint(hints) if passphrase.asked else "Both must be PEM files.",
         ) from None
     except OSError as error:
         raise SecretSourceError(

@@ -19,6 +19,7 @@ from urllib3.exceptions import (
 from urllib3.util.ssl_match_hostname import CertificateError
 
 from d1_signer.frames import causes
+from d1_signer.transport.chunks import FramingError
 from d1_signer.transport.proxies import TunnelRefused
 
 # What OpenSSL says where bytes that come are no TLS; the words differ among its releases.
@@ -136,6 +137,9 @@ def failure_of(
         foreign = any(isinstance(link, HTTPException) for link in links)
         reason = "what it answers is not HTTP" if foreign else _system_reason(links)
         return Failure(Stage.PROXY, reason or f"no tunnel {_within(connect)}")
+    unframed = next((link for link in links if isinstance(link, FramingError)), None)
+    if unframed is not None:
+        return Failure(Stage.ANSWER, f"it cannot be read: {unframed}")
     connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
     reason = _system_reason(links)
     if reason is None and connecting:

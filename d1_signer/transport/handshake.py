@@ -130,7 +130,8 @@ def require_one_that_fits(
         raise KeyMismatchError(
             f"The client key does not belong to the client certificate: {shown}.",
             hint=f"The certificate's key has the thumbprint {public_key.thumbprint()}; given: "
-            f"{found}. Give the key from whose CSR Thales signed the certificate.",
+            f"{found}. Give the key from whose CSR Thales signed the certificate; that one stands "
+            "first in its file, its chain behind it.",
         )
 
 

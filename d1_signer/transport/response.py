@@ -28,6 +28,8 @@ _log = logging.getLogger("d1_signer.tls")
 
 # Of a head that is read without its body; urllib3 does not count them either.
 _OF_MULTIPART = (StartBoundaryNotFoundDefect, MultipartInvariantViolationDefect)
+# What http.client raises for a head beyond its limits: 64 KiB a line, 100 header lines.
+_OF_ITS_SIZE = (http.client.LineTooLong, http.client.HTTPException)
 # Informational answers before one final; some proxies send a few, and no end of them is an attack.
 _MOST_INFORMATIONAL = 64
 _SWITCHING_PROTOCOLS = 101
@@ -72,7 +74,12 @@ class BoundedResponse(http.client.HTTPResponse):
 
     def begin(self) -> None:
         """Read the head; see `http.client.HTTPResponse`."""
-        super().begin()
+        try:
+            super().begin()
+        except http.client.HTTPException as error:
+            if type(error) in _OF_ITS_SIZE:
+                raise FramingError("its head has a line that is too long, or too many") from None
+            raise
         if not self._wire.last_line:
             # To http.client that is the end of the head as well.
             raise http.client.RemoteDisconnected("closed amid the head of an answer")

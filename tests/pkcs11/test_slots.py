@@ -101,3 +101,13 @@ def test_a_token_whose_names_would_forge_a_line_is_told_in_one(
         open_signer("pkcs11:manufacturer=SoftHSM%20project;object=d1", module_path=shim.path)
     assert raised_too.value.message.isprintable()
     assert all(text.isprintable() for text in (raised.value.message, *caplog.messages))
+
+
+@pytest.mark.parametrize("name", ["token", "serial"])
+def test_a_name_that_was_left_empty_is_not_that_of_an_empty_slot(
+    token: SoftHsmToken, shim: Shim, name: str
+) -> None:
+    with pytest.raises(KeyNotFoundError, match=f"No token fits pkcs11:{name}="):
+        open_signer(
+            f"pkcs11:{name}=;object=d1", module_path=shim.path, pin_source=f"file:{token.pin_file}"
+        )

@@ -94,6 +94,12 @@ BODIES: dict[str, tuple[bytes, tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.parametrize("moment", ["Fri, 31 Dec 1999 23:59:59 GMT", "0"])
+def test_a_pause_that_is_over_is_none(fetcher_of: FetcherOf, moment: str) -> None:
+    fetcher, _ = fetcher_of(lambda _: answered("429 No", b"", f"Retry-After: {moment}"))
+    assert failure(fetcher).details["retry_after"] == 0.0
+
+
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("status", [503, 429])
 def test_the_status_decides_whatever_the_body_is(

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import requests
+import urllib3
 from cryptography import x509
 
 from d1_signer import Environment, TokenResponseError, TokenUnavailable
@@ -27,8 +28,9 @@ from d1_signer.secret import Secret
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.response import Grant
 from d1_signer.transport import connections, session as sessions
-from d1_signer.transport.chunks import Chunks
+from d1_signer.transport.chunks import Chunks, FramingError
 from d1_signer.transport.client import ClientTls
+from d1_signer.transport.failures import failure_of
 from d1_signer.transport.proxies import Proxy
 from d1_signer.transport.response import received
 from d1_signer.transport.session import TlsAdapter, new_session
@@ -396,6 +398,31 @@ def test_interim_answers_without_end_are_no_answer() -> None:
             pytest.raises(requests.ConnectionError, match="informational"),
         ):
             session.get(f"http://127.0.0.1:{port}/")
+
+
+@pytest.mark.parametrize(
+    "lines", [b"X-Long: " + b"a" * 70_000 + b"\r\n", b"X-Many: a\r\n" * 110], ids=["long", "many"]
+)
+def test_a_head_beyond_all_measure_is_told_as_that(lines: bytes) -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + lines + b"\r\n{}")
+        connection.recv(1)  # until it is left
+
+    with listening(answer) as port:
+        adapter = TlsAdapter(
+            ClientTls(ssl.create_default_context(), None), timeouts=lambda: (20.0, 20.0)
+        )
+        with (
+            new_session(adapter, for_callers=True) as session,
+            pytest.raises(requests.ConnectionError, match="its head"),
+        ):
+            session.get(f"http://127.0.0.1:{port}/")
+
+
+def test_an_answer_without_a_certain_end_is_not_told_as_one_that_was_cut() -> None:
+    error = urllib3.exceptions.ProtocolError("Connection aborted.", FramingError("two lengths"))
+    assert failure_of(error).told() == "the answer failed: it cannot be read: two lengths"
 
 
 @pytest.mark.parametrize("cut", [b"", b"5", b"5\r", b"5\r\nabc", b"3\r\nabc\r\n0\r\n"])

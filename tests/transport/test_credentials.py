@@ -464,6 +464,40 @@ def test_a_passphrase_that_is_too_long(make_fetcher: FetcherMaker, files: Files)
         make_fetcher(client_certificate=files.client(passphrase=lambda: "a" * 5000))
 
 
+def test_a_passphrase_that_does_not_open_the_key_is_told_as_that(
+    make_fetcher: FetcherMaker, files: Files
+) -> None:
+    files.renew(PASSPHRASES[0])
+    with pytest.raises(D1SignerError) as failure:
+        make_fetcher(client_certificate=files.client(passphrase=lambda: "wrong"))
+    assert failure.value.hint.startswith("Look at the source of its passphrase")
+    with pytest.raises(D1SignerError) as failure:
+        make_fetcher(client_certificate=files.client())
+    assert failure.value.hint.startswith("Name the source of its passphrase")
+
+
+def test_a_key_of_another_kind_than_the_certificates_is_another_ones(
+    make_fetcher: FetcherMaker, files: Files
+) -> None:
+    certificate, _ = files.sandbox.issue_client_certificate(key="rsa")
+    put(certificate, files.certificate)
+    with pytest.raises(ConfigurationError, match="does not belong to the client certificate"):
+        make_fetcher(client_certificate=files.client())
+
+
+@pytest.mark.parametrize("by_signer", [False, True])
+def test_a_chain_that_stands_first_is_told_of(
+    make_fetcher: FetcherMaker, files: Files, *, by_signer: bool
+) -> None:
+    own = files.certificate.read_bytes()
+    files.certificate.write_bytes(files.ca_file.read_bytes() + own)
+    with open_signer(files.key.as_uri()) as signer:
+        client = ClientCertificate(files.certificate, signer if by_signer else files.key)
+        with pytest.raises(D1SignerError) as failure:
+            make_fetcher(client_certificate=client)
+    assert "stands first in its file" in failure.value.hint
+
+
 def test_no_secret_stands_in_an_error_of_a_key(make_fetcher: FetcherMaker, files: Files) -> None:
     files.renew(PASSPHRASES[0])
     client_certificate = files.client(passphrase=lambda: PASSPHRASES[1])

@@ -265,6 +265,7 @@ def test_a_proxy_that_does_not_reach_d1_is_asked_again(
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "what it answers is not HTTP"),
         (b"", "what it answers is not HTTP"),  # it closes
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 110 + b"\r\n", "what it answers is not HTTP"),
         (None, "no tunnel within 0.3 seconds"),  # it keeps silent
     ],
 )

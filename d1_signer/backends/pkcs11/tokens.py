@@ -85,7 +85,7 @@ def _fits(token: Token, uri: Pkcs11Uri) -> bool:
     if uri.slot_id not in {None, token.slot_id}:
         return False
     # One that was never initialised holds no key; that it has a name says that it was.
-    named = uri.slot_id is not None or any(name in uri.texts for name in _NAMES_OF_A_TOKEN)
+    named = uri.slot_id is not None or any(uri.texts.get(name) for name in _NAMES_OF_A_TOKEN)
     if not (token.initialized or named):
         return False
     texts = {

@@ -185,11 +185,13 @@ class OnTheWay:
         again: Whether it may be sent again.
         silent: Nothing was answered in time.
         about_certificate: The server refuses our client certificate, or misses one.
+        without_tls: What answers speaks no TLS.
     """
 
     again: Again
     silent: bool = False
     about_certificate: bool = False
+    without_tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,9 @@ class Failure:
                 "The server refuses the client certificate or misses one: see VAULT_CLIENT_CERT "
                 "and VAULT_CLIENT_KEY."
             )
+        if known.without_tls:
+            error.retryable = False
+            error.hint = "What answers there speaks no TLS: check https and the port in VAULT_ADDR."
         return cls(error, known.again, silent=known.silent)
 
 
@@ -229,6 +234,8 @@ def on_the_way(error: Exception) -> OnTheWay:
         return OnTheWay(Again.NEVER)
     if failure.tls is TlsFailure.REFUSED_CERTIFICATE:
         return OnTheWay(Again.NEVER, about_certificate=True)
+    if failure.tls is TlsFailure.NO_TLS:
+        return OnTheWay(Again.NEVER, without_tls=True)
     unseen = isinstance(error, NewConnectionError | ConnectTimeoutError)
     again = Again.UNSEEN if unseen else Again.HARMLESS
     return OnTheWay(again, silent=isinstance(error, ReadTimeoutError))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from d1_signer.backends.vault.http import HttpClient
+from d1_signer.errors import SecretSourceError
 from d1_signer.secret import Secret, SecretSource, read_secret
 from d1_signer.transport.deadlines import within
 
@@ -20,6 +22,8 @@ _RENEW_SHARE = 2 / 3
 # Seconds before the first look at the life of a token that somebody gave: what ends sooner, as a
 # command does, asks nothing more.
 _FIRST_LOOK = 2.0
+# What a header may hold without blanks.
+_TOKEN = re.compile(r"[!-~]+", re.ASCII)
 # Seconds before the end of its life in which a token is not sent any more; a tenth of it at most.
 _MARGIN = 5.0
 
@@ -147,7 +151,13 @@ class GivenToken:
             source = _token_of_the_user()
         if source == "none":
             return None
-        return read_secret(source, what="Vault token", of=vault, trusted_owner=self._owner)
+        token = read_secret(source, what="Vault token", of=vault, trusted_owner=self._owner)
+        if _TOKEN.fullmatch(token.reveal()):
+            return token
+        raise SecretSourceError(
+            "The Vault token has a blank, a line end or another character that no token has.",
+            hint="Look at its source: VAULT_TOKEN, or what token_source names.",
+        )
 
 
 def _token_of_the_user() -> str:

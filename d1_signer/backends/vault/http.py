@@ -25,11 +25,12 @@ from d1_signer.backends.vault.failures import (
     service_at,
 )
 from d1_signer.backends.vault.settings import Settings
-from d1_signer.errors import D1SignerError, SignerTimeout
+from d1_signer.errors import ConfigurationError, D1SignerError, SignerTimeout
 from d1_signer.secret import Secret
 from d1_signer.transport.exchange import Answer, Http
 
 _OK = range(200, 300)
+_BAD_REQUEST = 400
 # Seconds before a request is sent again; the last for all that follow. A leader that was lost is
 # replaced within a few seconds.
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
@@ -190,6 +191,12 @@ class HttpClient:
         if answer.status in _OK:
             altered = self.service.altered(f"gave no JSON when asked {call.purpose.doing}.")
             return Failure(self.named(altered, call.purpose), Again.NEVER)
+        if told is None and self._wants_tls(answer):
+            wanted = ConfigurationError(
+                f"{self.service.name} speaks TLS, and was asked in plain http.",
+                hint="Write https:// in VAULT_ADDR.",
+            )
+            return Failure(self.named(wanted, call.purpose), Again.NEVER)
         failure = refused(
             self.service,
             call.purpose,
@@ -200,6 +207,11 @@ class HttpClient:
         )
         self.named(failure.error, call.purpose)
         return failure
+
+    def _wants_tls(self, answer: Answer) -> bool:
+        """Whether it says so in words of its own: Go's server, which Vault's is, and gateways."""
+        plain = self.settings.address.startswith("http:")
+        return plain and answer.status == _BAD_REQUEST and b"HTTPS" in answer.body
 
     def altered(self, purpose: Purpose, what: str) -> D1SignerError:
         """The error for an answer that is not one to what was asked; ``what`` follows the name."""

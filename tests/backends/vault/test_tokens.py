@@ -144,10 +144,17 @@ def test_token_without_the_policy_is_denied(server: vault.Vault) -> None:
     assert poor not in str(refused.value)
 
 
-def test_token_that_is_no_header_is_refused_without_being_shown() -> None:
-    with pytest.raises(errors.SignerError) as refused:
-        open_signer("hashivault://d1", token_source=lambda: "tok\u00e9n\nX-Evil: 1-aaaaaaaa")
-    assert "X-Evil" not in repr(refused.value.to_dict())
+@pytest.mark.parametrize(
+    "token", ["tok\u00e9n\nX-Evil: 1-aaaaaaaa", "hvs.X-Evil\n", "hvs.X-Evil\r", " hvs.X-Evil", " "]
+)
+def test_token_that_is_no_header_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("VAULT_TOKEN", token)
+    for given in (None, lambda: token):
+        with pytest.raises(errors.SecretSourceError, match="Vault token has a blank") as refused:
+            open_signer("hashivault://d1", token_source=given)
+        assert "X-Evil" not in repr(refused.value.to_dict())
 
 
 def test_given_token_is_renewed(

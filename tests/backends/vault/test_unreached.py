@@ -12,6 +12,7 @@ import pytest
 from d1_signer import Limits, TokenFetcher, errors
 from d1_signer.signing.opening import open_signer
 from d1_signer.testing import make_in_memory_signer
+from tests.servers import vault
 from tests.servers.process import closed_port
 
 REFUSED = "the connection failed: connection refused"
@@ -57,6 +58,21 @@ def test_an_address_where_no_vault_is(
     assert error.message.endswith(f": {words}.")
     assert error.details["endpoint"] == host
     assert "VAULT_ADDR" in error.hint
+
+
+def test_tls_where_none_is_spoken_and_the_other_way_round(
+    server: vault.Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAULT_TOKEN", "unused")
+    monkeypatch.setenv("VAULT_ADDR", server.url.replace("http:", "https:"))
+    with pytest.raises(errors.SignerUnavailable, match="TLS failed") as raised:
+        open_signer("hashivault://d1")
+    assert "speaks no TLS" in raised.value.hint
+    assert not raised.value.retryable
+    monkeypatch.setenv("VAULT_ADDR", server.tls_url.replace("https:", "http:"))
+    with pytest.raises(errors.ConfigurationError, match="speaks TLS") as told:
+        open_signer("hashivault://d1")
+    assert told.value.details["phase"] == "look-up"
 
 
 def test_the_others_say_it_in_the_same_words(

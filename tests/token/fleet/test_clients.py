@@ -32,6 +32,25 @@ def watched(sentinels: dict[str, Any], settings: dict[str, Any]) -> redis.Redis:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:1/0?sock_timeout=1",
+        "rediss://127.0.0.1:1/0?foo=1",
+        "unix:///run/redis.sock?host=x&foo=1",
+        "redis://127.0.0.1:1/0?connection_class=foo",
+    ],
+)
+def test_a_setting_of_the_url_that_no_connection_takes_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="does not take"):
+        RedisTokenStore.from_url(url)
+
+
+@pytest.mark.parametrize("query", ["db=3", "max_connections=9", "health_check_interval=5"])
+def test_the_settings_of_the_url_that_the_package_names_are_taken(query: str) -> None:
+    RedisTokenStore.from_url(f"redis://127.0.0.1:1?{query}")
+
+
+@pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: None, "it was given NoneType"),
