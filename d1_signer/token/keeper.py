@@ -98,7 +98,7 @@ class TokenKeeper:
         _keepers.add(self)
 
     def _begin_without_flight(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # within it a handler of log or signal may ask for status
         self._flight: Flight | None = None
         self._worker: threading.Thread | None = None
         self._hanging: list[Flight] = []
@@ -372,12 +372,13 @@ class TokenKeeper:
 
     def _note_failure(self, error: D1SignerError, duration: float | None = None) -> None:
         self._last_failure = error
-        self._journal.failed(error, duration, self._life())
-        doublings = min(self._journal.failures - 1, 10)
+        doublings = min(self._journal.failures, 10)
         back_off = min(self._retry_interval * 2.0**doublings, _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
         asked = min(asked_pause(error), _MOST_RETRY_AFTER)
         self._not_before = self._clock() + max(back_off, asked) * jitter
+        # Last, for a handler of the log may ask for a token.
+        self._journal.failed(error, duration, self._life())
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's flight, lock and connections are not ours."""
