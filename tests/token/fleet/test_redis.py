@@ -29,6 +29,7 @@ from d1_signer import (
 )
 from d1_signer.events import CertificateEvent, Event
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.redis_clients import refusal
 from d1_signer.token.redis_store import RedisTokenStore
 from d1_signer.token.status import LeaseState, StoreState
 from tests.servers.redis_server import RedisServer
@@ -534,3 +535,44 @@ def test_a_client_that_answers_text_is_good_as_well(
         store = RedisTokenStore(client)
         assert fleet(store=store).token().value == fleet(store=store).token().value
     assert sandbox.counters.token_requests == 1
+
+
+REFUSALS: list[tuple[list[tuple[str, ...]], str, str]] = [
+    ([("CONFIG", "SET", "maxmemory", "1")], "(OOM)", "maxmemory"),
+    ([("REPLICAOF", "127.0.0.1", "1")], "(READONLY)", "Name its primary"),
+    ([("CONFIG", "SET", "min-replicas-to-write", "3")], "(NOREPLICAS)", "replicas"),
+    (
+        [("REPLICAOF", "127.0.0.1", "1"), ("CONFIG", "SET", "replica-serve-stale-data", "no")],
+        "(MASTERDOWN)",
+        "primary",
+    ),
+    ([("CONFIG", "SET", "requirepass", "another")], "refuses the login", "Compare user and pass"),
+    ([("ACL", "SETUSER", "default", ">another", "resetpass")], "refuses the login", "at its start"),
+]
+
+
+@pytest.mark.parametrize(("commands", "told", "look"), REFUSALS)
+def test_what_a_redis_that_answers_refuses_is_told(
+    tmp_path: Path, commands: list[tuple[str, ...]], told: str, look: str
+) -> None:
+    with RedisServer(tmp_path) as server, server.admin() as admin:
+        for command in commands:
+            admin.execute_command(*command)
+        store = RedisTokenStore(server.client())
+        with pytest.raises(StoreUnavailable) as caught:
+            _ = store.load("d1-signer:{a}") or store.lease("d1-signer:{a}", life=1.0)
+        store.abort()
+    assert str(server.socket) in caught.value.message
+    assert told in caught.value.message
+    assert look in caught.value.hint
+    assert "does not answer" not in caught.value.message
+
+
+def test_a_server_that_repeats_what_it_was_sent_is_not_quoted() -> None:
+    echo = "unknown command 'AUTH', with args beginning with: 'd1' 'OOM hunter2'"
+    assert refusal(redis.ResponseError(f"ERR {echo}")) is None
+    assert refusal(redis.ResponseError("HUNTER2 is no password")) is None
+    assert refusal(redis.ConnectionError("max number of clients reached")) is not None
+    refused = refusal(redis.ResponseError(f"BUSY {echo}"))
+    assert refused is not None
+    assert "hunter2" not in " ".join(refused)
