@@ -138,6 +138,21 @@ class Peer:
             details=details,
         )
 
+    def broken_off(self, status: int, *, late: bool) -> TokenError:
+        """The error for an answer that began: who gives one has nothing against our certificate.
+
+        Args:
+            status: HTTP status code.
+            late: Whether its time ran out.
+        """
+        why = "the rest did not come in time" if late else "the connection was closed amid it"
+        return TokenUnavailable(
+            f"The answer of D1's token endpoint {self.address} (HTTP {status}) broke off: {why}.",
+            hint="It is tried again by itself; if it stays, look at what stands before D1 (a proxy "
+            "or gateway), or ask Thales with the correlation id.",
+            details={"host": self.address, "failed": Stage.ANSWER.value, "status": status},
+        )
+
     def _without_tls(self, failure: Failure, details: Details) -> TokenError:
         kind = failure.tls or TlsFailure.CUT
         told, hint = _TOLD[kind]
