@@ -1227,3 +1227,36 @@ def test_handlers_of_the_log_and_of_signals_may_ask_for_status_and_token(
     )
     # One line of the log for the renewal, and a signal within each of two locks.
     assert ran.stdout.splitlines() == ["3 fresh 0", "3 expired 1"], ran.stdout + ran.stderr
+
+
+NO_FILES_LEFT = """
+import resource, sys
+from d1_signer import D1SignerError, TokenFetcher, open_signer
+
+fetcher = TokenFetcher.from_settings(sys.argv[1], retry_interval=0.01)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+uri = "pkcs11:token=a;object=b?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/pin"
+errors = []
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+for ask in (lambda: fetcher.token(timeout=0.5), lambda: open_signer(uri)):
+    try:
+        ask()
+    except D1SignerError as error:
+        errors.append(error)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+for error in errors:
+    print(error.code, error.retryable, "open files" in error.message, "ulimit -n" in error.hint)
+fetcher.token()
+"""
+
+
+def test_a_process_without_files_left_is_told_as_that(file: SettingsFile) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", NO_FILES_LEFT, str(file.path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = ["token_unavailable True True True", "signer_unavailable True True True"]
+    assert (ran.stdout.splitlines(), ran.returncode) == (told, 0), ran.stdout + ran.stderr
