@@ -1238,7 +1238,7 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 uri = "pkcs11:token=a;object=b?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/pin"
 errors = []
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-for ask in (lambda: fetcher.token(timeout=0.5), lambda: open_signer(uri)):
+for ask in (fetcher.token, lambda: open_signer(uri)):
     try:
         ask()
     except D1SignerError as error:
@@ -1246,11 +1246,13 @@ for ask in (lambda: fetcher.token(timeout=0.5), lambda: open_signer(uri)):
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 for error in errors:
     print(error.code, error.retryable, "open files" in error.message, "ulimit -n" in error.hint)
-fetcher.token()
+fetcher.token(timeout=30)
 """
 
 
 def test_a_process_without_files_left_is_told_as_that(file: SettingsFile) -> None:
+    file.tables = "[limits]\ntotal = 2\n"
+    file.write()
     ran = subprocess.run(
         [sys.executable, "-c", NO_FILES_LEFT, str(file.path)],
         capture_output=True,
