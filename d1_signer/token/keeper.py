@@ -378,8 +378,9 @@ class TokenKeeper:
         self._journal.failed(error, duration, self._life())
 
     def _after_fork(self) -> None:
-        """In a forked child: the parent's flight, lock and connections are not ours."""
+        """In a forked child: the parent's flight, lock, lease and connections are not ours."""
         self._begin_without_flight()
+        self._renewal.begin_without_lease()
 
 
 def _after_fork_in_child() -> None:

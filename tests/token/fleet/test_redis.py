@@ -576,3 +576,46 @@ def test_a_server_that_repeats_what_it_was_sent_is_not_quoted() -> None:
     refused = refusal(redis.ResponseError(f"BUSY {echo}"))
     assert refused is not None
     assert "hunter2" not in " ".join(refused)
+
+
+def test_a_child_of_a_fork_does_not_say_that_it_renews(fleet: FleetMaker, sandbox: Sandbox) -> None:
+    fetcher = fleet()
+    sandbox.misbehave(Fault.DELAY, seconds=30)
+    fetcher.prefetch()
+    until(lambda: fetcher.status().lease is LeaseState.OURS, seconds=20)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = fetcher.status()
+        os.write(write, json.dumps([status.lease, status.renewing]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert json.loads(os.read(read, 100)) == ["anothers", False]
+    assert fetcher.status().lease is LeaseState.OURS
+    os.close(read)
+    os.close(write)
+
+
+def test_a_store_that_goes_away_before_the_token_is_stored_is_away(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    stores: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, RenewalEvent):
+            stores.append(event.store)
+
+    fetcher = fleet(observers=[note])
+    sandbox.misbehave(Fault.DELAY, seconds=1)
+    fetcher.prefetch()
+    until(lambda: fetcher.status().lease is LeaseState.OURS, seconds=20)
+    redis_server.freeze()
+    try:
+        fetcher.token()
+        until(lambda: bool(stores), seconds=20)
+        status = fetcher.status()
+    finally:
+        redis_server.thaw()
+    assert (status.store, status.lease, stores) == (StoreState.AWAY, LeaseState.KEPT, ["away"])
+    assert status.store_error is not None
+    assert "does not answer" in status.store_error
