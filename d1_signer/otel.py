@@ -29,6 +29,7 @@ from d1_signer.events import (
     SignEvent,
     current_span,
 )
+from d1_signer.token.clock import token_clock
 
 try:
     from opentelemetry.context import attach, detach
@@ -61,6 +62,7 @@ _SCOPE = "d1_signer"
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SHARES: Final = (0, 0.25, 0.5, 0.75, 0.999)
 
+_NEVER: Final = float("-inf")
 _RENEWAL: Final = f"{_SCOPE}.token.renewal"
 
 _Attributes = dict[str, str | int | bool]
@@ -91,7 +93,8 @@ class OpenTelemetryObserver:
         self._tracer = (tracer_provider or get_tracer_provider()).get_tracer(_SCOPE)
         self._attributes: _Attributes = dict(attributes or {})
         self._renewing = threading.local()
-        self._dies_at: float | None = None
+        # On the clock of tokens, and on the wall clock, which may be set: the earlier one counts.
+        self._dies_at: tuple[float, float] | None = None
         self._certificate_ends: float | None = None
 
         def seconds(name: str, description: str) -> Callable[..., None]:
@@ -200,9 +203,9 @@ class OpenTelemetryObserver:
 
     def _renewed(self, event: RenewalEvent) -> None:
         if event.expires_in is not None:
-            self._dies_at = time.time() + event.expires_in
+            self._dies_at = token_clock() + event.expires_in, time.time() + event.expires_in
         elif not event.valid_for:
-            self._dies_at = 0.0  # there is none, or it was refused before its end
+            self._dies_at = _NEVER, _NEVER  # there is none, or it was refused before its end
         labels = self._with(
             event.error, {"d1_signer.shared": event.shared, "d1_signer.store": event.store}
         )
@@ -235,15 +238,17 @@ class OpenTelemetryObserver:
         return self._attributes | attributes | failed
 
     def _remaining(self, _: CallbackOptions) -> Iterable[Observation]:
-        return self._until(self._dies_at)
+        if self._dies_at is None:
+            return []
+        by_age, by_date = self._dies_at
+        return self._life(min(by_age - token_clock(), by_date - time.time()))
 
     def _remaining_of_certificate(self, _: CallbackOptions) -> Iterable[Observation]:
-        return self._until(self._certificate_ends)
+        ends = self._certificate_ends
+        return [] if ends is None else self._life(ends - time.time())
 
-    def _until(self, moment: float | None) -> list[Observation]:
-        if moment is None:
-            return []
-        return [Observation(max(0.0, moment - time.time()), self._attributes)]
+    def _life(self, seconds: float) -> list[Observation]:
+        return [Observation(max(0.0, seconds), self._attributes)]
 
 
 def _end(span: Span, attributes: _Attributes, moment: int | None = None) -> None:

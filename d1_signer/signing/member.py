@@ -60,7 +60,7 @@ class Member:
         """It works, as far as is known."""
         self.source = source
         self.kid = source.kid
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may ask for the health
         self._failures = 0
         self._rests = 0
         self._last_error: str | None = None
@@ -140,7 +140,7 @@ class Member:
 
     def after_fork(self) -> None:
         """In a forked child: the threads that held the lock or probed are not here."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._prober = None
 
 

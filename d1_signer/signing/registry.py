@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from d1_signer.errors import ConfigurationError, D1SignerError, KeyUriError
+from d1_signer.errors import ConfigurationError, D1SignerError, KeyUriError, SignerUnavailable
 from d1_signer.frames import of_signal_handler
 from d1_signer.signing.backend import Backend, BackendModule, guarded
 from d1_signer.signing.key_uri import scheme_of
@@ -35,10 +35,19 @@ def load_backend_module(uri: str) -> BackendModule:
         KeyUriError: Nothing serves the scheme.
         MissingExtraError: The backend's optional dependency is not installed.
         ConfigurationError: Two plug-ins serve the scheme, or the plug-in cannot be loaded.
+        SignerUnavailable: A file of the module cannot be read now.
     """
     scheme = scheme_of(uri)
     if scheme in BUILT_IN:
-        return importlib.import_module(BUILT_IN[scheme])
+        try:
+            return importlib.import_module(BUILT_IN[scheme])
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+        raise SignerUnavailable(
+            f"The code for {scheme}: cannot be read: {why}.",
+            hint="Look at the limits of this process, such as that of open files (LimitNOFILE, "
+            "ulimit -n), and at the installation.",
+        )
     found = list(entry_points(group=ENTRY_POINT_GROUP, name=scheme)) if scheme else []
     if len(found) == 1:
         try:

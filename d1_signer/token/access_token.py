@@ -106,6 +106,10 @@ class HeldToken:
             return State.FRESH
         return State.STALE if now < self.unusable_at else State.EXPIRED
 
+    def ends_at(self, now: float, wall: float) -> float:
+        """Its end in seconds since the epoch, as the wall clock tells them now; it may be set."""
+        return min(self.token.expires_at, wall + self.dies_at - now)
+
     def left(self, now: float, wall: float) -> float:
         """Seconds for which it is handed out from a moment on, by either clock; 0: no more."""
         return max(0.0, min(self.unusable_at - now, self.token.expires_at - wall))

@@ -42,6 +42,7 @@ _IDLE = 1.0
 # RFC 9110 sections 15.5.9 and 15.5.20: another connection may serve.
 _ABOUT_THE_CONNECTION = frozenset({408, 421})
 _LONGEST_REASON = 2.0  # seconds
+_LATE = (TimeoutError, urllib3.exceptions.TimeoutError)
 _OTHER_SERVER = "Check that the environment's URL is D1's token endpoint."
 
 
@@ -243,6 +244,9 @@ class TokenEndpoint:
                 return read_grant(_whole_body(response), assertion=assertion)
             except D1SignerError as error:
                 return error.fresh()
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                late = any(isinstance(link, _LATE) for link in frames.causes(error))
+                return _unframed(error) or self._peer.broken_off(status, late=late)
         body = _what_is_told(response)
         kind = response.headers.get("content-type", "")
         return self._peer.answered_by_another(
@@ -254,16 +258,10 @@ class TokenEndpoint:
             return TokenError(
                 "The token endpoint's URL cannot be used.", hint="Check the environment."
             )
-        unframed = next(
-            (link for link in frames.causes(error) if isinstance(link, FramingError)), None
-        )
         failure = failure_of(error, connect=connect, read=read)
-        if unframed is not None and failure.stage is Stage.ANSWER:  # not a proxy's to CONNECT
-            return TokenResponseError(
-                f"D1's answer cannot be read: {unframed}.",
-                hint="Look at what stands before D1: a proxy or gateway that alters answers.",
-            )
-        return self._peer.unreached(failure)
+        # A proxy's answer to CONNECT is none of D1's.
+        unframed = _unframed(error) if failure.stage is Stage.ANSWER else None
+        return unframed or self._peer.unreached(failure)
 
     def abort(self) -> None:
         """End the calls under way, so that a thread inside `post` comes back with an error."""
@@ -274,6 +272,18 @@ class TokenEndpoint:
         self._closed = True
         self._adapter.abort()
         self._session.close()
+
+
+def _unframed(error: Exception) -> TokenResponseError | None:
+    """The error for an answer whose end cannot be told; None where it failed for another reason."""
+    links = frames.causes(error)
+    unframed = next((link for link in links if isinstance(link, FramingError)), None)
+    if unframed is None:
+        return None
+    return TokenResponseError(
+        f"D1's answer cannot be read: {unframed}.",
+        hint="Look at what stands before D1: a proxy or gateway that alters answers.",
+    )
 
 
 def _whole_body(response: requests.Response) -> bytes:

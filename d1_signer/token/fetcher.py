@@ -351,7 +351,7 @@ class TokenFetcher(TokenKeeper):
                 environment=self._environment.base_url,
                 issuer_id=journal.whose["issuer"],
                 token=self._state(held),
-                expires_at=held.token.expires_at if held else None,
+                expires_at=held.ends_at(now, self._wall()) if held else None,
                 next_renewal_at=None
                 if renewing or self._closed
                 else self._wall() + max(0.0, due - now),

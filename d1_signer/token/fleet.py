@@ -102,6 +102,12 @@ class FleetRenewal:
         """End what goes on beside renewals."""
         self.announcer.close()
 
+    def begin_without_lease(self) -> None:
+        """In a forked child: the parent's lease is not ours, nor ours to give back."""
+        self._kept = None
+        if self.lease_state is not LeaseState.NONE:
+            self.lease_state = LeaseState.ANOTHERS
+
     def change(self, *, limits: Limits, profile: AssertionProfile) -> None:
         """See `Renewal.change`."""
         self._total = limits.total
@@ -146,7 +152,6 @@ class FleetRenewal:
                         self._share(held, deadline)
                         return held
             except StoreUnavailable as error:
-                self.store_state = StoreState.AWAY
                 _log.warning("fleet.store_unavailable %s", self._noted(error))
                 if deadline - time.monotonic() < NO_TIME:  # D1 would seem to be what is slow
                     raise TokenTimeout(
@@ -211,7 +216,7 @@ class FleetRenewal:
 
     def _noted(self, error: StoreUnavailable) -> str:
         """Keep for `status` what is wrong with the store; gives what a line tells of it."""
-        self.store_error = str(error)
+        self.store_state, self.store_error = StoreState.AWAY, str(error)
         return told({**self.whose, **error.details, "message": error})
 
     def _remember(self, refused: str) -> None:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from d1_signer.errors import D1SignerError, TokenTimeout
+from d1_signer.errors import D1SignerError, TokenError, TokenTimeout
 from d1_signer.token.access_token import HeldToken
 
 _of_this_thread = threading.local()
@@ -37,6 +38,36 @@ class Flight:
         self.callers: list[tuple[str, str]] = []
         self._ended = threading.Event()
         self._result: HeldToken | D1SignerError = TokenTimeout("The renewal has not ended.")
+
+    def begin(self, fly: Callable[[Flight], None]) -> None:
+        """Begin it in a thread of its own.
+
+        Raises:
+            TokenError: No thread can be had.
+        """
+        # In the context of the call that begins it: its span is the parent of the renewal's.
+        worker = threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(fly, self),
+            name="d1-signer-renewal",
+            daemon=True,
+        )
+        self.worker = worker
+        try:
+            worker.start()
+        except RuntimeError:
+            self.worker = None
+            raise TokenError(
+                "No thread can be started for the renewal.",
+                hint="Look at the limits of this process (TasksMax, pids.max, memory) and at what "
+                "its threads do; it is tried again by itself.",
+                retryable=True,
+            ) from None
+
+    def join(self, timeout: float) -> None:
+        """Wait for the end of its thread, so many seconds at most; it may be that of the caller."""
+        if self.worker is not None and self.worker is not threading.current_thread():
+            self.worker.join(timeout)
 
     def is_mine(self) -> None:
         """Called by its thread: from here on `left_to` tells where this one is."""

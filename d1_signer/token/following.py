@@ -225,10 +225,9 @@ class Following:
             _log.warning("settings.unusable %s", told(facts))
 
     def _renew(self) -> bool:
-        settings = Settings.read(self._file)
+        settings = Settings.read(self._file, complete=True)
         if settings == self.settings and not self._away:
             return False
-        settings.require_complete()
         for name in _FIXED:
             if getattr(settings, name) != getattr(self.settings, name):
                 raise ConfigurationError(
@@ -299,8 +298,7 @@ def opened(
         SignerError: No key can be opened.
     """
     seen = state_of(file)
-    settings = Settings.read(file)
-    settings.require_complete()
+    settings = Settings.read(file, complete=True)
     opening = Opening(settings, checked(observers))
     try:
         keys = opening.keys(settings, first=True)

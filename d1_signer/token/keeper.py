@@ -8,7 +8,6 @@ and a flight that hangs is left behind at its deadline.
 from __future__ import annotations
 
 import atexit
-import contextvars
 import logging
 import random
 import threading
@@ -93,14 +92,13 @@ class TokenKeeper:
         # What the fast path reads, in one attribute so that it is read as one.
         self._fresh: tuple[float, float, AccessToken] = (_NEVER, _NEVER, _NO_TOKEN)
         self._last_failure: D1SignerError | None = None
-        self._not_before = _NEVER
+        self._not_before = self._quiet_until = _NEVER
         self._begin_without_flight()
         _keepers.add(self)
 
     def _begin_without_flight(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # within it a handler of log or signal may ask for status
         self._flight: Flight | None = None
-        self._worker: threading.Thread | None = None
         self._hanging: list[Flight] = []
 
     def token(self, *, timeout: float | None = None) -> AccessToken:
@@ -194,15 +192,14 @@ class TokenKeeper:
             self._held = self._refused = None
             self._fresh = (_NEVER, _NEVER, _NO_TOKEN)
             flight, self._flight = self._flight, None
-            worker, self._worker = self._worker, None
         if flight is not None:
             flight.stopped.set()
             flight.end(FetcherClosedError("The token fetcher was closed during a renewal."))
         self._endpoint.close()
         self._renewal.close()
-        if worker is not None and worker is not threading.current_thread():
+        if flight is not None:
             # Bounded: a signer that hangs in a vendor's library cannot be called back.
-            worker.join(_EXIT_GRACE)
+            flight.join(_EXIT_GRACE)
 
     def _token_not_fresh(self, timeout: float | None) -> AccessToken:
         patience = self._limits.total if timeout is None else seconds(timeout, "timeout", least=0)
@@ -272,38 +269,38 @@ class TokenKeeper:
         try:
             if not self._closed and self._state(self._held) is not State.FRESH:
                 self._join_or_start()
-        except TokenError as error:
-            # The caller has a valid token and need not know.
-            self._note_failure(error)
+        except TokenError:  # the caller has a valid token and need not know
+            pass
         finally:
             self._lock.release()
 
     def _join_or_start(self) -> Flight:
-        """The flight under way, else a new one. The lock is held."""
+        """The flight under way, else a new one; that none can begin is noted. The lock is held."""
         if self._flight is not None and time.monotonic() < self._flight.deadline:
             return self._flight
         if self._flight is not None:
             self._abandon(self._flight)
         self._hanging = [hanging for hanging in self._hanging if hanging.is_flying()]
         if len(self._hanging) >= _MOST_HANGING:
-            raise all_hang(self._hanging)
+            raise self._noted(all_hang(self._hanging))
         starts_in = max(0.0, self._not_before - self._clock())
         flight = Flight(starts_in=starts_in, total=self._limits.total)
-        # In the context of the call that begins it: its span is the parent of the renewal's.
-        worker = threading.Thread(
-            target=contextvars.copy_context().run,
-            args=(self._fly, flight),
-            name="d1-signer-renewal",
-            daemon=True,
-        )
-        self._flight, self._worker = flight, worker
-        flight.worker = worker
+        self._flight = flight
         try:
-            worker.start()
-        except RuntimeError:
-            self._flight = self._worker = None
-            raise TokenError("No thread can be started for the renewal.", retryable=True) from None
+            flight.begin(self._fly)
+        except TokenError as error:
+            self._flight = None
+            raise self._noted(error) from None
         return flight
+
+    def _noted(self, error: TokenError) -> D1SignerError:
+        """Note, now and then, that no flight can begin; the next call tries again all the same."""
+        if self._clock() >= self._quiet_until:
+            self._quiet_until = self._clock() + _LONGEST_BACK_OFF
+            not_before = self._not_before
+            self._note_failure(error)
+            self._not_before = not_before
+        return error.fresh()
 
     def _ended(self, flight: Flight, until: float | None) -> bool:
         """Wait for a flight, until a moment at most; or to its end, which it is brought to."""
@@ -325,7 +322,7 @@ class TokenKeeper:
 
     def _abandon(self, flight: Flight) -> None:
         """Give up on a flight past its deadline: its thread hangs somewhere. The lock is held."""
-        self._flight = self._worker = None
+        self._flight = None
         self._hanging.append(flight)
         flight.stopped.set()
         error = hangs(flight, self._limits.total)
@@ -352,7 +349,7 @@ class TokenKeeper:
         try:
             with self._lock:
                 if self._flight is flight:
-                    self._flight = self._worker = None
+                    self._flight = None
                     if isinstance(result, HeldToken):
                         self._note_success(result, time.perf_counter() - started)
                     else:
@@ -364,7 +361,7 @@ class TokenKeeper:
     def _note_success(self, held: HeldToken, duration: float) -> None:
         self._held = held
         self._hand_out(held)
-        self._last_failure = None
+        self._last_failure, self._quiet_until = None, _NEVER
         self._young_until = self._clock() + _YOUNG
         # Tokens that live for a moment only must not become a loop of requests.
         self._not_before = self._clock() + self._retry_interval
@@ -372,16 +369,18 @@ class TokenKeeper:
 
     def _note_failure(self, error: D1SignerError, duration: float | None = None) -> None:
         self._last_failure = error
-        self._journal.failed(error, duration, self._life())
-        doublings = min(self._journal.failures - 1, 10)
+        doublings = min(self._journal.failures, 10)
         back_off = min(self._retry_interval * 2.0**doublings, _LONGEST_BACK_OFF)
         jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
         asked = min(asked_pause(error), _MOST_RETRY_AFTER)
         self._not_before = self._clock() + max(back_off, asked) * jitter
+        # Last, for a handler of the log may ask for a token.
+        self._journal.failed(error, duration, self._life())
 
     def _after_fork(self) -> None:
-        """In a forked child: the parent's flight, lock and connections are not ours."""
+        """In a forked child: the parent's flight, lock, lease and connections are not ours."""
         self._begin_without_flight()
+        self._renewal.begin_without_lease()
 
 
 def _after_fork_in_child() -> None:

@@ -7,6 +7,8 @@ should look for the fault in an assertion that D1 never saw.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 
@@ -81,6 +83,15 @@ _NOT_ABOUT_OURS = frozenset(
         TlsFailure.UNKNOWN_NAME,
     }
 )
+# What this process or machine has none left of, in the system's words.
+_USED_UP = frozenset(
+    os.strerror(code).lower()
+    for code in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+)
+_ABOUT_LIMITS = (
+    "Look at what this process or machine has none left of: open files (LimitNOFILE, ulimit -n), "
+    "memory or local ports. D1 was not asked."
+)
 _ABOUT_PROXY = "Check the proxy's URL, and that it runs."
 
 Details = dict[str, str | int | float]
@@ -131,11 +142,28 @@ class Peer:
             Stage.PROXY: refused.hint if refused else _ABOUT_PROXY,
             Stage.ANSWER: self._where_it_stays(),
         }[failure.stage]
+        if failure.reason in _USED_UP:
+            hint = _ABOUT_LIMITS
         return TokenUnavailable(
             f"D1's token endpoint {self.address} cannot be reached; {failure.told(proxy)}.",
             hint=hint,
             retryable=refused is None or refused.passes,
             details=details,
+        )
+
+    def broken_off(self, status: int, *, late: bool) -> TokenError:
+        """The error for an answer that began: who gives one has nothing against our certificate.
+
+        Args:
+            status: HTTP status code.
+            late: Whether its time ran out.
+        """
+        why = "the rest did not come in time" if late else "the connection was closed amid it"
+        return TokenUnavailable(
+            f"The answer of D1's token endpoint {self.address} (HTTP {status}) broke off: {why}.",
+            hint="It is tried again by itself; if it stays, look at what stands before D1 (a proxy "
+            "or gateway), or ask Thales with the correlation id.",
+            details={"host": self.address, "failed": Stage.ANSWER.value, "status": status},
         )
 
     def _without_tls(self, failure: Failure, details: Details) -> TokenError:

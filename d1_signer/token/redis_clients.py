@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -17,6 +18,15 @@ from redis.connection import (
     ConnectionPool,
     SSLConnection,
     parse_url,
+)
+from redis.exceptions import (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
 )
 
 from d1_signer.errors import ConfigurationError
@@ -105,6 +115,53 @@ def why(error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     name = type(error).__name__
     return name if cause is None else f"{name}: {cause.verify_message.rstrip('.')}"
+
+
+# What the package has classes of its own for has lost its code by the time that we see it.
+_CODES: Final = (
+    ((AuthenticationError, AuthenticationWrongNumberOfArgsError), "WRONGPASS"),
+    (OutOfMemoryError, "OOM"),
+    (ReadOnlyError, "READONLY"),
+    (BusyLoadingError, "LOADING"),
+    (MasterDownError, "MASTERDOWN"),  # a kind of the next
+    (ClusterDownError, "CLUSTERDOWN"),
+)
+_REFUSALS: Final = {
+    "WRONGPASS": (
+        "refuses the login",
+        "Compare user and password with those that Redis knows; a process reads them at its start",
+    ),
+    "OOM": ("has no memory left for writes (OOM)", "Look at its memory and at maxmemory"),
+    "READONLY": ("is a replica, which takes no writes (READONLY)", "Name its primary"),
+    "NOREPLICAS": (
+        "takes no writes, having too few replicas (NOREPLICAS)",
+        "Look at its replicas and at min-replicas-to-write",
+    ),
+    "MISCONF": (
+        "takes no writes, since it cannot save what it holds (MISCONF)",
+        "Look at the disk of Redis and at its log",
+    ),
+    "BUSY": ("is busy with somebody's script (BUSY)", "Look at who runs scripts on it"),
+    "LOADING": ("is still loading what it holds (LOADING)", "Wait until it has loaded that"),
+    "CLUSTERDOWN": ("is a cluster that is down (CLUSTERDOWN)", "Look at the nodes of Redis"),
+    "MASTERDOWN": ("is a replica without its primary (MASTERDOWN)", "Look at the primary"),
+    "max number of clients reached": (
+        "has as many clients as it takes (maxclients)",
+        "Look at who has connections to it",
+    ),
+}
+# Behind a command of a pipeline, which the package repeats.
+_REFUSED = re.compile(rf"(?:\A|caused error: )(?:ERR )?({'|'.join(_REFUSALS)})\b")
+
+
+def refusal(error: Exception) -> tuple[str, str] | None:
+    """What a server that answers refuses, and where to look; None where it may be something else.
+
+    Of its text a word that is known is told alone: there are servers that repeat a password.
+    """
+    code = next((code for kinds, code in _CODES if isinstance(error, kinds)), None)
+    found = _REFUSED.search(str(error))
+    return _REFUSALS.get(code or (found[1] if found else ""))
 
 
 def checked(client: object) -> Client:

@@ -41,7 +41,7 @@ try:
 except ModuleNotFoundError:
     raise MissingExtraError.of("redis", "redis") from None
 
-from d1_signer.token.redis_clients import Client, address, checked, maker, pools_of, why
+from d1_signer.token.redis_clients import Client, address, checked, maker, pools_of, refusal, why
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -79,9 +79,11 @@ def _answered(
         except (RedisError, RedisClusterException, OSError, ValueError) as error:
             a_cluster = ", and whether it is a cluster"
             look = a_cluster if isinstance(error, RedisClusterException) else ""
+            silent = f"does not answer ({why(error)})", f"Look at Redis{look}"
+            told, hint = refusal(error) or silent
             failure = StoreUnavailable(
-                f"The token store{self.where()} does not answer ({why(error)}).",
-                hint=f"Look at Redis{look}; tokens are fetched without it meanwhile.",
+                f"The token store{self.where()} {told}.",
+                hint=f"{hint}; tokens are fetched without it meanwhile.",
             )
         raise failure
 

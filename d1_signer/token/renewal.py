@@ -153,6 +153,9 @@ class Renewal:
     def close(self) -> None:
         """There is nothing that goes on beside renewals."""
 
+    def begin_without_lease(self) -> None:
+        """There is none."""
+
     def change(self, *, limits: Limits, profile: AssertionProfile) -> None:
         """Have the next attempts keep other limits, and say something else; never fails."""
         self._limits = limits

@@ -25,6 +25,12 @@ from d1_signer.token.renewal import Limits
 from d1_signer.token.values import FIELDS, StoreSettings, read_table, refuse
 
 _SHOWN_DIGITS = 16
+_NO_TOML = (
+    'Texts stand in quotes: environment = "production". Write the whole file beside it, then move '
+    "it to its place."
+)
+_SAYS_TWICE = re.compile(r"\A(Cannot (overwrite|mutate|declare|redefine)|Duplicate) ")
+_TWICE = "A name or a table stands in it twice, the second one there: leave one of them out."
 _POSITION = re.compile(r"\((at [a-z0-9 ,]+)\)\Z")
 
 
@@ -84,22 +90,29 @@ class Settings:
 
     @classmethod
     @without_locals
-    def read(cls, file: str | os.PathLike[str]) -> Self:
+    def read(cls, file: str | os.PathLike[str], *, complete: bool = False) -> Self:
         """Read a file.
+
+        Args:
+            file: Its path.
+            complete: Whether it is to make a fetcher, see `require_complete`.
 
         Raises:
             ConfigurationError: It cannot be read, is no TOML, has a name that is not known, a value
-                that cannot be used, or a secret in it.
+                that cannot be used, or a secret in it; or is not complete.
         """
         shown = shown_path(os.fspath(file))
         document = _document(os.fspath(file), shown)
         try:
             given = read_table(document, FIELDS, "")
+            settings = cls(**given, digest=_digest(cls(**given)))
+            if complete:
+                settings.require_complete()
         except D1SignerError as error:
             raise ConfigurationError(
                 f"The settings {shown} cannot be used: {error.message}", hint=error.hint
             ) from None
-        return cls(**given, digest=_digest(cls(**given)))
+        return settings
 
     def require_complete(self) -> None:
         """Refuse settings that do not make a fetcher, which flags or variables may complete.
@@ -147,14 +160,15 @@ def _document(path: str, shown: str) -> dict[str, Any]:
         ) from None
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        hint = "Save it as UTF-8."
+        where = ": it is not UTF-8"
     except (ValueError, RecursionError) as error:
         # Its text may repeat what stands there.
-        where = _POSITION.search(str(error))
-    raise ConfigurationError(
-        f"The settings {shown} are no TOML{f': {where[1]}' if where else ''}.",
-        hint='Texts stand in quotes: environment = "production". Write the whole file beside it, '
-        "then move it to its place.",
-    )
+        found = _POSITION.search(str(error))
+        where = f": {found[1]}" if found else ""
+        hint = _TWICE if _SAYS_TWICE.search(str(error)) else _NO_TOML
+    raise ConfigurationError(f"The settings {shown} are no TOML{where}.", hint=hint)
 
 
 def _digest(settings: Settings) -> str:

@@ -1177,3 +1177,88 @@ def test_a_child_of_a_fork_follows_on_its_own(file: SettingsFile) -> None:
         check=True,
     )
     assert ran.stdout.split() == ["0"], ran.stdout + ran.stderr
+
+
+ASKED_WITHIN = """
+import json, logging, signal, sys
+from d1_signer import D1SignerError, TokenFetcher
+
+asked = []
+def ask(record=None, frame=None):
+    asked.append(fetcher.status().to_dict())
+    try:
+        fetcher.token(timeout=0)
+    except D1SignerError:
+        pass
+    return True
+
+log = logging.getLogger("d1_signer")
+log.setLevel(logging.INFO)
+handler = logging.NullHandler()
+handler.handle = ask
+signal.signal(signal.SIGUSR1, ask)
+for settings in sys.argv[1:]:
+    with TokenFetcher.from_settings(settings, retry_interval=600) as fetcher:
+        log.addHandler(handler)
+        try:
+            fetcher.token()
+        except D1SignerError:
+            pass
+        for lock in (fetcher._lock, fetcher._signers._members[0]._lock):
+            with lock:
+                signal.raise_signal(signal.SIGUSR1)
+        log.removeHandler(handler)
+    print(len(asked), asked[-1]["token"], asked[-1]["failures"], flush=True)
+    asked.clear()
+"""
+
+
+def test_handlers_of_the_log_and_of_signals_may_ask_for_status_and_token(
+    file: SettingsFile,
+) -> None:
+    other = file.path.with_suffix(".other")
+    other.write_text(file.text().replace(f'"{ISSUER}"', '"nobody"'))
+    ran = subprocess.run(
+        [sys.executable, "-c", ASKED_WITHIN, str(file.path), str(other)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    # One line of the log for the renewal, and a signal within each of two locks.
+    assert ran.stdout.splitlines() == ["3 fresh 0", "3 expired 1"], ran.stdout + ran.stderr
+
+
+NO_FILES_LEFT = """
+import resource, sys
+from d1_signer import D1SignerError, TokenFetcher, open_signer
+
+fetcher = TokenFetcher.from_settings(sys.argv[1], retry_interval=0.01)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+uri = "pkcs11:token=a;object=b?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/pin"
+errors = []
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+for ask in (fetcher.token, lambda: open_signer(uri)):
+    try:
+        ask()
+    except D1SignerError as error:
+        errors.append(error)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+for error in errors:
+    print(error.code, error.retryable, "open files" in error.message, "ulimit -n" in error.hint)
+fetcher.token(timeout=30)
+"""
+
+
+def test_a_process_without_files_left_is_told_as_that(file: SettingsFile) -> None:
+    file.tables = "[limits]\ntotal = 2\n"
+    file.write()
+    ran = subprocess.run(
+        [sys.executable, "-c", NO_FILES_LEFT, str(file.path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = ["token_unavailable True True True", "signer_unavailable True True True"]
+    assert (ran.stdout.splitlines(), ran.returncode) == (told, 0), ran.stdout + ran.stderr

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from d1_signer import Limits, TokenError
+from d1_signer import Limits, RequestEvent, TokenError
+from d1_signer.events import Event
 from d1_signer.sandbox import Fault, Sandbox
 from tests.token.conftest import FetcherMaker
 
@@ -84,6 +85,35 @@ def test_a_fault_becomes_our_error(
     assert error.__cause__ is None
     assert error.__context__ is None
     assert sandbox.counters.token_requests == 1
+
+
+@pytest.mark.usefixtures("one_attempt")
+@pytest.mark.parametrize(
+    ("fault", "parameters", "why"),
+    [
+        (Fault.CLOSE_MID_BODY, {}, "the connection was closed amid it"),
+        (Fault.SLOW_BODY, {"seconds": 0.1}, "the rest did not come in time"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_not_about_our_certificate(
+    make_fetcher: FetcherMaker,
+    sandbox: Sandbox,
+    fault: Fault,
+    parameters: dict[str, Any],
+    why: str,
+) -> None:
+    events: list[Event] = []
+    fetcher = make_fetcher(limits=Limits(total=3.0), observers=[events.append])
+    sandbox.misbehave(fault, **parameters)
+    with pytest.raises(TokenError) as failure:
+        fetcher.token()
+    error = failure.value
+    assert f"(HTTP 200) broke off: {why}" in error.message
+    assert "certificate" not in str(error)
+    assert f"correlation id {sandbox.requests[-1].correlation_id}" in error.hint
+    assert (error.details["failed"], error.details["status"]) == ("answer", 200)
+    (request,) = [event for event in events if isinstance(event, RequestEvent)]
+    assert (request.status, request.error) == (200, "token_unavailable")
 
 
 def test_a_huge_body_is_not_read(make_fetcher: FetcherMaker, sandbox: Sandbox) -> None:

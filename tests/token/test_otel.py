@@ -146,6 +146,32 @@ def test_a_renewal_is_told_in_spans_and_metrics(
     assert abs(life.value - (token.expires_at - time.time())) < 1
 
 
+@pytest.mark.parametrize("by", [-7200.0, 7200.0])
+def test_a_wall_clock_that_is_set_lengthens_no_life(
+    make_fetcher: FetcherMaker, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch, by: float
+) -> None:
+    fetcher = make_fetcher(observers=[telemetry.observer])
+    fetcher.token()
+    until(lambda: "d1_signer.token.remaining_life" in telemetry.points())
+    before, real = fetcher.status().expires_at, time.time
+    assert before is not None
+    assert abs(before - fetcher.token().expires_at) < 1
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + by)
+        patch.setattr(fetcher, "_wall", time.time)
+        (life,) = telemetry.points()["d1_signer.token.remaining_life"]
+        status = fetcher.status()
+    assert status.expires_at is not None
+    if by < 0:  # what is there ends as it would have
+        assert 800 < life.value <= 900
+        assert 800 < status.expires_at - status.at <= 900
+        assert status.token == "fresh"
+    else:  # nobody gets it any more
+        assert life.value == 0
+        assert status.expires_at < status.at
+        assert status.token == "expired"
+
+
 def test_the_life_of_the_client_certificate_is_told(
     make_fetcher: FetcherMaker, sandbox: Sandbox, telemetry: Telemetry
 ) -> None:

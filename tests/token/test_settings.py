@@ -260,14 +260,34 @@ def test_what_makes_no_fetcher(tmp_path: Path, text: str, told: str) -> None:
     text = text if "missing" in told else whole + text
     with pytest.raises(ConfigurationError, match=told):
         read(tmp_path, text).require_complete()
+    # Which file it is must be told: a service may have one for each environment.
+    with pytest.raises(ConfigurationError, match=rf"d1\.toml cannot be used: .*{told}"):
+        Settings.read(tmp_path / "d1.toml", complete=True)
 
 
 def test_a_file_that_is_no_toml_tells_where(tmp_path: Path) -> None:
     assert "at line 2, column 13" in refused(tmp_path, 'kid = "a"\nissuer_id = bank\n').message
     refused(tmp_path, "a = " + "[" * 5000)
     (tmp_path / "d1.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigurationError, match="no TOML"):
+    with pytest.raises(ConfigurationError, match="no TOML: it is not UTF-8"):
         Settings.read(tmp_path / "d1.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'kid = "a"\nkid = "b"\n',
+        "[limits]\ntotal = 1\ntotal = 2\n",
+        "[limits]\ntotal = 1\n[limits]\nsign = 2\n",
+        'option.a = "x"\noption.a = "y"\n',
+        "limits = {total = 1, total = 2}\n",
+        "limits = {total = 1}\n[limits]\nsign = 1\n",
+    ],
+)
+def test_what_stands_there_twice_is_told(tmp_path: Path, text: str) -> None:
+    error = refused(tmp_path, text)
+    assert "no TOML: at line " in error.message
+    assert "twice" in error.hint
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

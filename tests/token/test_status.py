@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import make_server
@@ -109,6 +110,45 @@ def test_a_valid_token_outlives_failures(make_fetcher: FetcherMaker, sandbox: Sa
     status = fetcher.status()
     assert (status.token, status.healthy) == ("stale", True)
     assert status.last_success is not None
+
+
+@contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """None can be had: there is no room for its stack."""
+    before = threading.stack_size(1 << 46)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def test_that_no_renewal_can_begin_is_told_and_the_next_call_tries_again(
+    make_fetcher: FetcherMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "d1_signer.token")
+    fetcher = make_fetcher()
+    with no_threads():
+        for _ in range(2):
+            with pytest.raises(TokenError):
+                fetcher.token()
+        with pytest.raises(TokenError, match="No thread can be started") as caught:
+            fetcher.token()
+        assert caught.value.retryable
+        assert "TasksMax" in caught.value.hint
+    found = facts(line(caplog, "token.failed"))  # once, however many ask
+    assert (found["code"], found["failures"], found["valid_for"]) == ("token", "1", "0.0")
+    status = fetcher.status()
+    assert (status.healthy, status.failures) == (False, 1)
+    assert status.last_failure is not None
+    assert status.last_failure.hint == caught.value.hint
+    caplog.clear()
+    fetcher.token()
+    assert (fetcher.status().healthy, fetcher.status().failures) == (True, 0)
+    age(fetcher, 700)
+    with no_threads():
+        assert [fetcher.token().expires_at for _ in range(3)]
+    assert float(facts(line(caplog, "token.failed"))["valid_for"]) > 0
+    assert (fetcher.status().healthy, fetcher.status().failures) == (True, 1)
 
 
 def test_while_a_renewal_is_under_way_and_after_the_end(

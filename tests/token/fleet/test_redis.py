@@ -29,6 +29,7 @@ from d1_signer import (
 )
 from d1_signer.events import CertificateEvent, Event
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.redis_clients import refusal
 from d1_signer.token.redis_store import RedisTokenStore
 from d1_signer.token.status import LeaseState, StoreState
 from tests.servers.redis_server import RedisServer
@@ -534,3 +535,87 @@ def test_a_client_that_answers_text_is_good_as_well(
         store = RedisTokenStore(client)
         assert fleet(store=store).token().value == fleet(store=store).token().value
     assert sandbox.counters.token_requests == 1
+
+
+REFUSALS: list[tuple[list[tuple[str, ...]], str, str]] = [
+    ([("CONFIG", "SET", "maxmemory", "1")], "(OOM)", "maxmemory"),
+    ([("REPLICAOF", "127.0.0.1", "1")], "(READONLY)", "Name its primary"),
+    ([("CONFIG", "SET", "min-replicas-to-write", "3")], "(NOREPLICAS)", "replicas"),
+    (
+        [("REPLICAOF", "127.0.0.1", "1"), ("CONFIG", "SET", "replica-serve-stale-data", "no")],
+        "(MASTERDOWN)",
+        "primary",
+    ),
+    ([("CONFIG", "SET", "requirepass", "another")], "refuses the login", "Compare user and pass"),
+    ([("ACL", "SETUSER", "default", ">another", "resetpass")], "refuses the login", "at its start"),
+]
+
+
+@pytest.mark.parametrize(("commands", "told", "look"), REFUSALS)
+def test_what_a_redis_that_answers_refuses_is_told(
+    tmp_path: Path, commands: list[tuple[str, ...]], told: str, look: str
+) -> None:
+    with RedisServer(tmp_path) as server, server.admin() as admin:
+        for command in commands:
+            admin.execute_command(*command)
+        store = RedisTokenStore(server.client())
+        with pytest.raises(StoreUnavailable) as caught:
+            _ = store.load("d1-signer:{a}") or store.lease("d1-signer:{a}", life=1.0)
+        store.abort()
+    assert str(server.socket) in caught.value.message
+    assert told in caught.value.message
+    assert look in caught.value.hint
+    assert "does not answer" not in caught.value.message
+
+
+def test_a_server_that_repeats_what_it_was_sent_is_not_quoted() -> None:
+    echo = "unknown command 'AUTH', with args beginning with: 'd1' 'OOM hunter2'"
+    assert refusal(redis.ResponseError(f"ERR {echo}")) is None
+    assert refusal(redis.ResponseError("HUNTER2 is no password")) is None
+    assert refusal(redis.ConnectionError("max number of clients reached")) is not None
+    refused = refusal(redis.ResponseError(f"BUSY {echo}"))
+    assert refused is not None
+    assert "hunter2" not in " ".join(refused)
+
+
+def test_a_child_of_a_fork_does_not_say_that_it_renews(fleet: FleetMaker, sandbox: Sandbox) -> None:
+    fetcher = fleet()
+    sandbox.misbehave(Fault.DELAY, seconds=30)
+    fetcher.prefetch()
+    until(lambda: fetcher.status().lease is LeaseState.OURS, seconds=20)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = fetcher.status()
+        os.write(write, json.dumps([status.lease, status.renewing]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert json.loads(os.read(read, 100)) == ["anothers", False]
+    assert fetcher.status().lease is LeaseState.OURS
+    os.close(read)
+    os.close(write)
+
+
+def test_a_store_that_goes_away_before_the_token_is_stored_is_away(
+    fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
+) -> None:
+    stores: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, RenewalEvent):
+            stores.append(event.store)
+
+    fetcher = fleet(observers=[note])
+    sandbox.misbehave(Fault.DELAY, seconds=1)
+    fetcher.prefetch()
+    until(lambda: fetcher.status().lease is LeaseState.OURS, seconds=20)
+    redis_server.freeze()
+    try:
+        fetcher.token()
+        until(lambda: bool(stores), seconds=20)
+        status = fetcher.status()
+    finally:
+        redis_server.thaw()
+    assert (status.store, status.lease, stores) == (StoreState.AWAY, LeaseState.KEPT, ["away"])
+    assert status.store_error is not None
+    assert "does not answer" in status.store_error

@@ -71,6 +71,7 @@ class World:
         )
         self.threading: Any = SimpleNamespace(
             Lock=lambda: _Lock(self),
+            RLock=lambda: _RLock(self),
             Event=lambda: _Event(self),
             Thread=lambda **options: _Thread(self, **options),
             current_thread=lambda: self._running().thread,
@@ -222,6 +223,26 @@ class _Lock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class _RLock(_Lock):
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._holder: Task | None = None
+        self._depth = 0
+
+    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT002 (as in threading)
+        me = self._world._running()
+        if self._holder is not me and not super().acquire(blocking):
+            return False
+        self._holder, self._depth = me, self._depth + 1
+        return True
+
+    def release(self) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holder = None
+            super().release()
 
 
 class _Event:
