@@ -143,10 +143,11 @@ class Keys:
                     # What no URI can be made of may be anything, a password even.
                     unread = isinstance(error, KeyUriError)
                     away.append((f"{scheme_of(uri)}:" if unread else without_secrets(uri), error))
+            if len(self.uris) > 1:  # an error does not name the key, and there may be no other
+                for shown, why in away:
+                    output.note(f"Warning: a key is passed over: {printable(f'{shown}: {why}')}")
             if not signers:
                 raise away[0][1].fresh()
-            for shown, why in away:
-                output.note(f"Warning: a key is passed over: {printable(f'{shown}: {why}')}")
             yield tuple(signers), away
 
     @contextmanager

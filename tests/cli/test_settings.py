@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -295,3 +296,19 @@ def test_the_kid_of_the_variable_is_not_that_of_another_key(
     assert kids("--key", other, "--kid", "given") == ["given"]
     both = ("--key", f"{other}#next", "--key", f"{key}#first")
     assert kids(*both, "--format", "jwks") == ["next", "first"]
+
+
+@pytest.mark.parametrize("command", ["token", "public-key"])
+def test_where_every_key_is_away_each_is_named(
+    run: Run, settings: dict[str, str], tmp_path: Path, command: str
+) -> None:
+    uris = [f"{(tmp_path / name).as_uri()}#{name}" for name in ("first", "second")]
+    del settings["D1_SIGNER_KEY"]
+    options = [] if command == "token" else ["--format", "jwks"]
+    named = [word for uri in uris for word in ("--key", uri)]
+    result = run(command, *options, *named, **settings)
+    assert (result.status, result.out) == (2, "")
+    warnings = re.findall(r"^Warning: a key is passed over: (\S+): ", result.err, re.MULTILINE)
+    assert warnings == [uri.partition("#")[0] for uri in uris]
+    alone = run(command, *options, "--key", uris[0], **settings)
+    assert (alone.status, "passed over" in alone.err) == (2, False)
