@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +67,8 @@ def to_stdout(content: str | bytes) -> None:
     Raises:
         StdoutError: It cannot be written.
     """
+    if sys.stdout is None:  # closed at the start; click takes that for success
+        raise _told(OSError(errno.EBADF, os.strerror(errno.EBADF)))
     try:
         click.echo(content, nl=isinstance(content, str))
     except OSError as error:

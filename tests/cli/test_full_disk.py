@@ -44,6 +44,29 @@ def test_a_key_file(
     assert run("generate-key", "--key", path.as_uri()).status == 0
 
 
+def test_output_that_is_closed_is_not_taken_for_written(tmp_path: Path) -> None:
+    def closed(*arguments: str) -> tuple[int, str]:
+        script = 'exec "$@" >&-'
+        ran = subprocess.run(
+            ["sh", "-c", script, "sh", *COMMAND, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return ran.returncode, ran.stderr
+
+    uri = (tmp_path / "key.pem").as_uri()
+    status, told = closed("generate-key", "--key", uri)
+    assert status == 1
+    assert f"The key was made all the same: {uri}" in told
+    assert os.strerror(errno.EBADF) in told
+    assert closed("public-key", "--key", uri, "--json")[0] == 1
+    file = tmp_path / "out"
+    assert closed("public-key", "--key", uri, "-o", str(file))[0] == 0
+    assert file.read_bytes()
+
+
 def test_a_key_file_in_a_folder_that_is_not_there(run: Run, tmp_path: Path) -> None:
     result = run("generate-key", "--json", "--key", (tmp_path / "no" / "key.pem").as_uri())
     assert (result.status, result.document["code"]) == (2, "secret_source")
