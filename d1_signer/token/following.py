@@ -242,7 +242,7 @@ class Following:
         try:
             take(settings, keys)
         except BaseException:
-            self._opening.leave(before, until=time.monotonic())
+            self._opening.leave(before, until=self._busy_until)
             raise
         self.settings = settings
         self._serve(keys)

@@ -82,7 +82,7 @@ class Opening:
         self._observers = tuple(observers)
         self._open: dict[_Place, Signer] = {}
         self._away: set[_Place] = set()
-        self._left: list[tuple[float, Signer]] = []
+        self._left: list[tuple[float, _Place, Signer]] = []
         with ExitStack() as stack:
             self._trail: AuditTrail | None = None
             if settings.audit_trail is not None:
@@ -147,6 +147,13 @@ class Opening:
     def _require(self, place: _Place, opened: ExitStack) -> None:
         if place in self._open:
             return
+        # One that is put back is still open for a while: a device has few sessions.
+        back = next((left for left in self._left if left[1] == place), None)
+        if back is not None:
+            self._left.remove(back)
+            self._open[place] = back[2]
+            opened.callback(self._leave_again, back)
+            return
         options = KeyOptions(given=dict(place.options), timeout=place.timeout)
         signer = open_signer(
             place.uri,
@@ -162,6 +169,10 @@ class Opening:
     def _drop(self, place: _Place) -> None:
         self._open.pop(place).close()
 
+    def _leave_again(self, back: tuple[float, _Place, Signer]) -> None:
+        self._left.append(back)
+        del self._open[back[1]]
+
     def leave(self, settings: Settings, *, until: float) -> None:
         """Close the keys that settings do not name any more, once nobody can be using them.
 
@@ -172,17 +183,17 @@ class Opening:
         """
         named = {*_places(settings), _client_place(settings)}
         for place in [place for place in self._open if place not in named]:
-            self._left.append((until, self._open.pop(place)))
+            self._left.append((until, place, self._open.pop(place)))
 
     def has_left(self) -> bool:
         """Whether there is something for `close_left` to do."""
         now = time.monotonic()
-        return any(now >= until for until, _ in self._left)
+        return any(now >= until for until, *_ in self._left)
 
     def close_left(self) -> None:
         """Close those that were left long enough ago, in a thread: a device may hang in that."""
         now = time.monotonic()
-        over = [signer for until, signer in self._left if now >= until]
+        over = [signer for until, _, signer in self._left if now >= until]
         if not over:
             return
         closing = threading.Thread(
@@ -190,12 +201,12 @@ class Opening:
         )
         with contextlib.suppress(RuntimeError):  # the limit of threads; the next look tries again
             closing.start()
-            self._left = [kept for kept in self._left if kept[1] not in over]
+            self._left = [kept for kept in self._left if kept[2] not in over]
 
     def close(self) -> None:
         """Close all."""
         with self._stack, ExitStack() as stack:  # one that fails keeps none of the others open
-            for signer in (*self._open.values(), *(signer for _, signer in self._left)):
+            for signer in (*self._open.values(), *(signer for *_, signer in self._left)):
                 stack.callback(signer.close)
         self._open, self._left = {}, []
 

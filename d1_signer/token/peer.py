@@ -23,7 +23,7 @@ from d1_signer.token.d1 import Environment, origin
 from d1_signer.token.response import TRANSIENT, read_object
 from d1_signer.transport.certificates import dates_at_fault
 from d1_signer.transport.client import ClientTls
-from d1_signer.transport.failures import Failure, Stage, TlsFailure
+from d1_signer.transport.failures import NOT_HTTP, Failure, Stage, TlsFailure
 from d1_signer.transport.hosts import shown_address
 from d1_signer.transport.proxies import Proxy
 
@@ -92,6 +92,9 @@ _ABOUT_LIMITS = (
     "Look at what this process or machine has none left of: open files (LimitNOFILE, ulimit -n), "
     "memory or local ports. D1 was not asked."
 )
+_ABOUT_FOREIGN = (
+    "Check the port in the environment's URL, and what stands before D1 (a proxy or gateway)."
+)
 _ABOUT_PROXY = "Check the proxy's URL, and that it runs."
 
 Details = dict[str, str | int | float]
@@ -122,7 +125,8 @@ class Peer:
         details: Details = {"host": self.address, "failed": failure.stage.value}
         if failure.stage is Stage.TLS:
             return self._without_tls(failure, details)
-        at_fault = self._dates()
+        foreign = failure.reason == NOT_HTTP
+        at_fault = None if foreign else self._dates()
         if failure.stage is Stage.ANSWER and at_fault:
             # A server of TLS 1.3 that refuses a certificate may only close the connection.
             return TlsError(
@@ -140,7 +144,7 @@ class Peer:
             Stage.NAME: "Check the environment's URL and this machine's DNS.",
             Stage.CONNECTION: "Check network and firewall, and the port.",
             Stage.PROXY: refused.hint if refused else _ABOUT_PROXY,
-            Stage.ANSWER: self._where_it_stays(),
+            Stage.ANSWER: _ABOUT_FOREIGN if foreign else self._where_it_stays(),
         }[failure.stage]
         if failure.reason in _USED_UP:
             hint = _ABOUT_LIMITS

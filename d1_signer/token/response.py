@@ -286,5 +286,5 @@ def _shares(text: str, sent: str, length: int) -> bool:
 def _unusable(reason: str) -> TokenResponseError:
     return TokenResponseError(
         f"D1's answer cannot be used: {reason}.",
-        hint="Check that the environment's URL is D1's token endpoint.",
+        hint=f"Check that the environment's URL is D1's token endpoint; if it is, {_ASK}.",
     )

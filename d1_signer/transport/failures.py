@@ -8,7 +8,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 from enum import Enum
-from http.client import HTTPException
+from http.client import BadStatusLine, HTTPException, RemoteDisconnected
 
 from urllib3.exceptions import (
     ConnectTimeoutError,
@@ -39,6 +39,10 @@ _ABOUT_CERTIFICATE = re.compile(
 _ALERT = re.compile(r"ALERT|^TLSV1_")
 # What Python has no name for has OpenSSL's words at least.
 _WORDS = re.compile(r"\] ([^(:]+)")
+
+
+NOT_HTTP = "what it answers is not HTTP"
+"""The reason of a failure."""
 
 
 class Stage(Enum):
@@ -135,11 +139,15 @@ def failure_of(
         return Failure(Stage.PROXY if by_proxy else Stage.NAME, told)
     if by_proxy:
         foreign = any(isinstance(link, HTTPException) for link in links)
-        reason = "what it answers is not HTTP" if foreign else _system_reason(links)
+        reason = NOT_HTTP if foreign else _system_reason(links)
         return Failure(Stage.PROXY, reason or f"no tunnel {_within(connect)}")
     unframed = next((link for link in links if isinstance(link, FramingError)), None)
     if unframed is not None:
         return Failure(Stage.ANSWER, f"it cannot be read: {unframed}")
+    # No answer at all is a kind of bad status line to Python.
+    ended = any(isinstance(link, RemoteDisconnected) for link in links)
+    if not ended and any(isinstance(link, BadStatusLine) for link in links):
+        return Failure(Stage.ANSWER, NOT_HTTP)
     connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
     reason = _system_reason(links)
     if reason is None and connecting:

@@ -376,6 +376,30 @@ def test_a_signer_that_stays_keeps_its_state_and_one_that_goes_is_closed_later(
         one.signer(None).sign(b"x")
 
 
+def test_a_key_that_is_put_back_is_not_opened_twice(file: SettingsFile, opened: Opener) -> None:
+    file.keys("one", "two")
+    file.write()
+    fetcher = opened()
+    one, two = (member.source for member in fetcher._signers._members)
+    file.keys("two")
+    file.write()
+    fetcher.reload()
+    file.keys("one", "two")
+    file.certificate(file.sandbox.issue_client_certificate()[0], file.sandbox.client_key)
+    file.write()
+    with pytest.raises(ConfigurationError, match="does not belong"):
+        fetcher.reload()
+    assert [member.source for member in fetcher._signers._members] == [two]
+    file.certificate(file.sandbox.client_certificate, file.sandbox.client_key)
+    file.write()
+    fetcher.reload()
+    assert [member.source for member in fetcher._signers._members] == [one, two]
+    # What is used again is not closed when those are that were left.
+    fetcher._following._opening.close_left()  # type: ignore[union-attr]
+    fetcher._signers.attempt(lambda signer: signer.sign(b"x"), without=frozenset({"two"}))
+    assert fetcher._following._opening._left == []  # type: ignore[union-attr]
+
+
 def test_certificate_limits_audience_and_format_change_in_place(
     file: SettingsFile, opened: Opener
 ) -> None:

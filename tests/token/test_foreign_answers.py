@@ -30,7 +30,9 @@ from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.response import Grant
 from tests.conftest import LeakWatch
 from tests.servers.fault_proxy import listening
-from tests.token.conftest import ISSUER, FetcherMaker, certificate_of
+from tests.token.conftest import ISSUER, FetcherMaker, certificate_of, one_attempt
+
+__all__ = ["one_attempt"]  # a fixture
 
 GRANT = b'{"access_token":"a-token-of-d1","token_type":"Bearer","expires_in":900}'
 Answer = Callable[[int], bytes]
@@ -80,6 +82,27 @@ def failure(fetcher: TokenFetcher) -> D1SignerError:
     with pytest.raises(D1SignerError) as caught:
         fetcher.token()
     return caught.value
+
+
+@pytest.mark.usefixtures("one_attempt")
+def test_what_is_no_http_is_not_about_our_certificate(fetcher_of: FetcherOf) -> None:
+    fetcher, _ = fetcher_of(lambda _: b"\x00\x01\x02\r\n\r\n")
+    error = failure(fetcher)
+    assert error.code == "token_unavailable"
+    assert "the answer failed: what it answers is not HTTP" in error.message
+    assert "certificate" not in str(error)
+    assert "what stands before D1" in error.hint
+
+
+@pytest.mark.parametrize("body", [b"[]", GRANT.replace(b"900", b"0"), b'{"access_token":"a"}'])
+def test_who_is_asked_about_an_answer_that_cannot_be_used(
+    fetcher_of: FetcherOf, body: bytes
+) -> None:
+    fetcher, _ = fetcher_of(lambda _: answered("200 OK", body))
+    error = failure(fetcher)
+    assert error.code == "token_response"
+    # D1 itself may be what gives it.
+    assert f"ask Thales with the correlation id {error.details['correlation_id']}" in error.hint
 
 
 PAGE = b"<html>" + b"x" * 200_000
