@@ -141,13 +141,9 @@ def failure_of(
         foreign = any(isinstance(link, HTTPException) for link in links)
         reason = NOT_HTTP if foreign else _system_reason(links)
         return Failure(Stage.PROXY, reason or f"no tunnel {_within(connect)}")
-    unframed = next((link for link in links if isinstance(link, FramingError)), None)
-    if unframed is not None:
-        return Failure(Stage.ANSWER, f"it cannot be read: {unframed}")
-    # No answer at all is a kind of bad status line to Python.
-    ended = any(isinstance(link, RemoteDisconnected) for link in links)
-    if not ended and any(isinstance(link, BadStatusLine) for link in links):
-        return Failure(Stage.ANSWER, NOT_HTTP)
+    unreadable = _unreadable(links)
+    if unreadable is not None:
+        return Failure(Stage.ANSWER, unreadable)
     connecting = any(isinstance(link, NewConnectionError | ConnectTimeoutError) for link in links)
     reason = _system_reason(links)
     if reason is None and connecting:
@@ -158,6 +154,17 @@ def failure_of(
         Stage.CONNECTION if connecting else Stage.ANSWER,
         reason or "the connection was closed before a whole answer came",
     )
+
+
+def _unreadable(links: list[BaseException]) -> str | None:
+    """Why what came is no answer; None where nothing came."""
+    unframed = next((link for link in links if isinstance(link, FramingError)), None)
+    if unframed is not None:
+        return f"it cannot be read: {unframed}"
+    # No answer at all is a kind of bad status line to Python.
+    ended = any(isinstance(link, RemoteDisconnected) for link in links)
+    foreign = any(isinstance(link, BadStatusLine) for link in links)
+    return NOT_HTTP if foreign and not ended else None
 
 
 def _within(seconds: float | None) -> str:
