@@ -155,6 +155,15 @@ def test_the_plan_knows_every_module_and_its_tests_are_there() -> None:
     assert {test for test in tests if not (ROOT / test).exists()} == set()
 
 
+def test_what_may_survive_stands_in_the_code() -> None:
+    plan = tomllib.loads((ROOT / "tests" / "project" / "mutants.toml").read_text())
+    explained = [*plan["equivalent"], *plan["unwatched"]]
+    assert explained
+    for each in explained:
+        lines = (ROOT / each["file"]).read_text(encoding="utf-8").splitlines()
+        assert each["line"] in {line.strip() for line in lines}, each
+
+
 @pytest.mark.parametrize("tests", ["def test_broken():\n    assert False\n", "import nothing\n"])
 def test_a_test_that_fails_anyway_kills_nothing(tmp_path: Path, tests: str) -> None:
     ran = run(tmp_path, tests, "--count", "1")
