@@ -12,9 +12,10 @@ import pytest
 from tests.leaks import hooks
 from tests.leaks.watch import LeakWatch, told_by
 
-# A shell starts what runs in its background with SIGINT ignored, which programs under test would
+# A shell starts what runs in its background with both ignored, which programs under test would
 # inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 __all__ = ["LeakWatch", "told_by"]
 
