@@ -6,13 +6,33 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from d1_signer.errors import D1SignerError, TokenError, TokenTimeout
 from d1_signer.token.access_token import HeldToken
 
 _of_this_thread = threading.local()
 _MOST_CALLERS = 128  # what OpenTelemetry keeps of a span's links
+
+
+class Here(threading.local):
+    """Whether this thread renews for a keeper, or holds its lock: so it cannot wait for a flight.
+
+    Attributes:
+        inside: Whether it does.
+    """
+
+    inside = False
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Be inside for a while; what a handler of a signal does meanwhile is inside as well."""
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
 
 
 class Flight:
@@ -109,39 +129,3 @@ def left_to(place: str) -> None:
     flight = getattr(_of_this_thread, "flight", None)
     if flight is not None:
         flight.place = place
-
-
-def not_in_time(patience: float, failure: D1SignerError | None) -> D1SignerError:
-    """The error for who waited for so long: why there is no token, where that is known."""
-    if failure is not None:
-        return failure.fresh()
-    return TokenTimeout(
-        f"No token within {patience:g} seconds.", hint="The renewal goes on; call again."
-    )
-
-
-def none_that_lives(patience: float) -> TokenTimeout:
-    """The error for who waited for so long and got tokens that had ended."""
-    return TokenTimeout(
-        f"No token that still lives within {patience:g} seconds.",
-        hint="D1's tokens live too short, or this machine's clock is being set.",
-    )
-
-
-def hangs(flight: Flight, total: float) -> TokenTimeout:
-    """The error of a flight that is past its deadline: where it hangs."""
-    return TokenTimeout(
-        f"No token within {total:g} seconds: the renewal hangs in {flight.place}.",
-        hint="It is tried again by itself; where it stays, look there.",
-        details={"hanging_in": flight.place},
-    )
-
-
-def all_hang(flights: Sequence[Flight]) -> TokenTimeout:
-    """The error where no other flight may begin, since so many hang."""
-    places = " and ".join(sorted({flight.place for flight in flights}))
-    return TokenTimeout(
-        f"{len(flights)} renewals hang in {places} and keep no time limit.",
-        hint="Look there, for a signer at its device or service; start the process anew.",
-        details={"hanging_in": places},
-    )

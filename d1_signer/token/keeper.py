@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import atexit
 import logging
-import random
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from d1_signer.errors import (
-    ConfigurationError,
     D1SignerError,
     FetcherClosedError,
     TokenError,
@@ -29,16 +28,15 @@ from d1_signer.token.access_token import AccessToken, HeldToken, State
 from d1_signer.token.clock import Clock
 from d1_signer.token.endpoint import TokenEndpoint
 from d1_signer.token.fleet import FleetRenewal
-from d1_signer.token.flight import Flight, all_hang, hangs, left_to, none_that_lives, not_in_time
+from d1_signer.token.flight import Flight, Here, left_to
 from d1_signer.token.journal import Journal
-from d1_signer.token.renewal import Limits, Renewal, asked_pause, passes, seconds
+from d1_signer.token.pauses import LONGEST_BACK_OFF, passes, pause_after
+from d1_signer.token.renewal import Limits, Renewal, seconds
+from d1_signer.token.waiting import all_hang, hangs, none_that_lives, not_in_time, waits_for_itself
 from d1_signer.transport.patching import require_patched_first
 
 _log = logging.getLogger("d1_signer.token")
 
-_LONGEST_BACK_OFF = 15.0
-# A server that asks for more would let a token expire which the next attempt may well save.
-_MOST_RETRY_AFTER = 60.0
 _YOUNG = 30.0
 _MOST_HANGING = 4
 _ABORT_GRACE = 0.5
@@ -97,7 +95,8 @@ class TokenKeeper:
         _keepers.add(self)
 
     def _begin_without_flight(self) -> None:
-        self._lock = threading.RLock()  # within it a handler of log or signal may ask for status
+        self._lock = threading.RLock()  # within it a handler of a signal may ask for the status
+        self._here = Here()
         self._flight: Flight | None = None
         self._hanging: list[Flight] = []
 
@@ -235,9 +234,19 @@ class TokenKeeper:
             if time.monotonic() >= until:
                 raise none_that_lives(patience)
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock, and write to the log without it: a handler of that may ask for a token."""
+        try:
+            with self._lock, self._here.within():
+                yield
+        finally:
+            self._journal.write()
+
     def _awaited(self, until: float) -> Flight | AccessToken:
         """The flight to wait for; or a token that came just now."""
-        with self._lock:
+        inside = self._here.inside
+        with self._locked():
             self._require_open()
             held = self._held
             if held is not None and self._state(held) is not State.EXPIRED:
@@ -247,6 +256,8 @@ class TokenKeeper:
                 nothing_will_come = early >= until - time.monotonic()
                 if nothing_will_come or not passes(failure):
                     raise failure.fresh()
+            if inside:
+                raise waits_for_itself()
             return self._join_or_start()
 
     def _state(self, held: HeldToken | None) -> State:
@@ -270,9 +281,10 @@ class TokenKeeper:
             if not self._closed and self._state(self._held) is not State.FRESH:
                 self._join_or_start()
         except TokenError:  # the caller has a valid token and need not know
-            pass
+            self._not_before = self._clock() + self._retry_interval
         finally:
             self._lock.release()
+            self._journal.write()
 
     def _join_or_start(self) -> Flight:
         """The flight under way, else a new one; that none can begin is noted. The lock is held."""
@@ -282,7 +294,7 @@ class TokenKeeper:
             self._abandon(self._flight)
         self._hanging = [hanging for hanging in self._hanging if hanging.is_flying()]
         if len(self._hanging) >= _MOST_HANGING:
-            raise self._noted(all_hang(self._hanging))
+            raise self._none_begins(all_hang(self._hanging))
         starts_in = max(0.0, self._not_before - self._clock())
         flight = Flight(starts_in=starts_in, total=self._limits.total)
         self._flight = flight
@@ -290,31 +302,23 @@ class TokenKeeper:
             flight.begin(self._fly)
         except TokenError as error:
             self._flight = None
-            raise self._noted(error) from None
+            raise self._none_begins(error) from None
         return flight
 
-    def _noted(self, error: TokenError) -> D1SignerError:
-        """Note, now and then, that no flight can begin; the next call tries again all the same."""
+    def _none_begins(self, error: TokenError) -> D1SignerError:
+        """Tell, now and then, that no flight can begin; the next call tries again all the same."""
         if self._clock() >= self._quiet_until:
-            self._quiet_until = self._clock() + _LONGEST_BACK_OFF
-            not_before = self._not_before
-            self._note_failure(error)
-            self._not_before = not_before
+            self._quiet_until = self._clock() + LONGEST_BACK_OFF
+            self._journal.failed(error, None, self._life())
         return error.fresh()
 
     def _ended(self, flight: Flight, until: float | None) -> bool:
         """Wait for a flight, until a moment at most; or to its end, which it is brought to."""
-        if threading.current_thread() is flight.worker:
-            raise ConfigurationError(
-                "The renewal waits for itself: its observer, PIN source or correlation_id asked "
-                "this fetcher for a token.",
-                hint="Do not call the fetcher from what it calls.",
-            )
         last = flight.deadline + _ABORT_GRACE
         if until is not None and until < last:
             return flight.wait(max(until - time.monotonic(), 0.0))
         if not flight.wait(max(last - time.monotonic(), 0.0)):
-            with self._lock:
+            with self._locked():
                 if self._flight is flight:
                     self._abandon(flight)
             flight.wait(_ABORT_GRACE)
@@ -333,6 +337,7 @@ class TokenKeeper:
     def _fly(self, flight: Flight) -> None:
         result: HeldToken | D1SignerError
         flight.is_mine()
+        self._here.inside = True
         if flight.starts_in and flight.stopped.wait(flight.starts_in):
             return  # whoever stopped it has told those who wait
         started = time.perf_counter()
@@ -347,7 +352,7 @@ class TokenKeeper:
         except BaseException as error:  # noqa: BLE001 (whoever waits must be told in any case)
             result = TokenError(f"The renewal failed with {type(error).__name__}.")
         try:
-            with self._lock:
+            with self._locked():
                 if self._flight is flight:
                     self._flight = None
                     if isinstance(result, HeldToken):
@@ -369,12 +374,8 @@ class TokenKeeper:
 
     def _note_failure(self, error: D1SignerError, duration: float | None = None) -> None:
         self._last_failure = error
-        doublings = min(self._journal.failures, 10)
-        back_off = min(self._retry_interval * 2.0**doublings, _LONGEST_BACK_OFF)
-        jitter = 1 + random.random() / 4  # noqa: S311 (spreads load, keeps no secret)
-        asked = min(asked_pause(error), _MOST_RETRY_AFTER)
-        self._not_before = self._clock() + max(back_off, asked) * jitter
-        # Last, for a handler of the log may ask for a token.
+        failures, least = self._journal.failures, self._retry_interval
+        self._not_before = self._clock() + pause_after(error, failures=failures, least=least)
         self._journal.failed(error, duration, self._life())
 
     def _after_fork(self) -> None:

@@ -41,6 +41,7 @@ from d1_signer.token.clock import Clock
 from d1_signer.token.d1 import ISSUED_AT_MARGIN, AssertionProfile, checked_correlation_id
 from d1_signer.token.endpoint import Reply, TokenEndpoint
 from d1_signer.token.flight import left_to
+from d1_signer.token.pauses import asked_pause, passes, pause_before
 from d1_signer.token.response import Grant
 from d1_signer.token.status import LeaseState, StoreState
 
@@ -49,10 +50,6 @@ _log = logging.getLogger("d1_signer.token")
 NO_TIME = 0.05
 """Seconds in which D1 cannot be asked: what failed for them tells nothing of D1."""
 
-_FIRST_PAUSE = 0.25
-_LONGEST_PAUSE = 5.0
-_TOO_MANY = 429
-_LEAST_AFTER_TOO_MANY = 1.0
 # Below the first a clock is right enough and D1 had another reason; beyond the second the machine
 # is so wrong that an operator must look at it.
 _LEAST_SKEW = float(ISSUED_AT_MARGIN)
@@ -89,29 +86,6 @@ def seconds(value: float, name: str, *, least: float) -> float:
     if not isinstance(value, int | float) or not least <= value <= 86_400:  # noqa: PLR2004 (a day)
         raise InvalidInputError(f"{name} is not a number of seconds from {least:g} to 86400.")
     return value
-
-
-def pause_before(attempt: int, *, asked: float, chance: float) -> float:
-    """Seconds to wait before an attempt: twice as long each time, up to five, with jitter.
-
-    Args:
-        attempt: 1 for the first repetition.
-        asked: What the server asked for, which is the least; see `asked_pause`.
-        chance: Random number from 0 to 1. The pause has a half of its length at least, so that
-            pauses grow; and a fleet that was asked to wait does not come back in one moment.
-    """
-    # The power alone would be too large a number some day.
-    longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(attempt - 1, 10))
-    return max(longest * (1 + chance) / 2, asked * (1 + chance / 4))
-
-
-def asked_pause(error: D1SignerError) -> float:
-    """Seconds that whoever refused asks to wait: its ``Retry-After``, and a second after a 429."""
-    asked = error.details.get("retry_after")
-    if not isinstance(asked, int | float):  # a plug-in may say it in its own words
-        asked = 0.0
-    too_many = error.details.get("status") == _TOO_MANY
-    return max(asked, _LEAST_AFTER_TOO_MANY if too_many else 0.0)
 
 
 class Renewal:
@@ -371,11 +345,6 @@ class Renewal:
         facts = {"kid": kid, "message": "another kid of the set is tried"}
         _log.warning("token.kid_refused %s", told(facts))
         return True
-
-
-def passes(error: D1SignerError) -> bool:
-    """Whether an error is one that waiting ends, of D1's or of the way there."""
-    return isinstance(error, TokenUnavailable) and error.retryable
 
 
 def _is_invalid_grant(reply: Reply) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from d1_signer import ClientCertificate, Signer, TokenFetcher, generate_key, open_signer
 from d1_signer.sandbox import Sandbox
-from d1_signer.token import keeper, renewal
+from d1_signer.token import pauses
 
 ISSUER = "test-issuer"
 KID = "test-key"
@@ -62,9 +62,9 @@ def make_fetcher(sandbox: Sandbox, signer: Signer) -> Iterator[FetcherMaker]:
 @pytest.fixture
 def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first failure be the last one: the next attempt is due when no patience is left."""
-    monkeypatch.setattr(renewal, "_FIRST_PAUSE", 600.0)
-    monkeypatch.setattr(renewal, "_LONGEST_PAUSE", 600.0)
-    monkeypatch.setattr(keeper, "_LONGEST_BACK_OFF", 600.0)
+    monkeypatch.setattr(pauses, "_FIRST_PAUSE", 600.0)
+    monkeypatch.setattr(pauses, "_LONGEST_PAUSE", 600.0)
+    monkeypatch.setattr(pauses, "LONGEST_BACK_OFF", 600.0)
     defaults: Any = inspect.unwrap(TokenFetcher.__init__).__kwdefaults__
     monkeypatch.setitem(defaults, "retry_interval", 600.0)
 

@@ -19,8 +19,8 @@ from d1_signer import (
     TokenUnavailable,
 )
 from d1_signer.sandbox import Fault, Sandbox
-from d1_signer.token import renewal
-from d1_signer.token.renewal import asked_pause, pause_before
+from d1_signer.token import pauses
+from d1_signer.token.pauses import asked_pause, pause_before
 from d1_signer.transport import connections, names
 from tests.token.conftest import FetcherMaker
 from tests.token.test_fetcher import together, until
@@ -54,10 +54,10 @@ def test_after_a_429_a_second_passes(make_fetcher: FetcherMaker, sandbox: Sandbo
 def test_between_two_renewals_a_second_passes_after_a_429(
     make_fetcher: FetcherMaker, sandbox: Sandbox
 ) -> None:
-    fetcher = make_fetcher(retry_interval=0.01, limits=Limits(total=0.5))
+    fetcher = make_fetcher(retry_interval=0.01, limits=Limits(total=0.9))
     sandbox.misbehave(Fault.STATUS_429, times=1, retry_after=None)
     with pytest.raises(TokenUnavailable):
-        fetcher.token()  # half a second has no room for another attempt
+        fetcher.token()  # less than a second has no room for another attempt
     assert fetcher.token(timeout=20).value
     assert min(gaps(sandbox)) > 0.95
 
@@ -88,8 +88,8 @@ def test_who_comes_late_has_a_patience_of_its_own(
 def test_who_comes_amid_the_pause_between_renewals_waits(
     make_fetcher: FetcherMaker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(renewal, "_FIRST_PAUSE", 60.0)
-    monkeypatch.setattr(renewal, "_LONGEST_PAUSE", 60.0)
+    monkeypatch.setattr(pauses, "_FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(pauses, "_LONGEST_PAUSE", 60.0)
     fetcher = make_fetcher(retry_interval=1.0)
     sandbox.misbehave(Fault.STATUS_503, times=1, retry_after=None)
     # One attempt for each renewal: with the default patience it is not the end.

@@ -8,10 +8,12 @@ import dataclasses
 import json
 import logging
 import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import make_server
@@ -34,6 +36,7 @@ from d1_signer import (
 from d1_signer.errors import TokenError
 from d1_signer.events import Event
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.token.flight import Flight
 from d1_signer.token.status import LeaseState, StoreState
 from tests.token.conftest import ISSUER, KID, FetcherMaker, one_attempt
 from tests.token.test_fetcher import age, until
@@ -149,6 +152,100 @@ def test_that_no_renewal_can_begin_is_told_and_the_next_call_tries_again(
         assert [fetcher.token().expires_at for _ in range(3)]
     assert float(facts(line(caplog, "token.failed"))["valid_for"]) > 0
     assert (fetcher.status().healthy, fetcher.status().failures) == (True, 1)
+
+
+def test_a_call_without_threads_amid_an_outage_ends_with_it(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher(limits=Limits(total=5))
+    sandbox.misbehave(Fault.STATUS_503, times=1, retry_after=6)  # later than this renewal ends
+    with pytest.raises(TokenUnavailable):
+        fetcher.token()
+    with no_threads(), pytest.raises(TokenError, match="No thread can be started"):
+        fetcher.token(timeout=60)
+    fetcher._not_before = fetcher._clock() + 0.5
+    assert fetcher.token(timeout=60).value
+
+
+def test_a_valid_token_is_not_renewed_with_each_call_where_no_thread_can_be_had(
+    make_fetcher: FetcherMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetcher = make_fetcher(retry_interval=600.0)
+    fetcher.token()
+    age(fetcher, 700)
+    fetcher._not_before = fetcher._clock()
+    begun: list[Flight] = []
+    begin = Flight.begin
+
+    def counted(flight: Flight, fly: Callable[[Flight], None]) -> None:
+        begun.append(flight)
+        begin(flight, fly)
+
+    monkeypatch.setattr(Flight, "begin", counted)
+    with no_threads():
+        assert [fetcher.token().value for _ in range(50)]
+    assert len(begun) == 1
+
+
+class _Asking(logging.Handler):
+    """Asks a fetcher for a token, and another thread for its status, whenever one has failed."""
+
+    def __init__(self, fetcher: TokenFetcher) -> None:
+        super().__init__()
+        self.fetcher = fetcher
+        self.errors: list[D1SignerError] = []
+        self.failures: list[int] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("token.failed"):
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(self.fetcher.status)
+                self.failures.append(asked.result(20).failures)
+            with pytest.raises(D1SignerError) as raised:
+                self.fetcher.token(timeout=60)
+            self.errors.append(raised.value)
+
+
+def test_a_handler_of_the_log_that_asks_for_a_token_holds_up_nobody(
+    make_fetcher: FetcherMaker, sandbox: Sandbox
+) -> None:
+    fetcher = make_fetcher(limits=Limits(total=5))
+    handler = _Asking(fetcher)
+    log = logging.getLogger("d1_signer.token")
+    sandbox.misbehave(Fault.STATUS_503, retry_after=6)  # later than this renewal ends
+    log.addHandler(handler)
+    try:
+        with pytest.raises(TokenUnavailable):
+            fetcher.token()
+    finally:
+        log.removeHandler(handler)
+    assert handler.failures == [1]
+    assert [error.code for error in handler.errors] == ["configuration"]
+    assert "waits for itself" in handler.errors[0].message
+    assert "handler of the log" in handler.errors[0].message
+
+
+def test_a_handler_of_a_signal_does_not_wait_for_what_it_interrupts(
+    make_fetcher: FetcherMaker,
+) -> None:
+    fetcher = make_fetcher()
+    raised: list[D1SignerError] = []
+
+    def ask(*_: object) -> None:
+        try:
+            fetcher.token()
+        except D1SignerError as error:
+            raised.append(error)
+
+    before = signal.signal(signal.SIGUSR1, ask)
+    try:
+        with fetcher._locked():
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [error.code for error in raised] == ["configuration"]
+    assert fetcher.token().value
+    assert fetcher.status().failures == 0
 
 
 def test_while_a_renewal_is_under_way_and_after_the_end(

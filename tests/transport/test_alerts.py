@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from d1_signer import D1SignerError, Limits, TlsError, TokenUnavailable
-from d1_signer.token import renewal
+from d1_signer.token import pauses
 from tests.servers.certificates import self_signed
 from tests.token.conftest import FetcherMaker
 
@@ -45,7 +45,7 @@ AT_ONCE = {
 
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renewal, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(pauses, "_FIRST_PAUSE", 0.001)
 
 
 @contextmanager
