@@ -86,7 +86,7 @@ class Reply:
 
     Attributes:
         outcome: The grant, or the error.
-        status: HTTP status code; None where no usable answer came.
+        status: HTTP status code; None where none came.
         clock_offset: Seconds by which the server's ``Date`` is ahead of this machine's clock; None
             where it sent none.
     """

@@ -90,7 +90,7 @@ _USED_UP = frozenset(
 )
 _ABOUT_LIMITS = (
     "Look at what this process or machine has none left of: open files (LimitNOFILE, ulimit -n), "
-    "memory or local ports. D1 was not asked."
+    "memory or local ports."
 )
 _ABOUT_FOREIGN = (
     "Check the port in the environment's URL, and what stands before D1 (a proxy or gateway)."

@@ -8,7 +8,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 from enum import Enum
-from http.client import BadStatusLine, HTTPException, RemoteDisconnected
+from http.client import BadStatusLine, HTTPException, RemoteDisconnected, UnknownProtocol
 
 from urllib3.exceptions import (
     ConnectTimeoutError,
@@ -42,7 +42,7 @@ _WORDS = re.compile(r"\] ([^(:]+)")
 
 
 NOT_HTTP = "what it answers is not HTTP"
-"""The reason of a failure."""
+"""The reason of a failure that says nothing against a client certificate."""
 
 
 class Stage(Enum):
@@ -163,7 +163,7 @@ def _unreadable(links: list[BaseException]) -> str | None:
         return f"it cannot be read: {unframed}"
     # No answer at all is a kind of bad status line to Python.
     ended = any(isinstance(link, RemoteDisconnected) for link in links)
-    foreign = any(isinstance(link, BadStatusLine) for link in links)
+    foreign = any(isinstance(link, BadStatusLine | UnknownProtocol) for link in links)
     return NOT_HTTP if foreign and not ended else None
 
 

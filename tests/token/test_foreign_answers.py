@@ -85,8 +85,9 @@ def failure(fetcher: TokenFetcher) -> D1SignerError:
 
 
 @pytest.mark.usefixtures("one_attempt")
-def test_what_is_no_http_is_not_about_our_certificate(fetcher_of: FetcherOf) -> None:
-    fetcher, _ = fetcher_of(lambda _: b"\x00\x01\x02\r\n\r\n")
+@pytest.mark.parametrize("head", [b"\x00\x01\x02\r\n\r\n", b"HTTP/2 200\r\n\r\n"])
+def test_what_is_no_http_is_not_about_our_certificate(fetcher_of: FetcherOf, head: bytes) -> None:
+    fetcher, _ = fetcher_of(lambda _: head)
     error = failure(fetcher)
     assert error.code == "token_unavailable"
     assert "the answer failed: what it answers is not HTTP" in error.message
