@@ -147,7 +147,8 @@ def cli(context: click.Context, *, output: Output) -> None:
     """
     if context.invoked_subcommand is None:
         if not output.json:
-            output.note(f"{context.get_help()}\n\nStart with: d1-signer demo\n", verbatim=True)
+            told = context.command.get_help(context)  # not to standard output
+            output.note(f"{told}\n\nStart with: d1-signer demo\n", verbatim=True)
         raise click.ClickException("Missing command.")
 
 

@@ -6,6 +6,7 @@ No text here repeats the value: it may be the secret itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
     (uri,) = checked_keys(context, parameter, (value,))
     settings = settings_in(context)
     signing = [*os.environ.get("D1_SIGNER_KEY", "").split(), *(settings.key if settings else ())]
-    if place_of(uri) in map(place_of, signing):
+    if _place_of(uri) in map(_place_of, signing):
         raise click.UsageError(
             "This key signs assertions (D1_SIGNER_KEY). The client certificate needs a key of its "
             "own; make one with generate-key."
@@ -78,12 +79,15 @@ def checked_client_key(context: click.Context, parameter: click.Parameter, value
     return uri
 
 
-def place_of(uri: str) -> object:
+def _place_of(uri: str) -> object:
     """What a key URI names, however it is written: without kid, PIN source and the like."""
     rest = split_fragment(uri)[0].partition("?")[0]
     scheme, _, name = rest.partition(":")
     if scheme.lower() == "file":
-        return os.path.realpath(unquote(name.removeprefix("//")))
+        path = unquote(name.removeprefix("//"))
+        with contextlib.suppress(ValueError):  # NUL, which no path has: the backend refuses it
+            path = os.path.realpath(path)
+        return path
     return frozenset(unquote(name).split(";"))
 
 

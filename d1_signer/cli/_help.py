@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import click
 
+from d1_signer.cli._output import require_stdout
 from d1_signer.cli._tty import columns_of, is_terminal
 
 _WIDEST = 100
@@ -44,6 +45,15 @@ class _Formatter(click.HelpFormatter):
 
 class HelpContext(click.Context):
     """A command's run, whose help fits a terminal."""
+
+    def get_help(self) -> str:
+        """The help, which click prints to standard output, see `click.Context`.
+
+        Raises:
+            StdoutError: That is closed.
+        """
+        require_stdout()
+        return super().get_help()
 
     def make_formatter(self) -> click.HelpFormatter:
         """What lays out the help, see `click.Context`."""

@@ -82,7 +82,7 @@ class BackendOptions:
             return self._options(uri).for_opening(uri)
 
     def _is_of_file(self, uri: str) -> bool:
-        return _unnamed(uri) in map(_unnamed, self.keys_of_file)
+        return unnamed(uri) in map(unnamed, self.keys_of_file)
 
     def _options(self, uri: str) -> KeyOptions:
         from d1_signer.signing.options import KeyOptions
@@ -90,7 +90,7 @@ class BackendOptions:
         return KeyOptions(given=self.of(uri), timeout=self.timeout)
 
 
-def _unnamed(uri: str) -> str:
+def unnamed(uri: str) -> str:
     """A key URI without the kid, by which a flag may call the same key."""
     return uri.partition("#")[0]
 

@@ -67,12 +67,21 @@ def to_stdout(content: str | bytes) -> None:
     Raises:
         StdoutError: It cannot be written.
     """
-    if sys.stdout is None:  # closed at the start; click takes that for success
-        raise _told(OSError(errno.EBADF, os.strerror(errno.EBADF)))
+    require_stdout()
     try:
         click.echo(content, nl=isinstance(content, str))
     except OSError as error:
         raise _told(error) from None
+
+
+def require_stdout() -> None:
+    """Refuse a standard output that was closed at the start, which click takes for success.
+
+    Raises:
+        StdoutError: It is such a one.
+    """
+    if sys.stdout is None:
+        raise _told(OSError(errno.EBADF, os.strerror(errno.EBADF)))
 
 
 def flush_stdout() -> None:

@@ -24,7 +24,7 @@ from d1_signer.secret import is_full, shown_path
 
 _MODE = 0o644  # what is written is public, and nobody else's to change
 _LOOKED_AT = 1 << 20  # a key may stand behind the certificates of many authorities
-_LENGTH = rb"(?:[\x00-\x7f]|\x81.|\x82..)"  # of DER
+_LENGTH = rb"(?:[\x00-\x80]|\x81.|\x82..|\x83...)"  # of DER, or of BER where the end says it
 # PEM and what is like it, DER, and the key stores of Java. In DER RFC 5958, RFC 5915 and RFC 7292
 # begin with an INTEGER; what RFC 5958 encrypts, with the OID of a method (PKCS#5, PKCS#12).
 _PRIVATE_KEYS = (
@@ -64,20 +64,9 @@ class OutputFile:
                 an audit trail.
         """
         self._require_no_trail()
-        if not os.path.lexists(self.path):
-            self._require_folder()
-            return
-        try:
-            self._require_harmless()
-        except FileNotFoundError:  # a link that leads nowhere
-            self._require_folder()
-        except OSError as error:
-            raise self._cannot(error) from None
-        if not self.overwrite:
-            raise ConfigurationError(
-                f"{self.shown} is there already, and nothing is overwritten.",
-                hint="Name another file, or replace it with --force.",
-            )
+        if os.path.lexists(self.path):
+            self._require_replaceable()
+        self._require_folder()
 
     def write(self, content: bytes, what: str, output: Output) -> None:
         """Write the file as a whole or not at all, and say so.
@@ -113,6 +102,19 @@ class OutputFile:
             raise ConfigurationError(
                 f"{self.shown} is in an audit trail, where nothing else is written.",
                 hint="Name a file elsewhere.",
+            )
+
+    def _require_replaceable(self) -> None:
+        try:
+            self._require_harmless()
+        except FileNotFoundError:
+            pass  # a link that leads nowhere
+        except OSError as error:
+            raise self._cannot(error) from None
+        if not self.overwrite:
+            raise ConfigurationError(
+                f"{self.shown} is there already, and nothing is overwritten.",
+                hint="Name another file, or replace it with --force.",
             )
 
     def _require_folder(self) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from d1_signer.cli._callbacks import checked_keys, place_of
+from d1_signer.cli._callbacks import checked_keys
 from d1_signer.cli._config import policy_in, settings_in
-from d1_signer.cli._options import BackendOptions, with_options
+from d1_signer.cli._options import BackendOptions, unnamed, with_options
 from d1_signer.cli._output import Command, Output, printable, setting
 from d1_signer.cli._paths import KEY_URI
 from d1_signer.cli._trail import current_trail, with_trail
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 # As a `SignerSet` has it.
 _AWAY = (SignerError, SecretSourceError)
-
-COMMANDLINE, ENVIRONMENT = ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT
-DEFAULT_MAP = ParameterSource.DEFAULT_MAP
 
 
 def open_key(
@@ -259,23 +256,27 @@ def with_keys(command: Command) -> Command:
         *args: Any, key: tuple[str, ...], kid: str | None, options: BackendOptions, **others: Any
     ) -> Any:
         context = click.get_current_context()
-        settings = settings_in(context)
-        of_the_file = context.get_parameter_source("kid") is DEFAULT_MAP
-        of_other_keys = settings is not None and of_the_file and key != settings.key
-        if of_other_keys or _are_others_than_the_variable_names(context, key):
-            kid = None  # another key has another name
+        if _is_of_other_keys(context, key):
+            kid = None
         return command(*args, keys=Keys(uris=key, kid=kid, options=options), **others)
 
     return wrapper
 
 
-def _are_others_than_the_variable_names(context: click.Context, key: tuple[str, ...]) -> bool:
-    """Whether keys of the command line are not those whose kid is in D1_SIGNER_KID."""
-    source = context.get_parameter_source
-    if source("kid") is not ENVIRONMENT or source("key") is not COMMANDLINE:
+def _is_of_other_keys(context: click.Context, key: tuple[str, ...]) -> bool:
+    """Whether the kid of a variable or of the file is not for these keys, which win over it.
+
+    They have kids of their own, or are not those to which it belongs.
+    """
+    kid_of, key_of = map(context.get_parameter_source, ("kid", "key"))
+    settings = settings_in(context)
+    named: Sequence[str] = settings.key if settings else ()
+    if kid_of is ParameterSource.ENVIRONMENT and key_of is ParameterSource.COMMANDLINE:
+        named = os.environ.get("D1_SIGNER_KEY", "").split() or named
+    elif kid_of is not ParameterSource.DEFAULT_MAP or key_of is ParameterSource.DEFAULT_MAP:
         return False
-    named = os.environ.get("D1_SIGNER_KEY", "").split()
-    return bool(named) and [*map(place_of, key)] != [*map(place_of, named)]
+    others = bool(named) and [*map(unnamed, key)] != [*map(unnamed, named)]
+    return others or all("#" in uri for uri in key)
 
 
 def with_issuer(command: Command) -> Command:
@@ -303,7 +304,11 @@ def with_issuer(command: Command) -> Command:
         if no_audience and audience is not None:
             # One of them may be the file's, over which the other wins.
             source = click.get_current_context().get_parameter_source
-            given = {n for n in ("audience", "no_audience") if source(n) is not DEFAULT_MAP}
+            given = {
+                n
+                for n in ("audience", "no_audience")
+                if source(n) is not ParameterSource.DEFAULT_MAP
+            }
             if len(given) != 1:
                 raise click.UsageError("--audience and --no-audience exclude each other.")
             no_audience = given == {"no_audience"}

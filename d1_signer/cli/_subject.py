@@ -39,7 +39,9 @@ _REPERTOIRES = {
     NameOID.EMAIL_ADDRESS: _ASCII,
     NameOID.DOMAIN_COMPONENT: _ASCII,
 }
-_STANDS_FOR_A_NAME = re.compile(r"\N{HORIZONTAL ELLIPSIS}|\.\.\.|[<>{}\[\]$]|%\w+%")
+_STANDS_FOR_A_NAME = re.compile(
+    r"\N{HORIZONTAL ELLIPSIS}|\.\.\.|[<>{}]|(?<!\w)\$[\w(]|\A\[.*\]\Z|\A%\w+%\Z", re.DOTALL
+)
 _ATTRIBUTE = re.compile(r"(?:^|(?<!\\)[,+])\s*([A-Za-z][A-Za-z0-9-]*)\s*=")
 _FORM = "Write CN=NAME,O=Bank,C=FR, and a backslash before a comma within a value."
 

@@ -125,7 +125,7 @@ def make_token(folder: Path, label: str = LABEL) -> SoftHsmToken:
     """
     utility, module = find_softhsm()
     folder = folder.absolute()
-    _require_name_of_a_setting(folder)
+    _require_folder_that_softhsm_reads(folder)
     token = SoftHsmToken(
         module_path=str(module),
         label=label,
@@ -203,7 +203,7 @@ def find_softhsm() -> tuple[Path, Path]:
     )
 
 
-def _require_name_of_a_setting(folder: Path) -> None:
+def _require_folder_that_softhsm_reads(folder: Path) -> None:
     """Refuse a folder that SoftHSM would read as another one: its file knows no escapes."""
     named = os.fsencode(folder)
     try:

@@ -81,6 +81,7 @@ def test_a_token_and_a_check_by_the_file_alone(
 def test_variables_win_over_the_file_and_flags_over_both(
     run: Run, write: Write, key_uri: str, other_uri: str
 ) -> None:
+    unnamed = key_uri.partition("#")[0]
     file = write(key=[key_uri], kid="of-the-file")
 
     def kid(*flags: str, **variables: str) -> str:
@@ -88,12 +89,39 @@ def test_variables_win_over_the_file_and_flags_over_both(
         assert result.status == 0, result.out
         return str(result.document["keys"][0]["kid"])
 
-    assert kid() == kid("--key", key_uri) == "of-the-file"
+    assert kid() == kid("--key", unnamed) == "of-the-file"
+    assert kid("--key", key_uri) == "bank-2026"
     # It is the name of the file's key, and of no other.
     assert kid("--key", other_uri) == kid(D1_SIGNER_KEY=other_uri) == "next-2027"
     assert kid(D1_SIGNER_KID="of-the-variable") == "of-the-variable"
     assert kid("--kid", "of-the-flag") == "of-the-flag"
     assert kid("--key", other_uri, "--kid", "next-2027") == "next-2027"
+
+
+def test_the_kid_of_the_variable_is_that_of_the_files_key(
+    run: Run, write: Write, key_uri: str, other_uri: str
+) -> None:
+    """Where no D1_SIGNER_KEY says which one it names."""
+    variables = {"D1_CONFIG": write(key=[key_uri], kid="of-the-file"), "D1_SIGNER_KID": "variable"}
+
+    def kid(*flags: str) -> str:
+        result = run("public-key", "--json", *flags, **variables)
+        assert result.status == 0, result.out
+        (told,) = result.document["keys"]
+        return "thumbprint" if told["kid"] == told["thumbprint"] else str(told["kid"])
+
+    assert kid() == kid("--key", key_uri.partition("#")[0]) == "variable"
+    assert kid("--key", key_uri) == "bank-2026"
+    assert kid("--key", other_uri.partition("#")[0]) == "thumbprint"
+
+
+def test_a_kid_in_a_file_without_a_key_is_that_of_the_key(
+    run: Run, write: Write, key_uri: str
+) -> None:
+    variables = {"D1_CONFIG": write(kid="of-the-file"), "D1_SIGNER_KEY": key_uri.partition("#")[0]}
+    assert run("public-key", "--json", **variables).document["keys"][0]["kid"] == "of-the-file"
+    variables["D1_SIGNER_KEY"] = key_uri
+    assert run("public-key", "--json", **variables).document["keys"][0]["kid"] == "bank-2026"
 
 
 def test_options_are_joined_name_by_name(

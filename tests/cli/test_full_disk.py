@@ -62,6 +62,13 @@ def test_output_that_is_closed_is_not_taken_for_written(tmp_path: Path) -> None:
     assert f"The key was made all the same: {uri}" in told
     assert os.strerror(errno.EBADF) in told
     assert closed("public-key", "--key", uri, "--json")[0] == 1
+    for asked in (["--help"], ["--version"], ["csr", "-h"], ["audit", "show", "--help"]):
+        status, told = closed(*asked)
+        assert status == 1, asked
+        assert os.strerror(errno.EBADF) in told
+    status, told = closed()
+    assert status == 2
+    assert "Start with: d1-signer demo" in told
     file = tmp_path / "out"
     assert closed("public-key", "--key", uri, "-o", str(file))[0] == 0
     assert file.read_bytes()

@@ -205,6 +205,9 @@ def other_keys() -> dict[str, bytes]:
     forms |= {"OpenSSH": openssh, "behind certificates": b"certificate\n" * 60_000 + openssh}
     # Made by no library that is here; what they begin with.
     forms |= {
+        "PKCS#12 in BER": bytes.fromhex("3080 020103 3080 06092a864886f70d010701"),
+        "encrypted, in BER": bytes.fromhex("3080 3080 06092a864886f70d01050d"),
+        "a long PKCS#12": bytes.fromhex("3083012345 020103"),
         "OpenPGP": b"-----BEGIN PGP PRIVATE KEY BLOCK-----\n",
         "PuTTY": b"PuTTY-User-Key-File-3: ecdsa-sha2-nistp256\n",
         "age": b"# created: 2026\nAGE-SECRET-KEY-1QQ\n",
@@ -264,10 +267,14 @@ def test_a_file_that_appears_meanwhile_stays(
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_folder_that_cannot_be_written_to(run: Run, key: Path) -> None:
-    result = run("public-key", "--key", key.as_uri(), "-o", "/proc/self/out.pem", "--json")
+@pytest.mark.parametrize("path", ["/proc/self/out.pem", "/proc/self/comm"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_key_is_opened(
+    run: Run, command: tuple[str, ...], tmp_path: Path, path: str
+) -> None:
+    key = (tmp_path / "no.pem").as_uri()
+    result = run(*command, "--key", key, "-o", path, "--force", "--json")
     assert (result.status, result.document["code"]) == (2, "configuration")
-    assert "/proc/self/out.pem cannot be written" in result.document["message"]
+    assert f"{path} cannot be written" in result.document["message"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import re
 import socket
 from pathlib import Path
 
+import click
 import pytest
 
+from d1_signer.cli._settings import Keys, with_keys
 from d1_signer.sandbox import Sandbox
 from tests.cli.conftest import ISSUER, Run
 from tests.leaks.known import known
@@ -287,15 +289,60 @@ def test_the_kid_of_the_variable_is_not_that_of_another_key(
         )
         return [told["kid"] for told in result.document["keys"]]
 
-    for same in ((), ("--key", key), ("--key", f"{key}#next")):
-        assert kids(*same) == ["bank-2026"]
+    for same in ((), ("--key", key)):
+        assert kids(*same) == kids(*same, of=f"{key}#old") == ["bank-2026"]
     assert kids("--key", other, of="") == ["bank-2026"]
+    # A flag wins over a variable, also where the flag has the name in the URI.
+    for of in (key, f"{key}#next", other, ""):
+        assert kids("--key", f"{key}#next", of=of) == ["next"]
+        assert kids("--key", f"{key}#next", "--kid", "given", of=of) == ["given"]
     thumbprint = run("public-key", "--json", "--key", other).document["keys"][0]["thumbprint"]
     assert kids("--key", other) == [thumbprint]
     assert kids("--key", f"{other}#next") == ["next"]
     assert kids("--key", other, "--kid", "given") == ["given"]
     both = ("--key", f"{other}#next", "--key", f"{key}#first")
     assert kids(*both, "--format", "jwks") == ["next", "first"]
+    assert kids(*both, "--format", "jwks", of="") == ["next", "first"]
+
+
+@pytest.mark.parametrize(
+    ("named", "given"),
+    [
+        ("hashivault://d1?version=1", "hashivault://d1?version=2"),
+        ("hashivault://d1?mount=a", "hashivault://d1?mount=b"),
+        ("hashivault://d1?namespace=a", "hashivault://d1"),
+        ("pkcs11:token=t;object=o?module-path=/a.so", "pkcs11:token=t;object=o?module-path=/b.so"),
+        ("pkcs11:token=t;object=o", "pkcs11:token=t;object=o;type=private?module-name=b"),
+        ("file:///a?passphrase-source=env:A", "file:///a?passphrase-source=env:B"),
+    ],
+)
+def test_a_key_that_its_query_tells_apart_is_another_one(
+    monkeypatch: pytest.MonkeyPatch, named: str, given: str
+) -> None:
+    found: list[Keys] = []
+
+    @click.command
+    @with_keys
+    def command(keys: Keys) -> None:
+        found.append(keys)
+
+    monkeypatch.setenv("D1_SIGNER_KID", "bank-2026")
+    monkeypatch.setenv("D1_SIGNER_KEY", named)
+    for uri in (named, given):
+        command.main(["--key", uri], standalone_mode=False)
+    assert [keys.kid for keys in found] == ["bank-2026", None]
+
+
+@pytest.mark.parametrize("command", ["public-key", "csr"])
+def test_a_path_that_cannot_be_one_is_no_defect(run: Run, command: str) -> None:
+    flags = ["--subject", "CN=bank"] if command == "csr" else []
+    variables = {"D1_SIGNER_KEY": "file:///a", "D1_SIGNER_KID": "k"}
+    for uri in ("file:///a%00b", "FILE:/a%00b#k"):
+        result = run(command, *flags, "--key", uri, **variables)
+        assert (result.status, result.out) == (2, "")
+        assert "defect" not in result.err
+    variables["D1_SIGNER_KEY"] = "file:///a%00b"
+    assert "defect" not in run(command, *flags, "--key", "file:///a", **variables).err
 
 
 @pytest.mark.parametrize("command", ["token", "public-key"])
