@@ -417,7 +417,7 @@ def test_a_token_of_another_issuer_or_environment_is_not_taken(
 def test_an_expired_token_in_the_store_is_not_taken(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
 ) -> None:
-    sandbox.set_token_lifetime(0.3)
+    sandbox.set_token_lifetime(2.0)
     first = fleet().token()
     (name,) = keys(redis_server, "token")
     with redis_server.admin() as client:
