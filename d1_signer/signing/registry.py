@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import logging
@@ -27,6 +28,8 @@ BUILT_IN = {
     "pkcs11": "d1_signer.backends.pkcs11",
 }
 
+_USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 
 def load_backend_module(uri: str) -> BackendModule:
     """Find the module that serves a URI's scheme: a built-in one, else a plug-in's.
@@ -34,20 +37,23 @@ def load_backend_module(uri: str) -> BackendModule:
     Raises:
         KeyUriError: Nothing serves the scheme.
         MissingExtraError: The backend's optional dependency is not installed.
-        ConfigurationError: Two plug-ins serve the scheme, or the plug-in cannot be loaded.
-        SignerUnavailable: A file of the module cannot be read now.
+        ConfigurationError: Two plug-ins serve the scheme, or the module cannot be loaded.
+        SignerUnavailable: It cannot be loaded now: open files or memory are used up.
     """
     scheme = scheme_of(uri)
     if scheme in BUILT_IN:
         try:
             return importlib.import_module(BUILT_IN[scheme])
         except OSError as error:
-            why = error.strerror or type(error).__name__
-        raise SignerUnavailable(
-            f"The code for {scheme}: cannot be read: {why}.",
-            hint="Look at the limits of this process, such as that of open files (LimitNOFILE, "
-            "ulimit -n), and at the installation.",
-        )
+            why, passes = error.strerror or type(error).__name__, error.errno in _USED_UP
+        told = f"The module of d1_signer for {scheme}: keys cannot be loaded: {why}."
+        if passes:
+            raise SignerUnavailable(
+                told,
+                hint="Look at the limits of this process, such as that of open files (LimitNOFILE, "
+                "ulimit -n).",
+            )
+        raise ConfigurationError(told, hint="Check the installation of d1-signer, by importing it.")
     found = list(entry_points(group=ENTRY_POINT_GROUP, name=scheme)) if scheme else []
     if len(found) == 1:
         try:

@@ -57,7 +57,7 @@ class FleetRenewal:
 
     Attributes:
         whose: Names of D1's host and the issuer, for lines of the log.
-        store_state: What the last call of the store has shown.
+        store_state: What the last load has shown, or a call that has failed since.
         store_error: What is wrong with it, and what to do; None where nothing is.
         lease_state: Who renewed when it was looked at last.
     """
@@ -156,7 +156,7 @@ class FleetRenewal:
                 if deadline - time.monotonic() < NO_TIME:  # D1 would seem to be what is slow
                     raise TokenTimeout(
                         f"No time is left to ask D1 for a token: {error.message}",
-                        hint="It is tried again by itself.",
+                        hint=f"{error.hint} It is tried again by itself.".lstrip(),
                     ) from None
                 return self._renewal.obtain(deadline=deadline, stopped=stopped)
             now = time.monotonic()

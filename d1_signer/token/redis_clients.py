@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from redis import Redis
-from redis.cluster import RedisCluster
+from redis.cluster import RedisCluster, cleanup_kwargs
 from redis.connection import (
     AbstractConnection,
     Connection,
@@ -25,12 +25,13 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
     MasterDownError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
 )
 
 from d1_signer.errors import ConfigurationError
-from d1_signer.frames import without_locals
+from d1_signer.frames import causes, of_signal_handler, without_locals
 from d1_signer.secret import Secret
 
 _log = logging.getLogger("d1_signer.fleet")
@@ -74,14 +75,14 @@ def maker(
             "The token store is a cluster, and its URL names a database or a socket.",
             hint="Write rediss://HOST:PORT, or leave cluster out: a cluster has no databases.",
         )
-    options = dict(settings)
-    if named.get("connection_class") is SSLConnection:
+    options, verifies = dict(settings), named.get("connection_class") is SSLConnection
+    if verifies:
         options |= {**_VERIFIED, "ssl_ca_certs": ca_file}
         _require_verified({**options, **named})  # what the URL says wins
-        options |= {"connection_pool_class": _VerifyingPool} if cluster else {}
+    _require_known({**options, **named}, dropped=_dropped(named) if cluster else set())
+    if verifies and cluster:
+        options["connection_pool_class"] = _VerifyingPool
     kind: type[Any] = RedisCluster if cluster else Redis
-    if not cluster:  # which leaves out what it does not know
-        _require_known({**options, **named})
 
     @without_locals
     def client() -> Client:
@@ -92,20 +93,30 @@ def maker(
     return client, str(named.get("path") or f"{named['host']}:{named.get('port', 6379)}")
 
 
-def _require_known(settings: dict[str, Any]) -> None:
-    """Refuse a name in the URL's query that no connection takes: each call would fail of it."""
+def _dropped(named: dict[str, Any]) -> set[str]:
+    """What a cluster's client would leave out of its URL without a word."""
+    kept: dict[str, Any] = cleanup_kwargs(**named)  # type: ignore[no-untyped-call]
+    return named.keys() - kept.keys() - {"host", "port", *_VERIFIED}
+
+
+def _require_known(settings: dict[str, Any], *, dropped: set[str]) -> None:
+    """Refuse what the URL's query sets and no connection takes: each call would fail of it."""
     kind: Any = settings.pop("connection_class", Connection)
     settings.pop("max_connections", None)  # the pool's own
     try:
         kind(**settings)  # opens nothing
-    except (TypeError, ValueError):
-        pass
+    except Exception as error:
+        if of_signal_handler(error):
+            raise
+        # Of a value that it did not expect the package raises anything, AttributeError even.
+        fits = False
     else:
-        return
-    raise ConfigurationError(
-        "The token store's URL has a setting that its client does not take.",
-        hint="Look at the names behind its question mark, such as db=1, and at their values.",
-    )
+        fits = not dropped
+    if not fits:
+        raise ConfigurationError(
+            "The token store's URL has a setting that its client does not take.",
+            hint="Look at the names behind its question mark, such as db=1, and at their values.",
+        )
 
 
 def why(error: Exception) -> str:
@@ -123,13 +134,18 @@ _CODES: Final = (
     (OutOfMemoryError, "OOM"),
     (ReadOnlyError, "READONLY"),
     (BusyLoadingError, "LOADING"),
-    (MasterDownError, "MASTERDOWN"),  # a kind of the next
+    (MasterDownError, "MASTERDOWN"),  # before the next, of which it is a subclass
     (ClusterDownError, "CLUSTERDOWN"),
+    (NoPermissionError, "NOPERM"),
 )
 _REFUSALS: Final = {
     "WRONGPASS": (
         "refuses the login",
         "Compare user and password with those that Redis knows; a process reads them at its start",
+    ),
+    "NOPERM": (
+        "refuses a command to its user",
+        "Its user needs GETRANGE, SET, PTTL and DEL on d1-signer:*, in a cluster CLUSTER SLOTS too",
     ),
     "OOM": ("has no memory left for writes (OOM)", "Look at its memory and at maxmemory"),
     "READONLY": ("is a replica, which takes no writes (READONLY)", "Name its primary"),
@@ -159,9 +175,13 @@ def refusal(error: Exception) -> tuple[str, str] | None:
 
     Of its text a word that is known is told alone: there are servers that repeat a password.
     """
-    code = next((code for kinds, code in _CODES if isinstance(error, kinds)), None)
-    found = _REFUSED.search(str(error))
-    return _REFUSALS.get(code or (found[1] if found else ""))
+    for link in causes(error):  # a cluster's client wraps what the nodes say
+        code = next((code for kinds, code in _CODES if isinstance(link, kinds)), None)
+        if code is None and (found := _REFUSED.search(str(link))):
+            code = found[1]
+        if code is not None:
+            return _REFUSALS[code]
+    return None
 
 
 def checked(client: object) -> Client:

@@ -36,7 +36,7 @@ from d1_signer.transport.processes import PerProcess
 
 try:
     from redis.backoff import NoBackoff
-    from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
+    from redis.exceptions import RedisClusterException, RedisError
     from redis.retry import Retry
 except ModuleNotFoundError:
     raise MissingExtraError.of("redis", "redis") from None
@@ -67,12 +67,6 @@ def _answered(
         failure: D1SignerError
         try:
             return method(self, *args, **options)
-        except NoPermissionError:
-            failure = StoreUnavailable(
-                "The token store refuses a command to its user.",
-                hint="Redis' user needs GETRANGE, SET, PTTL and DEL on the keys d1-signer:*; "
-                "tokens are fetched without it meanwhile.",
-            )
         except ConfigurationError as error:  # of a client that a function made
             failure = StoreUnavailable(error.message, hint=error.hint)
         # The last is of a connection that `abort` has closed meanwhile.

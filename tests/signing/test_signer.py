@@ -667,6 +667,48 @@ def test_missing_extra_says_what_to_install(scheme: str) -> None:
     assert f'pip install "d1-signer[{extra}]"' in done.stdout
 
 
+UNREADABLE = """
+import resource, sys
+import d1_signer.backends
+from d1_signer import D1SignerError, open_signer
+
+if sys.argv[2] == "used up":
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+else:
+    d1_signer.backends.__path__.insert(0, sys.argv[1])
+try:
+    open_signer("hashivault:transit/keys/d1")
+except D1SignerError as error:
+    print(error.code, error.retryable, error, error.__context__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "why", "look"),
+    [
+        ("used up", "signer_unavailable True", "Too many open files", "LimitNOFILE, ulimit -n"),
+        ("broken", "configuration False", "Input/output error", "Check the installation"),
+    ],
+)
+def test_a_module_that_cannot_be_read_is_tried_again_only_where_that_helps(
+    tmp_path: Path, cause: str, code: str, why: str, look: str
+) -> None:
+    # Nothing is mapped where it begins, so that root cannot read it either.
+    (tmp_path / "vault.py").symlink_to("/proc/self/mem")
+    done = subprocess.run(
+        [sys.executable, "-c", UNREADABLE, str(tmp_path), cause],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    loaded = f"The module of d1_signer for hashivault: keys cannot be loaded: {why}."
+    assert done.stdout.startswith(f"{code} {loaded}"), done.stderr
+    assert look in done.stdout
+    assert done.stdout.endswith(" None\n")
+
+
 def test_every_built_in_scheme_is_accounted_for() -> None:
     assert set(registry.BUILT_IN) == {*NEEDS, *NEEDS_NOTHING}
 

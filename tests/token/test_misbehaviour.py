@@ -89,10 +89,12 @@ def test_a_fault_becomes_our_error(
 
 @pytest.mark.usefixtures("one_attempt")
 @pytest.mark.parametrize(
-    ("fault", "parameters", "why"),
+    ("fault", "parameters", "limits", "why"),
     [
-        (Fault.CLOSE_MID_BODY, {}, "the connection was closed amid it"),
-        (Fault.SLOW_BODY, {"seconds": 0.1}, "the rest did not come in time"),
+        (Fault.CLOSE_MID_BODY, {}, Limits(), "the connection was closed amid it"),
+        # These limits bound the way to the first byte too, and leave time for it.
+        (Fault.SLOW_BODY, {"seconds": 60.0}, Limits(read=3.0), "the rest did not come in time"),
+        (Fault.SLOW_BODY, {"seconds": 0.1}, Limits(total=5.0), "the rest did not come in time"),
     ],
 )
 def test_an_answer_that_breaks_off_is_not_about_our_certificate(
@@ -100,10 +102,11 @@ def test_an_answer_that_breaks_off_is_not_about_our_certificate(
     sandbox: Sandbox,
     fault: Fault,
     parameters: dict[str, Any],
+    limits: Limits,
     why: str,
 ) -> None:
     events: list[Event] = []
-    fetcher = make_fetcher(limits=Limits(total=3.0), observers=[events.append])
+    fetcher = make_fetcher(limits=limits, observers=[events.append])
     sandbox.misbehave(fault, **parameters)
     with pytest.raises(TokenError) as failure:
         fetcher.token()

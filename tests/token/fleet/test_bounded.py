@@ -76,6 +76,8 @@ def test_d1_is_not_what_is_slow_where_a_store_leaves_it_no_time(
         renewal.obtain(deadline=time.monotonic() + 0.06, stopped=threading.Event(), refused=None)
     assert raised.value.retryable
     assert "store" in str(raised.value)
+    assert raised.value.hint.startswith("Look at the store; ")
+    assert raised.value.hint.endswith("meanwhile. It is tried again by itself.")
     assert "certificate" not in str(raised.value)
     assert sandbox.counters.token_requests == 0
 

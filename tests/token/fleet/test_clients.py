@@ -38,16 +38,42 @@ def watched(sentinels: dict[str, Any], settings: dict[str, Any]) -> redis.Redis:
         "rediss://127.0.0.1:1/0?foo=1",
         "unix:///run/redis.sock?host=x&foo=1",
         "redis://127.0.0.1:1/0?connection_class=foo",
+        "redis://127.0.0.1:1/0?protocol=9",
+        "redis://127.0.0.1:1/0?username=a&credential_provider=x",
+        "redis://127.0.0.1:1/0?maint_notifications_config=x",
     ],
 )
-def test_a_setting_of_the_url_that_no_connection_takes_is_refused_at_once(url: str) -> None:
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_setting_of_the_url_that_no_connection_takes_is_refused_at_once(
+    url: str, cluster: bool
+) -> None:
+    named = "names a database or a socket" if cluster and "unix:" in url else "does not take"
+    with pytest.raises(ConfigurationError, match=named) as refused:
+        RedisTokenStore.from_url(url, cluster=cluster)
+    assert refused.value.__context__ is None
+
+
+@pytest.mark.parametrize("query", ["health_check_interval=5", "ssl_min_version=772"])
+def test_a_setting_that_a_client_of_a_cluster_would_drop_is_refused(query: str) -> None:
     with pytest.raises(ConfigurationError, match="does not take"):
-        RedisTokenStore.from_url(url)
+        RedisTokenStore.from_url(f"rediss://127.0.0.1:1?{query}", cluster=True)
 
 
 @pytest.mark.parametrize("query", ["db=3", "max_connections=9", "health_check_interval=5"])
 def test_the_settings_of_the_url_that_the_package_names_are_taken(query: str) -> None:
     RedisTokenStore.from_url(f"redis://127.0.0.1:1?{query}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://u:p@127.0.0.1:1/0?max_connections=9&socket_timeout=0.2&protocol=3",
+        "rediss://127.0.0.1:1?ssl_check_hostname=yes&ssl_cert_reqs=required&db=0",
+        "rediss://127.0.0.1?ssl_ca_certs=/etc/ca.pem&client_name=d1&socket_keepalive=yes",
+    ],
+)
+def test_the_settings_that_a_client_of_a_cluster_takes_are_taken(url: str) -> None:
+    RedisTokenStore.from_url(url, cluster=True)
 
 
 @pytest.mark.parametrize(

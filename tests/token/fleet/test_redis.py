@@ -29,10 +29,11 @@ from d1_signer import (
 )
 from d1_signer.events import CertificateEvent, Event
 from d1_signer.sandbox import Fault, Sandbox
+from d1_signer.secret import Secret
 from d1_signer.token.redis_clients import refusal
 from d1_signer.token.redis_store import RedisTokenStore
 from d1_signer.token.status import LeaseState, StoreState
-from tests.servers.redis_server import RedisServer
+from tests.servers.redis_server import Cluster, RedisServer
 from tests.token.conftest import ISSUER, certificate_of
 from tests.token.fleet.conftest import FleetMaker
 from tests.token.fleet.member import Member
@@ -416,7 +417,7 @@ def test_a_token_of_another_issuer_or_environment_is_not_taken(
 def test_an_expired_token_in_the_store_is_not_taken(
     fleet: FleetMaker, sandbox: Sandbox, redis_server: RedisServer
 ) -> None:
-    sandbox.set_token_lifetime(0.3)
+    sandbox.set_token_lifetime(2.0)
     first = fleet().token()
     (name,) = keys(redis_server, "token")
     with redis_server.admin() as client:
@@ -568,6 +569,31 @@ def test_what_a_redis_that_answers_refuses_is_told(
     assert "does not answer" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("password", "told", "look"),
+    [
+        ("wr0ng-of-redis", "refuses the login", "Compare user and pass"),
+        ("s3cret-of-redis", "refuses a command to its user", "CLUSTER SLOTS"),
+    ],
+)
+def test_what_a_cluster_refuses_to_its_client_is_told(
+    tmp_path: Path, password: str, told: str, look: str
+) -> None:
+    with Cluster(tmp_path, masters=1, replicas=0) as nodes:
+        (node,) = nodes.nodes
+        rights = ["~d1-signer:*", "+getrange", "+set", "+pttl", "+del"]
+        with node.admin() as admin:
+            admin.execute_command("ACL", "SETUSER", "d1", "on", ">s3cret-of-redis", *rights)
+        url = f"redis://127.0.0.1:{node.port}"
+        login = Secret(password)
+        store = RedisTokenStore.from_url(url, cluster=True, username="d1", password=login)
+        with pytest.raises(StoreUnavailable) as caught:
+            store.load("d1-signer:{a}")
+    assert f"127.0.0.1:{node.port} {told}" in caught.value.message
+    assert look in caught.value.hint
+    assert "whether it is a cluster" not in caught.value.hint
+
+
 def test_a_server_that_repeats_what_it_was_sent_is_not_quoted() -> None:
     echo = "unknown command 'AUTH', with args beginning with: 'd1' 'OOM hunter2'"
     assert refusal(redis.ResponseError(f"ERR {echo}")) is None
@@ -586,10 +612,14 @@ def test_a_child_of_a_fork_does_not_say_that_it_renews(fleet: FleetMaker, sandbo
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        status = fetcher.status()
-        os.write(write, json.dumps([status.lease, status.renewing]).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
+        try:
+            status = fetcher.status()
+            os.write(write, json.dumps([status.lease, status.renewing]).encode())
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 (the child must not run the parent's tests)
+            os._exit(2)
+    _, exited = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(exited) == 0
     assert json.loads(os.read(read, 100)) == ["anothers", False]
     assert fetcher.status().lease is LeaseState.OURS
     os.close(read)

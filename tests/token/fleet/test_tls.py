@@ -168,6 +168,8 @@ def test_a_url_that_cannot_serve_is_refused_at_once(url: str, cluster: bool) -> 
 
 
 def test_a_cluster_that_is_away_is_named(redis_server: RedisServer) -> None:
+    with redis_server.admin() as admin:
+        admin.config_set("requirepass", PASSWORD)
     url = f"redis://:{PASSWORD}@127.0.0.1:{redis_server.port}"
     store = RedisTokenStore.from_url(url, cluster=True)
     for _ in range(2):  # one that is none, and one that is away
