@@ -175,7 +175,7 @@ class TokenKeeper:
         """
         require_patched_first()
         forks.notice()
-        with self._lock:
+        with self._locked():
             self._require_open()
             if self._state(self._held) is not State.FRESH and self._clock() >= self._not_before:
                 self._join_or_start()

@@ -154,6 +154,14 @@ def test_that_no_renewal_can_begin_is_told_and_the_next_call_tries_again(
     assert (fetcher.status().healthy, fetcher.status().failures) == (True, 1)
 
 
+def test_that_a_prefetch_cannot_begin_is_told_at_once(
+    make_fetcher: FetcherMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with no_threads(), pytest.raises(TokenError, match="No thread can be started"):
+        make_fetcher().prefetch()
+    assert facts(line(caplog, "token.failed"))["failures"] == "1"
+
+
 def test_a_call_without_threads_amid_an_outage_ends_with_it(
     make_fetcher: FetcherMaker, sandbox: Sandbox
 ) -> None:
