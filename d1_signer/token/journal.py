@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from d1_signer.errors import D1SignerError
@@ -59,7 +58,7 @@ class Journal:
         self._renews = renews
         self._wall = wall
         self._observers = tuple(observers)
-        self._lines: deque[tuple[int, str, str]] = deque()
+        self._lines: deque[Callable[[], None]] = deque()
 
     def succeeded(self, held: HeldToken, seconds: float) -> None:
         """A renewal has ended with a token."""
@@ -80,7 +79,7 @@ class Journal:
         }
         if failures:
             facts["after_failures"] = failures
-        self._lines.append((logging.INFO, "token.renewed", told(facts)))
+        self._lines.append(lambda: _log.info("token.renewed %s", told(facts)))
 
     def failed(self, error: D1SignerError, seconds: float | None, life: float) -> None:
         """A renewal has ended without one.
@@ -105,15 +104,20 @@ class Journal:
         if seconds is not None:
             facts["seconds"] = round(seconds, 3)
         facts |= {name: value for name, value in error.details.items() if name not in _TOLD_APART}
-        level = logging.WARNING if life else logging.ERROR
-        self._lines.append((level, "token.failed", told({**facts, "message": error})))
+        line = told({**facts, "message": error})
+        if life:
+            self._lines.append(lambda: _log.warning("token.failed %s", line))
+        else:
+            self._lines.append(lambda: _log.error("token.failed %s", line))
 
     def write(self) -> None:
         """Write to the log what has become of renewals; without the keeper's lock."""
-        while self._lines:
-            with suppress(IndexError):  # another thread writes it
-                level, event, line = self._lines.popleft()
-                _log.log(level, f"{event} %s", line)
+        while True:
+            try:
+                write = self._lines.popleft()
+            except IndexError:
+                return
+            write()
 
     def begin(self) -> None:
         """Tell the observers that a renewal begins."""
