@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 from urllib.parse import parse_qs
 
 import pytest
@@ -84,18 +84,24 @@ def run_process(*arguments: str, **variables: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def run_onto(stdout: BinaryIO, *arguments: str, **variables: str) -> Result:
+    """Run a command whose standard output leads there."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, **variables},
+    )
+    return Result(done.returncode, "", done.stderr)
+
+
 def run_on_full_stdout(*arguments: str) -> Result:
     """Run a command whose standard output has no room."""
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-    return Result(done.returncode, "", done.stderr)
+        return run_onto(full, *arguments)
 
 
 @pytest.fixture(scope="session")

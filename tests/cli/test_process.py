@@ -20,7 +20,7 @@ import d1_signer
 import d1_signer.cli._looking
 from d1_signer import generate_key
 from d1_signer.sandbox import Sandbox
-from tests.cli.conftest import COMMAND, Run
+from tests.cli.conftest import COMMAND, Run, run_onto
 from tests.leaks.known import known
 
 PASSPHRASE = known("never to be seen")
@@ -135,17 +135,8 @@ def test_a_reader_that_goes_away(key_uri: str, command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            stdout=pipe,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=30,
-            env={**os.environ, **variables},
-        )
-    assert done.returncode == 1
-    assert done.stderr == ""
+        done = run_onto(pipe, *arguments, **variables)
+    assert (done.status, done.err) == (1, "")
 
 
 class AtTerminal:
